@@ -1,0 +1,193 @@
+"""Training speed of PPO and recurrent PPO against other JAX libraries: CartPole, environment steps per second.
+
+    python benchmark/throughput.py --peer memorax /path/to/python --peer rejax /path/to/python
+
+Every system is a process of its own (the peers in environments of their own: `pip install memorax==1.0.1 "gymnax<1"`,
+`pip install rejax==0.1.3 "gymnax<1" six`), compiles, then waits. The driver lets them train in turn, one at a time, for
+several rounds, so that a busy moment of the machine hits all alike, and reports medians. First updates are not timed.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+SHAPES = {"small": (16, 128), "large": (64, 128)}  # environments, steps
+
+
+def ours_recurrent(shape, shared_torso, cell="gru"):
+    import jax
+
+    from algorithms import rppo
+
+    num_envs, num_steps = SHAPES[shape]
+    config = rppo.Config(
+        cell=cell, num_envs=num_envs, num_steps=num_steps, shared_torso=shared_torso, total_steps=10**9
+    )
+    env, state = config.make_env(), rppo.init(config, jax.random.key(0))
+
+    def run(updates):
+        nonlocal state
+        state, _ = jax.block_until_ready(rppo.train_chunk(state, env, updates))
+        return updates * config.batch_size
+
+    return run
+
+
+def ours_feedforward():
+    import jax
+
+    from algorithms import ppo
+
+    config = ppo.Config(num_envs=32, num_steps=64, num_minibatches=16, hidden_size=64, total_steps=10**9)
+    env, state = config.make_env(), ppo.init(config, jax.random.key(0))
+
+    def run(updates):
+        nonlocal state
+        state, _ = jax.block_until_ready(ppo.train_chunk(state, env, updates))
+        return updates * config.batch_size
+
+    return run
+
+
+def memorax_ppo(shape, cell="gru"):
+    import flax.linen as nn
+    import jax
+    import optax
+    from memorax.algorithms import PPO, PPOConfig
+    from memorax.environments import environment
+    from memorax.networks import MLP, FeatureExtractor, Network, heads
+    from memorax.networks.sequence_models import rnn, slstm
+
+    num_envs, num_steps = SHAPES[shape]
+    env, env_params = environment.make("gymnax::CartPole-v1")
+    config = PPOConfig(
+        name="ppo",
+        num_envs=num_envs,
+        num_eval_envs=1,
+        num_steps=num_steps,
+        gamma=0.99,
+        gae_lambda=0.95,
+        num_minibatches=4,
+        update_epochs=4,
+        normalize_advantage=True,
+        clip_coef=0.2,
+        clip_vloss=False,
+        ent_coef=0.01,
+        vf_coef=0.5,
+    )
+
+    def torso():
+        memory = nn.GRUCell(features=128) if cell == "gru" else slstm.sLSTMCell(features=128)
+        return rnn.RNN(memory) if cell == "gru" else memory
+
+    extractor = FeatureExtractor(observation_extractor=MLP(features=(128,)))
+    actor = Network(extractor, torso(), heads.Categorical(env.action_space(env_params).n))
+    critic = Network(extractor, torso(), heads.VNetwork())
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-3, eps=1e-5))
+    agent = PPO(config, env, env_params, actor, critic, optimizer, optimizer)
+    key, state = agent.init(jax.random.key(0))
+    steps = num_envs * num_steps
+
+    def run(updates):
+        nonlocal key, state
+        for _ in range(max(updates, 1)):  # one compiled update: its train compiles anew for every number of steps
+            key, state, _ = jax.block_until_ready(agent.train(key, state, steps))
+        return updates * steps
+
+    return run
+
+
+def rejax_ppo():
+    import jax
+    from rejax import get_algo
+
+    agent = get_algo("ppo").create(
+        env="CartPole-v1",
+        num_envs=32,
+        num_steps=64,
+        num_epochs=4,
+        num_minibatches=16,
+        learning_rate=1e-3,
+        max_grad_norm=0.5,
+        agent_kwargs={"activation": "tanh", "hidden_layer_sizes": (64, 64)},
+    )
+    state = agent.init_state(jax.random.key(0))
+
+    @jax.jit
+    def chunk(state, updates):
+        return jax.lax.fori_loop(0, updates, lambda _, state: agent.train_iteration(state), state)
+
+    def run(updates):
+        nonlocal state
+        state = jax.block_until_ready(chunk(state, updates))
+        return updates * 32 * 64
+
+    return run
+
+
+SYSTEMS = {  # name: (interpreter, maker of a run function, updates per round)
+    "rppo gru shared torso, 16 x 128": ("ours", lambda: ours_recurrent("small", True), 10),
+    "rppo gru two torsos, 16 x 128": ("ours", lambda: ours_recurrent("small", False), 10),
+    "memorax PPO gru (two torsos), 16 x 128": ("memorax", lambda: memorax_ppo("small"), 10),
+    "rppo gru shared torso, 64 x 128": ("ours", lambda: ours_recurrent("large", True), 5),
+    "rppo gru two torsos, 64 x 128": ("ours", lambda: ours_recurrent("large", False), 5),
+    "memorax PPO gru (two torsos), 64 x 128": ("memorax", lambda: memorax_ppo("large"), 5),
+    "rppo slstm shared torso, 64 x 128": ("ours", lambda: ours_recurrent("large", True, "slstm"), 3),
+    "ppo, 32 x 64, 16 minibatches": ("ours", ours_feedforward, 100),
+    "rejax PPO, 32 x 64, 16 minibatches": ("rejax", rejax_ppo, 100),
+}
+
+
+def worker(name):
+    """Compile, then run one round per line of standard input."""
+    _, make_run, updates = SYSTEMS[name]
+    run = make_run()
+    start = time.perf_counter()
+    run(0)
+    print(json.dumps({"compile": time.perf_counter() - start}), flush=True)
+    run(updates)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        steps = run(updates)
+        print(json.dumps({"sps": steps / (time.perf_counter() - start)}), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", nargs=2, action="append", default=[], metavar=("NAME", "PYTHON"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="only systems whose name contains this")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker)
+
+    interpreters = {"ours": sys.executable} | dict(args.peer)
+    workers, compiled, speeds = {}, {}, {}
+    for name, (kind, _, _) in SYSTEMS.items():
+        if kind in interpreters and args.only in name:
+            command = [interpreters[kind], __file__, "--worker", name]
+            workers[name] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+            compiled[name] = json.loads(workers[name].stdout.readline())["compile"]
+            speeds[name] = []
+    for _ in range(args.rounds):
+        for name, process in workers.items():
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            speeds[name].append(json.loads(process.stdout.readline())["sps"])
+    for process in workers.values():
+        process.stdin.close()
+        process.wait()
+    print(f"{'system':<42}{'steps/s (median)':>18}{'min':>12}{'max':>12}{'compile s':>12}")
+    for name, values in speeds.items():
+        median = statistics.median(values)
+        print(f"{name:<42}{median:>18,.0f}{min(values):>12,.0f}{max(values):>12,.0f}{compiled[name]:>12.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Gated recurrent unit (Cho et al. 2014, arXiv 1406.1078), in the form of PyTorch, cuDNN and flax.
+
+    r  = sigmoid(W_r x + b_r + U_r h)                 reset gate
+    z  = sigmoid(W_z x + b_z + U_z h)                 retain gate: z = 1 keeps the old state
+    n  = tanh(W_n x + b_n + r * (U_n h + c_n))        candidate
+    h' = (1 - z) * n + z * h,   y = h'
+
+Cho et al. apply r before U_n (their eq. 8); here it comes after, which allows one recurrent product for all gates.
+Carry: h (B, H), zeros. Cost per step: 6 H (D + H) floating-point operations per environment; sequences are sequential.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from memory_cells.masked_rnn import MemoryCell
+from memory_cells.recurrent_scan import recurrent_scan
+
+
+class GRU(MemoryCell):
+    """Gated recurrent unit; see the module's docstring.
+
+    Attributes:
+      features: H, the size of the state and of the output.
+      retain_bias: initial b_z; 1 makes a fresh cell forget more slowly.
+    """
+
+    retain_bias: float = 0.0
+
+    def setup(self):
+        self.input_r = nn.Dense(self.features)
+        self.input_z = nn.Dense(self.features, bias_init=nn.initializers.constant(self.retain_bias))
+        self.input_n = nn.Dense(self.features)
+        shape = (self.features, self.features)
+        self.hidden = {name: self.param(f"hidden_{name}", nn.initializers.orthogonal(), shape) for name in "rzn"}
+        self.hidden_bias = self.param("hidden_bias_n", nn.initializers.zeros, (self.features,))
+
+    @nn.nowrap
+    def initialize_carry(self, rng, input_shape):
+        return jnp.zeros((*input_shape[:-1], self.features))
+
+    def __call__(self, carry, x):
+        return step(carry, self._inputs(x), project(self._params(), carry))
+
+    def sequence(self, carry, xs, starts):
+        initial = self.initial_carry_like(xs)
+        return recurrent_scan(project, step, self._params(), carry, self._inputs(xs), starts, initial)
+
+    def _inputs(self, xs):
+        return self.input_r(xs), self.input_z(xs), self.input_n(xs)
+
+    def _params(self):
+        return self.hidden["r"], self.hidden["z"], self.hidden["n"], self.hidden_bias
+
+
+def project(params, h):
+    """The recurrent half of the gates: U_r h, U_z h and U_n h + c_n, each (B, H)."""
+    u_r, u_z, u_n, c_n = params
+    return h @ u_r, h @ u_z, h @ u_n + c_n
+
+
+def step(h, x, u):
+    """One step from the input half `x` and the recurrent half `u` of the gates; returns h' as carry and as output."""
+    r = nn.sigmoid(x[0] + u[0])
+    z = nn.sigmoid(x[1] + u[1])
+    n = jnp.tanh(x[2] + r * u[2])
+    h = (1.0 - z) * n + z * h
+    return h, h

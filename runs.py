@@ -1,0 +1,163 @@
+"""The life of a run outside the algorithm: command line, run directory, saved model.
+
+A run directory holds
+  config.json    the script's name and every field of its config
+  metrics.jsonl  one JSON object per report (loggers.py)
+  events.*       the same for TensorBoard
+  model/         the final training state (orbax)
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+CONFIG_FILE = "config.json"
+MODEL_DIR = "model"
+
+# config fields with other bounds than "greater than 0"
+AT_LEAST_0 = ("seed", "ent_coef", "vf_coef", "bptt")
+UP_TO_1 = ("gamma", "gae_lambda")
+
+
+class UsageError(ValueError):
+    """Something the user asked for cannot be done; its message is the whole story."""
+
+
+def did_you_mean(name, valid):
+    """', did you mean ...?' for the valid name closest to `name`, or ''. A dict of names maps them to what to show."""
+    matches = difflib.get_close_matches(name, list(valid), n=1)
+    if not matches:
+        return ""
+    shown = valid[matches[0]] if isinstance(valid, dict) and isinstance(valid[matches[0]], str) else matches[0]
+    return f" (did you mean {shown!r}?)"
+
+
+def launch(main, config_class):
+    """Run a script: parse the command line into its config and call `main` with it.
+
+    Errors of the user's end the process with exit code 2 and one sentence; Ctrl-C with 130 and no traceback.
+    """
+    import tyro
+
+    try:
+        main(tyro.cli(config_class))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def check_sizes(config):
+    """Refuse a config that has a size, count or rate which cannot be.
+
+    Raises:
+      ValueError: names the field, its value and what is valid.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in AT_LEAST_0:
+            if value < 0:
+                raise ValueError(f"{field.name} must be 0 or more, got {value}")
+        elif field.name in UP_TO_1:
+            if not 0 <= value <= 1:
+                raise ValueError(f"{field.name} must be between 0 and 1, got {value}")
+        elif type(value) in (int, float) and value <= 0:
+            raise ValueError(f"{field.name} must be greater than 0, got {value}")
+    if config.total_steps < config.batch_size:
+        raise ValueError(f"total_steps ({config.total_steps}) is less than one update ({config.batch_size} steps)")
+
+
+def seed_keys(config):
+    """Typed keys (num_seeds,): a run with --num-seeds 3 --seed 5 has the keys of the runs with seeds 5, 6 and 7."""
+    import jax
+    import jax.numpy as jnp
+
+    return jax.vmap(jax.random.key)(config.seed + jnp.arange(config.num_seeds))
+
+
+def create_run_dir(config, script: str) -> Path:
+    """Make the directory of a new run and write its config there.
+
+    Args:
+      config: the script's config; `config.run_dir` names the directory, "" makes a name under runs/.
+      script: the script's `__file__`.
+
+    Raises:
+      UsageError: the directory exists or cannot be written.
+    """
+    script = Path(script).stem
+    parts = [config.env, script, getattr(config, "cell", ""), f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")]
+    name = "__".join(re.sub(r"[^\w.-]+", "-", part) for part in parts if part)
+    path = Path(config.run_dir or Path("runs") / name)
+    try:
+        path.mkdir(parents=True)
+        text = json.dumps({"script": script, "config": dataclasses.asdict(config)}, indent=2)
+        (path / CONFIG_FILE).write_text(text + "\n")
+    except FileExistsError:
+        raise UsageError(f"run directory {str(path)!r} exists; choose another with --run-dir") from None
+    except OSError as error:
+        raise UsageError(f"run directory {str(path)!r} cannot be written: {error.strerror}") from None
+    return path
+
+
+def load_config(run_dir: str, config_class, script: str):
+    """The config of a finished run of `script`.
+
+    Raises:
+      UsageError: no such run, of another script, or with fields this version does not have.
+    """
+    path, script = Path(run_dir) / CONFIG_FILE, Path(script).stem
+    try:
+        saved = json.loads(path.read_text())
+        fields = saved["config"]
+    except OSError as error:
+        raise UsageError(f"no run in {run_dir!r}: {path} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path} is damaged: it is not the config of a run") from None
+    if saved.get("script") != script:
+        raise UsageError(f"{run_dir!r} is a run of {saved.get('script')}.py, not of {script}.py")
+    valid = {field.name for field in dataclasses.fields(config_class)}
+    if fields.keys() != valid:
+        different = ", ".join(sorted(fields.keys() ^ valid))
+        raise UsageError(f"{run_dir!r} was made by another version of {script}.py: its config differs in {different}")
+    return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+
+
+def save_model(run_dir, state):
+    """Write a pytree of arrays (typed keys included) to `run_dir`."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(run_dir).absolute() / MODEL_DIR, _leaves(state))
+
+
+def load_model(run_dir, state):
+    """What `save_model` wrote to `run_dir`; `state` gives the structure, shapes and dtypes (`jax.eval_shape` will do).
+
+    Raises:
+      UsageError: there is no model, or it does not fit the structure.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    path = Path(run_dir).absolute() / MODEL_DIR
+    if not path.is_dir():
+        raise UsageError(f"no model in {str(run_dir)!r}: the run has not finished")
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            leaves = checkpointer.restore(path, jax.eval_shape(_leaves, state))
+        except (ValueError, KeyError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"the model in {str(run_dir)!r} is damaged or of another version: {reason}") from None
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+def _leaves(state):
+    import jax
+
+    return jax.tree.leaves(state)
