@@ -145,7 +145,7 @@ class Environment:
         return strong(jnp.asarray(obs).astype(space.dtype).reshape(space.shape))
 
     def _cast_state(self, task_state):
-        # Libraries return other dtypes from step than from reset, and weak types: either would compile everything twice.
+        # Libraries return weak types, and other dtypes from step than from reset: either compiles everything twice.
         def cast(leaf, aval):
             if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
                 return leaf
@@ -173,7 +173,7 @@ class Episodes(NamedTuple):
 def play(env: Environment, policy: Callable, initialize: Callable, key, num_envs: int, episodes: int) -> Episodes:
     """Play exactly `episodes` episodes from start to end.
 
-    Each environment plays the same number of them in turn. (Taking the first `episodes` to end would favour short ones.)
+    Each environment plays the same number of them in turn; taking the first `episodes` to end would favour short ones.
 
     Args:
       policy: (memory, obs, start, previous_action, previous_reward, key) -> (memory, action), for all environments at

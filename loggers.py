@@ -3,8 +3,8 @@
     with make_logger(("console", "file"), run_dir, config) as logger:
         logger.log({"charts/episodic_return": np.array([21.0, 19.5])}, step=8192)
 
-A metric is a scalar, or an array with one value per seed. "Nothing to report" (no episode ended yet) is a missing key, or
-nan for the seeds concerned: it is never a zero.
+A metric is a scalar, or an array with one value per seed. "Nothing to report" (no episode ended yet) is a missing key,
+or nan for the seeds concerned: it is never a zero.
 """
 
 import dataclasses

@@ -26,7 +26,7 @@ from flax import struct
 
 from envs import Discrete, Episodes, make, play
 from loggers import BACKENDS, describe, make_logger, summarize, summarize_episodes
-from runs import check_sizes, create_run_dir, launch, load_config, load_model, save_model, seed_keys, vmap_seeds
+from runs import check_sizes, create_run_dir, launch, load_run, save_model, seed_keys, vmap_seeds
 
 
 # --- Config ----------------------------------------------------------------------------------------------------------
@@ -102,14 +102,13 @@ class Torso(nn.Module):
     @nn.compact
     def __call__(self, obs):
         config, env = self.config, self.config.make_env()
+        obs_ndim = len(env.observation_space.shape)
         x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
-        if (
-            len(env.observation_space.shape) == 3
-        ):  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
+        if obs_ndim == 3:  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
             layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(obs.shape[-3:-1]) >= 36 else ((16, 3, 1),)
             for features, size, stride in layers:
                 x = nn.relu(nn.Conv(features, (size, size), (stride, stride), padding="VALID")(x))
-        x = x.reshape(*obs.shape[: obs.ndim - len(env.observation_space.shape)], -1)
+        x = x.reshape(*obs.shape[: obs.ndim - obs_ndim], -1)
         x = nn.tanh(dense(config.hidden_size)(x))
         for _ in range(config.num_layers):
             x = nn.tanh(dense(config.hidden_size)(x))
@@ -137,10 +136,9 @@ def make_optimizer(config: Config):
     if config.anneal_lr:
         gradient_steps = config.num_updates * config.update_epochs * config.num_minibatches
         learning_rate = optax.linear_schedule(config.learning_rate, 0.0, gradient_steps)
-    # Flattened, the optimizer is a few operations on one vector instead of on every array: compiles and runs faster.
-    return optax.flatten(
-        optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(learning_rate, eps=1e-5))
-    )
+    adam = optax.adam(learning_rate, eps=1e-5)
+    # Flattened, it is a few operations on one vector instead of a few on every array: compiles and runs faster.
+    return optax.flatten(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam))
 
 
 # --- State -----------------------------------------------------------------------------------------------------------
@@ -175,8 +173,8 @@ class Transition(NamedTuple):
 def gae(reward, value, next_value, terminated, done, config):
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) of (T, N) arrays: advantages and returns, (T, N).
 
-    Two masks, as two things can end: `terminated` ends the future (no bootstrap), `done` ends the episode (no trace
-    from the next one). A truncated step bootstraps from next_value and stops the trace.
+    Two things can end: `terminated` ends the future (nothing to bootstrap from), `done` the episode (no trace from the
+    next one). A truncated step bootstraps from next_value, and stops the trace.
     """
     delta = reward + config.gamma * next_value * ~terminated - value
 
@@ -192,8 +190,8 @@ def gae(reward, value, next_value, terminated, done, config):
 def ppo_loss(params, network, config, batch, advantage, returns):
     """The loss at the top of this file over one minibatch, and its parts for the log."""
     logits, value = network.apply(params, batch.obs)
-    log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action)
-    ratio = jnp.exp(log_prob - batch.log_prob)
+    log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
+    ratio = jnp.exp(log_ratio)
     if config.normalize_advantage:
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     clipped_ratio = jnp.clip(ratio, 1.0 - config.clip_coef, 1.0 + config.clip_coef)
@@ -211,7 +209,7 @@ def ppo_loss(params, network, config, batch, advantage, returns):
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
-        "losses/approx_kl": (ratio - 1.0 - jnp.log(ratio)).mean(),  # k3 of joschu.net/blog/kl-approx
+        "losses/approx_kl": (ratio - 1.0 - log_ratio).mean(),  # k3 of joschu.net/blog/kl-approx
         "losses/clipfrac": (jnp.abs(ratio - 1.0) > config.clip_coef).mean(),
         "losses/ratio_error": jnp.abs(ratio - 1.0).max(),
     }
@@ -340,21 +338,17 @@ def evaluate(state: State, env, episodes: int) -> Episodes:
 # --- Main ------------------------------------------------------------------------------------------------------------
 def main(config: Config) -> None:
     if config.evaluate:
-        run_dir, episodes = config.evaluate, config.eval_episodes
-        config = load_config(run_dir, Config, __file__)
-        state = load_model(run_dir, jax.eval_shape(partial(init, config), seed_keys(config)))
-        return print(describe(evaluate(state, config.make_env(), episodes)))
+        trained, state = load_run(config.evaluate, Config, init, __file__)
+        return print(describe(evaluate(state, trained.make_env(), config.eval_episodes)))
 
     run_dir = create_run_dir(config, __file__)
     env = config.make_env()
     with make_logger(config.log, run_dir, config) as logger:
         state = warmup(init(config, seed_keys(config)), env, logger)
-        updates_between = max(1, config.eval_every // config.batch_size)
-        for done in range(0, config.num_updates, updates_between):
-            num_updates = min(updates_between, config.num_updates - done)
-            state, _ = train(state, env, logger, num_updates * config.batch_size)
+        while remaining := (config.num_updates - int(state.updates[0])) * config.batch_size:
+            state, _ = train(state, env, logger, min(remaining, max(config.eval_every, config.batch_size)))
             episodes = evaluate(state, env, config.eval_episodes)
-            logger.log(summarize_episodes(episodes), step=(done + num_updates) * config.batch_size)
+            logger.log(summarize_episodes(episodes), step=int(state.updates[0]) * config.batch_size)
     save_model(run_dir, state)
     print(f"{describe(episodes)}\nsaved to {run_dir}")
 

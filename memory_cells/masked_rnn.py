@@ -41,7 +41,7 @@ class MemoryCell(nn.RNNCellBase):
         raise NotImplementedError
 
     def sequence(self, carry, xs, starts):
-        """Many steps with resets: carry, xs (T, B, D), starts (T, B) bool -> carry after the last step, ys (T, B, H)."""
+        """Many steps with resets: carry, xs (T, B, D), starts (T, B) bool -> carry after the last, ys (T, B, H)."""
         return scan_steps(self, carry, xs, starts)
 
     def initial_carry_like(self, xs):
@@ -69,7 +69,7 @@ def scan_steps(cell, carry, xs, starts, valid=None):
 
 
 class Stack(MemoryCell):
-    """Memories on top of each other: layer l + 1 reads what layer l puts out. The carry is the tuple of their carries."""
+    """Memories on top of each other: layer l + 1 reads what layer l puts out. The carry is the tuple of theirs."""
 
     cells: tuple[MemoryCell, ...] = ()
 

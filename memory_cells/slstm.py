@@ -87,7 +87,7 @@ class GateInputs(nn.Module):
 
     @nn.compact
     def __call__(self, buffer, xs, starts):
-        """buffer (B, K - 1, H), xs (T, B, D), starts (T, B) -> buffer, four arrays (T, B, H) in the order i, f, z, o."""
+        """buffer (B, K - 1, H), xs (T, B, D), starts (T, B) -> buffer, gates i, f, z, o of (T, B, H) each."""
         if xs.shape[-1] != self.features:  # block-diagonal weights need as many inputs as features
             xs = nn.Dense(self.features, name="embed")(xs)
         convolved = xs

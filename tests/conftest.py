@@ -1,0 +1,73 @@
+"""Shared by all tests: a compilation cache, and small environments that can be proven things about."""
+
+import os
+from pathlib import Path
+
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # for the scripts that the tests start, too
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+import envs  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def constant_task(episode_length: int = 5) -> envs.Task:
+    """Constant observation, reward 1, truncated after `episode_length` steps: the value is 1 / (1 - gamma)."""
+
+    def reset(key):
+        return jnp.ones(1), jnp.int32(0)
+
+    def step(key, time, action):
+        return jnp.ones(1), time + 1, 1.0, False, time + 1 >= episode_length
+
+    return envs.Task(reset, step, envs.Box(0.0, 1.0, (1,)), envs.Discrete(2), episode_length)
+
+
+def counting_task(terminal_every: int = 7) -> envs.Task:
+    """Observations (a number drawn once per episode, steps so far); reward 1; terminates or truncates by turns.
+
+    Made so that a batch shows where each of its entries comes from.
+    """
+
+    def reset(key):
+        number = jax.random.uniform(key)
+        return jnp.stack([number, 0.0]), (number, jnp.int32(0))
+
+    def step(key, state, action):
+        number, time = state
+        ends = time + 1 >= terminal_every
+        obs = jnp.stack([number, (time + 1) / terminal_every])
+        return obs, (number, time + 1), 1.0, ends & (number < 0.5), ends & (number >= 0.5)
+
+    return envs.Task(reset, step, envs.Box(0.0, 1.0, (2,)), envs.Discrete(3), terminal_every)
+
+
+def coin_task() -> envs.Task:
+    """Episodes of 1 or 9 steps, equally likely, with return equal to length: a biased evaluation shows."""
+
+    def reset(key):
+        return jnp.zeros(1), (jax.random.bernoulli(key), jnp.int32(0))
+
+    def step(key, state, action):
+        is_long, time = state
+        return jnp.zeros(1), (is_long, time + 1), 1.0, time + 1 >= jnp.where(is_long, 9, 1), False
+
+    return envs.Task(reset, step, envs.Box(0.0, 1.0, (1,)), envs.Discrete(2), 9)
+
+
+TASKS = {"Constant": constant_task, "Counting": counting_task, "Coin": coin_task}
+
+
+# `make("test::Constant")` and so on, through the same door as every library.
+envs.NAMESPACES["test"] = (lambda: list(TASKS), lambda env_id, **options: TASKS[env_id](**options))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

@@ -1,0 +1,341 @@
+"""Every memory: step form, sequence form and chunks agree under resets, nothing leaks across them, oracles agree."""
+
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memory_cells import CELLS, MaskedRNN, detach, make_cell, take
+from memory_cells.masked_rnn import MemoryCell, reset, scan_steps
+
+ORACLES = Path(__file__).parent / "oracles"
+T, B, D, H = 40, 3, 8, 8
+MEMORIES = [*CELLS, "gru x2"]
+
+
+def build(name):
+    kind, _, layers = name.partition(" x")
+    return make_cell(kind, H, int(layers or 1))
+
+
+@partial(jax.jit, static_argnums=0)
+def sequence(cell, params, carry, xs, starts):
+    return cell.apply(params, carry, xs, starts, method="sequence")
+
+
+def setup(name, seed=0, inputs=D, dtype=jnp.float32):
+    """A cell with perturbed parameters (zero weights would make tests vacuous), a used carry, inputs and starts."""
+    cell, rng = build(name), np.random.default_rng(seed)
+    xs = jnp.asarray(rng.normal(size=(T, B, inputs)), dtype)
+    starts = rng.random((T, B)) < 0.08
+    starts[0, 0] = starts[-1, 1] = starts[5, 2] = True
+    starts = jnp.asarray(starts)
+    carry = cell.initialize_carry(jax.random.key(0), (B, inputs))
+    params = cell.init(jax.random.key(seed), carry, xs[:2], starts[:2], method="sequence")
+    params = jax.tree.map(lambda p: jnp.asarray(p + 0.3 * rng.normal(size=p.shape), dtype), params)
+    warm = jnp.asarray(rng.normal(size=(9, B, inputs)), dtype)
+    carry, _ = sequence(cell, params, carry, warm, jnp.zeros((9, B), bool))
+    return cell, params, carry, xs, starts
+
+
+def stepwise(cell, params, carry, xs, starts):
+    """The reference: a Python loop over single steps."""
+    initial = cell.initialize_carry(jax.random.key(0), xs.shape[1:])
+    initial = jax.tree.map(lambda i, c: i.astype(c.dtype), initial, carry)
+    step = jax.jit(cell.apply)
+    ys = []
+    for x, start in zip(xs, starts, strict=True):
+        carry, y = step(params, reset(carry, initial, start), x)
+        ys.append(y)
+    return carry, jnp.stack(ys)
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    jax.tree.map(
+        lambda a, e: np.testing.assert_array_less(np.abs(a - e), tolerance * (1 + np.abs(e)) + 1e-30), actual, expected
+    )
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
+def test_step_sequence_and_chunks_agree(name, dtype, tolerance):
+    with jax.enable_x64(dtype == "float64"):
+        cell, params, carry, xs, starts = setup(name, dtype=dtype)
+        expected = stepwise(cell, params, carry, xs, starts)
+        assert expected[1].dtype == dtype
+        assert_close(sequence(cell, params, carry, xs, starts), expected, tolerance)
+        chunk_carry, chunks = carry, []
+        for chunk in (slice(0, 7), slice(7, 8), slice(8, 31), slice(31, T)):
+            chunk_carry, ys = sequence(cell, params, chunk_carry, xs[chunk], starts[chunk])
+            chunks.append(ys)
+        assert_close((chunk_carry, jnp.concatenate(chunks)), expected, tolerance)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_gradients_of_sequence_are_those_of_the_step(name):
+    cell, params, carry, xs, starts = setup(name)
+
+    def loss(run, params, carry, xs):
+        last, ys = run(params, carry, xs)
+        return (ys * jnp.arange(1.0, H + 1)).sum() + sum(jnp.tanh(leaf).sum() for leaf in jax.tree.leaves(last))
+
+    fast = lambda *args: sequence(cell, *args, starts)  # noqa: E731
+    slow = lambda *args: nn.apply(lambda cell, *a: scan_steps(cell, *a, starts), cell)(*args)  # noqa: E731
+    expected = jax.jit(jax.grad(lambda *args: loss(slow, *args), argnums=(0, 1, 2)))(params, carry, xs)
+    actual = jax.jit(jax.grad(lambda *args: loss(fast, *args), argnums=(0, 1, 2)))(params, carry, xs)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    assert scale > 0
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=2e-5 * scale, rtol=1e-4), actual, expected)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_nothing_before_a_start_matters_after_it(name):
+    cell, params, carry, xs, starts = setup(name)
+    starts = starts.at[20].set(True)
+    _, ys = sequence(cell, params, carry, xs, starts)
+    other_carry = jax.tree.map(lambda leaf: 1e3 * leaf + 7.0, carry)
+    _, other = sequence(cell, params, other_carry, xs.at[:20].add(1e3), starts)
+    np.testing.assert_array_equal(ys[20:], other[20:])
+    if name != "none":
+        assert jnp.abs(ys[:20] - other[:20]).max() > 1e-3
+
+    jacobian = jax.jacobian(lambda xs: sequence(cell, params, carry, xs, starts)[1][20:])(xs)
+    assert (jacobian[..., :20, :, :] == 0).all()
+    if name != "none":
+        by_carry = jax.jacobian(lambda carry: sequence(cell, params, carry, xs, starts)[1][20:])(carry)
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(by_carry))
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_broken_carry_does_not_survive_a_start(name, poison):
+    cell, params, carry, xs, starts = setup(name)
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, poison), carry)
+    starts = starts.at[0].set(True)
+    last, ys = sequence(cell, params, broken, xs, starts)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((last, ys)))
+    last, y = sequence(cell, params, broken, xs[:1], starts[:1])  # the form used for acting
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((last, y)))
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_carry_at_a_start_is_the_initial_carry(name):
+    cell, params, carry, xs, starts = setup(name)
+    everywhere = jnp.ones((1, B), bool)
+    initial = cell.initialize_carry(jax.random.key(0), (B, D))
+    expected = sequence(cell, params, initial, xs[:1], jnp.zeros((1, B), bool))
+    assert_close(sequence(cell, params, carry, xs[:1], everywhere), expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_environments_are_independent(name):
+    cell, params, carry, xs, starts = setup(name)
+    last, ys = sequence(cell, params, carry, xs, starts)
+    chosen = jnp.array([2, 0])
+    assert_close(
+        sequence(cell, params, take(carry, chosen), xs[:, chosen], starts[:, chosen]),
+        (take(last, chosen), ys[:, chosen]),
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("inputs", [D, 5])
+def test_shapes_dtypes_and_parameters(name, inputs):
+    cell, params, carry, xs, starts = setup(name, inputs=inputs)
+    initial = cell.initialize_carry(jax.random.key(0), (B, inputs))
+    last, ys = sequence(cell, params, initial, xs, starts)
+    assert ys.shape == (T, B, H) and ys.dtype == jnp.float32
+    signature = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+    assert signature(initial) == signature(last)
+    assert all(leaf.shape[0] == B for leaf in jax.tree.leaves(initial))
+
+    key = jax.random.key(3)
+    from_step = cell.init(key, initial, xs[0])
+    from_sequence = cell.init(key, initial, xs, starts, method="sequence")
+    jax.tree.map(np.testing.assert_array_equal, from_step, from_sequence)
+    assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(from_step))
+
+    rnn = nn.RNN(build(name), time_major=True)  # flax's own driver takes every cell
+    flax_ys = rnn.apply({"params": {"cell": params["params"]}}, xs)
+    assert_close(flax_ys, sequence(cell, params, initial, xs, jnp.zeros_like(starts))[1])
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_long_sequences_have_bounded_gradients(name):
+    cell, params, carry, _, _ = setup(name)
+    params = cell.init(jax.random.key(0), carry, jnp.zeros((B, D)))
+    xs = jax.random.normal(jax.random.key(1), (1024, B, D))
+    loss = lambda params, xs: sequence(cell, params, carry, xs, jnp.zeros((1024, B), bool))[1].mean()  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, xs)
+    assert all(jnp.isfinite(leaf).all() and jnp.abs(leaf).max() < 1e4 for leaf in jax.tree.leaves(gradients))
+
+
+# --- MaskedRNN -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_masked_rnn_burn_in(name):
+    cell, _, carry, xs, starts = setup(name)
+    memory = MaskedRNN(cell)
+    params = memory.init(jax.random.key(0), carry, xs, starts)
+    last, ys = memory.apply(params, carry, xs, starts)
+    burnt_last, burnt = memory.apply(params, carry, xs, starts, burn_in=10)
+    assert_close((burnt_last, burnt), (last, ys[10:]))
+    gradient = jax.grad(lambda xs: memory.apply(params, carry, xs, starts, burn_in=10)[1].sum())(xs)
+    assert (gradient[:10] == 0).all() and (gradient[10:] != 0).any()
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_masked_rnn_sequences_of_different_lengths(name):
+    cell, _, carry, xs, starts = setup(name)
+    memory = MaskedRNN(cell)
+    params = memory.init(jax.random.key(0), carry, xs, starts)
+    lengths = jnp.array([T, 17, 3])
+    valid = jnp.arange(T)[:, None] < lengths
+    poisoned = jnp.where(valid[..., None], xs, jnp.nan)  # padding must not be read at all
+    last, ys = memory.apply(params, carry, poisoned, starts, valid=valid)
+    for env, length in enumerate(lengths):
+        one = slice(env, env + 1)
+        expected_last, expected = memory.apply(
+            params, take(carry, jnp.array([env])), xs[:length, one], starts[:length, one]
+        )
+        assert_close((take(last, jnp.array([env])), ys[:length, one]), (expected_last, expected))
+        assert (ys[length:, env] == 0).all()
+    after_burn_in = memory.apply(params, carry, poisoned, starts, valid=valid, burn_in=5)
+    assert_close(after_burn_in, (last, ys[5:]))
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_masked_rnn_truncated_bptt(name):
+    cell, _, carry, xs, _ = setup(name)
+    memory, starts = MaskedRNN(cell), jnp.zeros((T, B), bool)
+    params = memory.init(jax.random.key(0), carry, xs, starts)
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    assert_close(memory.apply(params, carry, xs, starts, bptt=10), memory.apply(params, carry, xs, starts))
+    reach = lambda bptt: jax.grad(lambda xs: memory.apply(params, carry, xs, starts, bptt=bptt)[1][-1].sum())(xs)  # noqa: E731
+    assert (reach(10)[:30] == 0).all() and (reach(10)[30:] != 0).any()
+    if name != "none":
+        assert (reach(0)[29] != 0).any()
+    with pytest.raises(ValueError, match=r"bptt \(7\) must divide the sequence length \(40\)"):
+        memory.apply(params, carry, xs, starts, bptt=7)
+
+
+def test_detach_cuts_the_gradient():
+    cell, params, carry, xs, starts = setup("gru")
+    run = lambda carry, f: sequence(cell, params, f(carry), xs, jnp.zeros_like(starts))[1].sum()  # noqa: E731
+    assert (jax.grad(run)(carry, lambda c: c) != 0).any()
+    assert (jax.grad(run)(carry, detach) == 0).all()
+
+
+# --- Oracles ---------------------------------------------------------------------------------------------------------
+
+
+def run_oracle(cell, params, x):
+    """Batch-first inputs of another library through our cell, from the initial carry."""
+    xs = jnp.asarray(x).swapaxes(0, 1)
+    carry = cell.initialize_carry(jax.random.key(0), xs.shape[1:])
+    _, ys = sequence(cell, {"params": params}, carry, xs, jnp.zeros(xs.shape[:2], bool))
+    return ys.swapaxes(0, 1)
+
+
+def test_gru_equals_pytorch():
+    z = np.load(ORACLES / "gru.npz")
+    w_r, w_z, w_n = (w.T for w in np.split(z["weight_ih_l0"], 3))
+    u_r, u_z, u_n = (w.T for w in np.split(z["weight_hh_l0"], 3))
+    b, c = np.split(z["bias_ih_l0"], 3), np.split(z["bias_hh_l0"], 3)
+    params = {
+        "input_r": {"kernel": w_r, "bias": b[0] + c[0]},
+        "input_z": {"kernel": w_z, "bias": b[1] + c[1]},
+        "input_n": {"kernel": w_n, "bias": b[2]},
+        "hidden_r": u_r,
+        "hidden_z": u_z,
+        "hidden_n": u_n,
+        "hidden_bias_n": c[2],
+    }
+    np.testing.assert_allclose(run_oracle(make_cell("gru", 5), params, z["x"]), z["y"], atol=1e-6)
+
+
+def test_lstm_equals_pytorch():
+    z = np.load(ORACLES / "lstm.npz")
+    kernels, recurrent = np.split(z["weight_ih_l0"], 4), np.split(z["weight_hh_l0"], 4)
+    biases = np.split(z["bias_ih_l0"] + z["bias_hh_l0"], 4)
+    params = {}
+    for name, w, u, b in zip("ifgo", kernels, recurrent, biases, strict=True):
+        params |= {f"input_{name}": {"kernel": w.T, "bias": b}, f"hidden_{name}": u.T}
+    np.testing.assert_allclose(run_oracle(make_cell("lstm", 5), params, z["x"]), z["y"], atol=1e-6)
+
+
+def test_slstm_equals_the_authors():
+    """PyPI xlstm 2.0.6, sLSTMLayer(embedding_dim=16, num_heads=4, conv1d_kernel_size=4, backend="vanilla")."""
+    z = np.load(ORACLES / "slstm_layer.npz")
+    # Their attribute fgate feeds the input gate's slot and igate the forget gate's.
+    kernels = {"i": "fgate", "f": "igate", "z": "zgate", "o": "ogate"}
+    recurrent = z["slstm_cell/_recurrent_kernel_"].reshape(4, 4, 4, 4)  # head, gate, out, in
+    biases = z["slstm_cell/_bias_"].reshape(4, 16)
+    inputs = {"conv_kernel": z["conv1d/conv/weight"][:, 0].T, "conv_bias": z["conv1d/conv/bias"]}
+    params = {"norm_scale": 1.0 + z["group_norm/weight"]}
+    for slot, name in enumerate("ifzo"):
+        inputs |= {f"kernel_{name}": z[f"{kernels[name]}/weight"].swapaxes(1, 2), f"bias_{name}": biases[slot]}
+        params[f"hidden_{name}"] = recurrent[:, slot].swapaxes(1, 2)
+    params["inputs"] = inputs
+    np.testing.assert_allclose(run_oracle(make_cell("slstm", 16), params, z["x"]), z["y"], atol=3e-6)
+
+
+def test_slstm_forget_bias_starts_as_the_authors_do():
+    cell = make_cell("slstm", 16)
+    carry = cell.initialize_carry(jax.random.key(0), (1, 16))
+    params = cell.init(jax.random.key(0), carry, jnp.zeros((1, 16)))["params"]
+    expected = np.load(ORACLES / "slstm_layer.npz")["initial_bias"].reshape(4, 16)
+    for slot, name in enumerate("ifzo"):
+        np.testing.assert_allclose(params["inputs"][f"bias_{name}"], expected[slot], atol=1e-5)
+
+
+# --- The registry ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("slstmm", 8), r"unknown cell 'slstmm' \(did you mean 'slstm'\?\); valid cells: gru, lstm, slstm, none"),
+        (("gru", 8, 1, {"retain_bais": 1.0}), r"has no option 'retain_bais' \(did you mean 'retain_bias'\?\)"),
+        (("none", 8, 1, {"heads": 1}), "cell 'none' has no option 'heads'; it has none"),
+        (("slstm", 10), "multiple of num_heads, got 10 and 4"),
+        (("slstm", 8, 1, {"num_heads": 0}), "multiple of num_heads, got 8 and 0"),
+        (("slstm", 8, 1, {"conv_width": -1}), "conv_width to be 0 or more, got -1"),
+    ],
+)
+def test_make_cell_refuses(arguments, message):
+    *positional, options = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
+    with pytest.raises(ValueError, match=message):
+        make_cell(*positional, **options)
+
+
+def test_options_reach_the_cell():
+    assert make_cell("slstm", 8, num_heads=2, conv_width=0).num_heads == 2
+    params = make_cell("lstm", 8, forget_bias=3.0).init(jax.random.key(0), (jnp.zeros((1, 8)),) * 2, jnp.zeros((1, 8)))
+    assert (params["params"]["input_f"]["bias"] == 3.0).all()
+
+
+def test_a_cell_needs_only_the_two_methods_of_the_readme():
+    class Leaky(MemoryCell):
+        @nn.nowrap
+        def initialize_carry(self, rng, input_shape):
+            return jnp.zeros((*input_shape[:-1], self.features))
+
+        @nn.compact
+        def __call__(self, carry, x):
+            carry = 0.9 * carry + nn.Dense(self.features)(x)
+            return carry, carry
+
+    memory = MaskedRNN(Leaky(H))
+    xs, starts = jnp.ones((6, B, D)), jnp.zeros((6, B), bool).at[3].set(True)
+    carry = memory.initialize_carry((B, D))
+    params = memory.init(jax.random.key(0), carry, xs, starts)
+    _, ys = memory.apply(params, carry, xs, starts)
+    np.testing.assert_allclose(ys[:3], ys[3:], rtol=1e-6)
+    assert (jnp.abs(ys[2]) > jnp.abs(ys[0])).all()

@@ -1,0 +1,169 @@
+"""What every script must be: importable, documented, shaped alike, and helpful on the command line."""
+
+import dataclasses
+import importlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ALGORITHMS = Path(__file__).parent.parent / "algorithms"
+SCRIPTS = sorted(path.stem for path in ALGORITHMS.glob("[a-z]*.py"))
+PAIRS = [("ppo", "rppo", 40, 90)]  # most lines the second may remove from the first, and add to it
+TINY = ("--num-envs", "4", "--num-steps", "8", "--num-minibatches", "2", "--hidden-size", "8")
+TINY += ("--eval-episodes", "4", "--num-eval-envs", "4", "--env-kwargs", "max_steps_in_episode", "50")
+
+
+def run(script, *args, **kwargs):
+    command = [sys.executable, str(ALGORITHMS / f"{script}.py"), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, **kwargs)
+
+
+def words(text):
+    """Text without the boxes and line breaks of the terminal."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+def test_scripts_have_the_same_sections():
+    banners = {name: re.findall(r"^# --- .*$", (ALGORITHMS / f"{name}.py").read_text(), re.M) for name in SCRIPTS}
+    assert len(banners["ppo"]) == 8 and len(set(map(tuple, banners.values()))) == 1
+    assert all(len(banner) == 119 for banner in banners["ppo"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_short_and_flat(script):
+    lines = (ALGORITHMS / f"{script}.py").read_text().splitlines()
+    assert len(lines) <= 400
+    assert max(len(line) for line in lines) <= 120
+
+
+@pytest.mark.parametrize(("first", "second", "removed", "added"), PAIRS)
+def test_a_memory_is_a_small_difference(first, second, removed, added):
+    diff = subprocess.run(
+        ["diff", ALGORITHMS / f"{first}.py", ALGORITHMS / f"{second}.py"], capture_output=True, text=True
+    ).stdout.splitlines()
+    assert sum(line.startswith("<") for line in diff) <= removed
+    assert sum(line.startswith(">") for line in diff) <= added
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_four_functions(script):
+    module = importlib.import_module(f"algorithms.{script}")
+    for name in ("init", "warmup", "train", "evaluate", "main"):
+        assert callable(getattr(module, name))
+    assert dataclasses.is_dataclass(module.Config) and module.Config.__dataclass_params__.frozen
+    hash(module.Config())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_explains_every_field(script):
+    start = time.perf_counter()
+    result = run(script, "--help", env={"COLUMNS": "200", "PATH": ""})
+    assert time.perf_counter() - start < 5  # 3 s on a quiet machine
+    assert result.returncode == 0
+    text, fields = words(result.stdout), dataclasses.fields(importlib.import_module(f"algorithms.{script}").Config)
+    for field, following in zip(fields, [*fields[1:], None], strict=True):
+        flag = "--" + field.name.replace("_", "-")
+        entry = text.partition(f"{flag} ")[2] or text.partition(f"{flag},")[2]
+        if following:
+            entry = entry.partition("--" + following.name.replace("_", "-"))[0]
+        explanation = re.sub(r"\(default:.*?\)|\{.*?\}|\[.*\]|[A-Z|,]+ |--no-\S+", "", entry)
+        assert len(explanation.split()) >= 2, f"{flag}: {entry}"
+
+
+BAD = [
+    (("--env", "gymnax::Cartpole-v1"), "unknown environment 'gymnax::Cartpole-v1' (did you mean 'CartPole-v1'?)"),
+    (("--env", "CartPole-v1"), "(did you mean 'gymnax::CartPole-v1'?)"),
+    (("--env", "atari::Pong"), "unknown environment namespace 'atari' in 'atari::Pong'"),
+    (("--env", "gymnax::Pendulum-v1"), "needs discrete actions, those of gymnax::Pendulum-v1 are continuous"),
+    (("--env-kwargs", "lenth", "3"), "gymnax::CartPole-v1 has no option 'lenth'"),
+    (("--mask", "velocities"), "unknown mask 'velocities' (did you mean 'velocity'?)"),
+    (("--num-envs", "0"), "num_envs must be greater than 0, got 0"),
+    (("--hidden-size", "-3"), "hidden_size must be greater than 0, got -3"),
+    (("--learning-rate", "-1e-3"), "learning_rate must be greater than 0, got -0.001"),
+    (("--gamma", "1.5"), "gamma must be between 0 and 1, got 1.5"),
+    (("--ent-coef", "-0.1"), "ent_coef must be 0 or more, got -0.1"),
+    (("--total-steps", "10"), "total_steps (10) is less than one update"),
+    (("--num-minibatches", "7"), "num_minibatches (7) must divide"),
+    (("--num-envs", "many"), "many"),
+    (("--log", "fax"), "fax"),
+    (("--run-dir", "/dev/null/run"), "run directory '/dev/null/run' cannot be written: Not a directory"),
+    (("--run-dir", "."), "run directory '.' exists; choose another with --run-dir"),
+    (("--evaluate", "nowhere"), "no run in 'nowhere'"),
+]
+BAD_MEMORY = [
+    (("--cell", "gruu"), "gruu"),
+    (("--cell", "slstm", "--hidden-size", "30"), "hidden_size to be a multiple of num_heads, got 30 and 4"),
+    (("--cell-kwargs", "bias", "1"), "cell 'gru' has no option 'bias'"),
+    (("--bptt", "48"), "bptt (48) must divide num_steps (128)"),
+    (("--bptt", "-1"), "bptt must be 0 or more, got -1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "message"),
+    [("ppo", *case) for case in BAD] + [("rppo", *case) for case in BAD[-3:] + BAD_MEMORY],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_input_gets_one_sentence_and_exit_code_2(script, args, message, tmp_path):
+    result = run(script, *args, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert message in words(result.stderr), result.stderr
+    assert "Traceback" not in result.stderr and not result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_from_the_command_line(script, tmp_path):
+    """Train, evaluate, save; load and evaluate the same again."""
+    run_dir = tmp_path / "run"
+    args = (*TINY, "--total-steps", "200", "--log-every", "2", "--eval-every", "96", "--num-seeds", "2")
+    result = run(script, *args, "--run-dir", str(run_dir), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    *table, evaluation, saved = result.stdout.splitlines()
+    assert "greedy return over 4 episodes" in evaluation and saved == f"saved to {run_dir}"
+    assert len(table) == 1 + 4 + 2  # heading, reports at updates 2, 3, 5, 6, evaluations at 3, 6
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records]
+    assert steps == [0, 64, 96, 96, 160, 192, 192]
+    assert all(len(record["losses/policy_loss"]) == 2 for record in records if "losses/policy_loss" in record)
+    assert max(max(record.get("losses/first_ratio_error", [0])) for record in records) < 1e-5
+    assert list(run_dir.glob("events.*"))
+
+    again = run(script, "--evaluate", str(run_dir), "--eval-episodes", "4", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines() == [evaluation]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_ends_with_a_message_and_whole_files(script, tmp_path):
+    run_dir = tmp_path / "run"
+    args = (*TINY, "--total-steps", "100_000_000", "--run-dir", str(run_dir), "--log", "console", "file")
+    command = [sys.executable, str(ALGORITHMS / f"{script}.py"), *args]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:  # the heading, then reports: training is on
+        if "%" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == f"interrupted; the metrics so far are in {run_dir}"
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_a_copied_script_runs_anywhere(tmp_path):
+    """To fork an algorithm is to copy its file."""
+    fork = tmp_path / "my_rppo.py"
+    fork.write_text((ALGORITHMS / "rppo.py").read_text())
+    args = (*TINY, "--total-steps", "64", "--cell", "none", "--log", "console")
+    result = subprocess.run(
+        [sys.executable, str(fork), *args], capture_output=True, text=True, cwd=tmp_path, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    assert "__my_rppo__none__seed0__" in result.stdout
