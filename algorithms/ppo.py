@@ -41,7 +41,7 @@ class Config:
     log: tuple[Literal[BACKENDS], ...] = ("console", "file", "tensorboard")  # where metrics go, any combination
     log_every: int = 10  # updates between two reports
     run_dir: str = ""  # directory for this run, must not exist yet; empty: a new one under runs/
-    eval_every: int = 100_000  # environment steps between two evaluations
+    eval_every: int = 50_000  # environment steps between two evaluations
     eval_episodes: int = 100  # episodes of an evaluation, played greedily
     num_eval_envs: int = 100  # parallel environments of an evaluation
     evaluate: str = ""  # directory of a finished run: evaluate its model instead of training

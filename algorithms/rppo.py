@@ -43,7 +43,7 @@ class Config:
     log: tuple[Literal[BACKENDS], ...] = ("console", "file", "tensorboard")  # where metrics go, any combination
     log_every: int = 10  # updates between two reports
     run_dir: str = ""  # directory for this run, must not exist yet; empty: a new one under runs/
-    eval_every: int = 100_000  # environment steps between two evaluations
+    eval_every: int = 50_000  # environment steps between two evaluations
     eval_episodes: int = 100  # episodes of an evaluation, played greedily
     num_eval_envs: int = 100  # parallel environments of an evaluation
     evaluate: str = ""  # directory of a finished run: evaluate its model instead of training
@@ -137,7 +137,8 @@ class Torso(nn.Module):
             [x, *(jnp.where(starts[..., None], 0.0, previous) for previous in (action, reward))], axis=-1
         )
         x = nn.tanh(dense(config.hidden_size)(x))
-        return config.make_memory()(carry, x, starts, bptt=config.bptt)
+        carry, memory = config.make_memory()(carry, x, starts, bptt=config.bptt)
+        return carry, x + memory  # what can be seen in x need not be remembered
 
 
 class ActorCritic(nn.Module):
@@ -267,8 +268,9 @@ def rollout(state, env):
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = jax.vmap(env.step)(step_keys, state.env_state, action)
         # The true next observation continues the episode: read by the memory that has just read this one, no start.
-        next_inputs = Inputs(info["final_obs"], action, reward)
-        _, _, next_value = act(state.params, carry, next_inputs, jnp.zeros_like(state.start))
+        *_, next_value = act(
+            state.params, carry, Inputs(info["final_obs"], action, reward), jnp.zeros_like(state.start)
+        )
         log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits, action)
         ending = terminated, info["episode_done"], info["episode_return"], info["episode_length"]
         transition = Transition(state.inputs, state.start, action, log_prob, value, next_value, reward, *ending)

@@ -16,10 +16,6 @@ GYMNAX = [f"gymnax::{env_id}" for env_id in envs.gymnax_ids()]
 FAST = [id for id in GYMNAX if "MinAtar" not in id]
 
 
-def avals(tree):
-    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), jax.tree.map(lambda x: jax.typeof(x), tree))
-
-
 @pytest.mark.parametrize("id", GYMNAX)
 def test_conformance(id):
     """Shapes and dtypes are those of the spaces, reset and step agree in structure, and nothing is weakly typed."""

@@ -1,0 +1,106 @@
+"""The learning results of the README: runs every command of its table, prints the table, draws the curves.
+
+    python benchmark/learning.py            # train what is missing under runs/learning, then report
+    python benchmark/learning.py --report   # report what is there
+
+Each run is the command shown, with --num-seeds 5 --eval-every 25000 and its own --run-dir.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "learning"
+CARTPOLE, ACROBOT = "--env gymnax::CartPole-v1", "--env gymnax::Acrobot-v1"
+MASKED = f"{CARTPOLE} --mask velocity"
+CHAIN = "--env gymnax::MemoryChain-bsuite --env-kwargs memory_length 10 --total-steps 200_000"
+
+RESULTS = {  # panel of the figure: {label: command}
+    "CartPole-v1": {
+        "PPO": f"ppo.py {CARTPOLE}",
+        "RPPO, GRU": f"rppo.py {CARTPOLE} --cell gru",
+        "RPPO, LSTM": f"rppo.py {CARTPOLE} --cell lstm",
+        "RPPO, sLSTM": f"rppo.py {CARTPOLE} --cell slstm",
+    },
+    "CartPole-v1, velocities hidden": {
+        "PPO": f"ppo.py {MASKED}",
+        "RPPO, GRU": f"rppo.py {MASKED} --cell gru",
+    },
+    "MemoryChain, length 10": {
+        "RPPO, no memory": f"rppo.py {CHAIN} --cell none",
+        "RPPO, GRU": f"rppo.py {CHAIN} --cell gru",
+        "RPPO, sLSTM": f"rppo.py {CHAIN} --cell slstm",
+    },
+    "Acrobot-v1": {"PPO": f"ppo.py {ACROBOT}"},
+}
+COLORS = {"PPO": "C7", "RPPO, no memory": "C7", "RPPO, GRU": "C0", "RPPO, LSTM": "C2", "RPPO, sLSTM": "C1"}
+
+
+def run_dir(command):
+    return RUNS / command.replace("--", "").replace("::", "-").replace(" ", "_").replace(".py", "")
+
+
+def train(command):
+    script, *args = command.split()
+    extra = ["--num-seeds", "5", "--eval-every", "25_000", "--run-dir", str(run_dir(command))]
+    subprocess.run([sys.executable, str(ROOT / "algorithms" / script), *args, *extra], check=True)
+
+
+def evaluations(command):
+    """Steps (E,) and greedy returns (E, seeds) of a run's evaluations."""
+    records = map(json.loads, (run_dir(command) / "metrics.jsonl").read_text().splitlines())
+    points = [(r["step"], r["eval/episodic_return"]) for r in records if "eval/episodic_return" in r]
+    steps, returns = zip(*points, strict=True)
+    return np.array(steps), np.array(returns)
+
+
+def report():
+    print("| command | steps | greedy return, median of 5 seeds | the seeds |\n|---|---|---|---|")
+    for commands in RESULTS.values():
+        for command in commands.values():
+            steps, returns = evaluations(command)
+            seeds = ", ".join(f"{value:.2f}" for value in sorted(returns[-1]))
+            print(f"| `{command}` | {steps[-1]:,} | {np.median(returns[-1]):.2f} | {seeds} |")
+
+
+def draw(path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(RESULTS), figsize=(15, 3.4), layout="constrained")
+    for axis, (title, commands) in zip(axes, RESULTS.items(), strict=True):
+        for label, command in commands.items():
+            steps, returns = evaluations(command)
+            axis.plot(steps / 1e3, np.median(returns, axis=1), label=label, color=COLORS[label])
+            axis.fill_between(steps / 1e3, returns.min(1), returns.max(1), alpha=0.15, color=COLORS[label], lw=0)
+        axis.set(title=title, xlabel="thousand environment steps")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=9)
+    axes[0].set_ylabel("greedy return\nmedian, min and max of 5 seeds")
+    figure.savefig(path, dpi=110)
+    print(f"figure: {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="do not train")
+    args = parser.parse_args()
+    if not args.report:
+        for commands in RESULTS.values():
+            for command in commands.values():
+                if not (run_dir(command) / "model").exists():
+                    train(command)
+    report()
+    draw(ROOT / "benchmark" / "learning.png")
+
+
+if __name__ == "__main__":
+    main()
