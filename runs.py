@@ -68,6 +68,8 @@ def check_sizes(config):
                 raise ValueError(f"{field.name} must be between 0 and 1, got {value}")
         elif type(value) in (int, float) and value <= 0:
             raise ValueError(f"{field.name} must be greater than 0, got {value}")
+    if getattr(config, "bptt", 0) and config.num_steps % config.bptt:
+        raise ValueError(f"bptt ({config.bptt}) must divide num_steps ({config.num_steps})")
     if config.total_steps < config.batch_size:
         raise ValueError(f"total_steps ({config.total_steps}) is less than one update ({config.batch_size} steps)")
 

@@ -202,7 +202,6 @@ def ppo_loss(params, network, config, batch, advantage, returns):
         clipped_value = batch.value + jnp.clip(value - batch.value, -config.clip_coef, config.clip_coef)
         value_error = jnp.maximum(value_error, (clipped_value - returns) ** 2)
     value_loss = 0.5 * value_error.mean()
-
     entropy = -(nn.softmax(logits) * nn.log_softmax(logits)).sum(axis=-1).mean()
     loss = policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy
     return loss, {
@@ -341,8 +340,7 @@ def main(config: Config) -> None:
         trained, state = load_run(config.evaluate, Config, init, __file__)
         return print(describe(evaluate(state, trained.make_env(), config.eval_episodes)))
 
-    run_dir = create_run_dir(config, __file__)
-    env = config.make_env()
+    run_dir, env = create_run_dir(config, __file__), config.make_env()
     with make_logger(config.log, run_dir, config) as logger:
         state = warmup(init(config, seed_keys(config)), env, logger)
         while remaining := (config.num_updates - int(state.updates[0])) * config.batch_size:

@@ -95,8 +95,6 @@ class Config:
         check_sizes(self)
         if self.num_envs % self.num_minibatches:
             raise ValueError(f"num_minibatches ({self.num_minibatches}) must divide num_envs ({self.num_envs})")
-        if self.bptt and self.num_steps % self.bptt:
-            raise ValueError(f"bptt ({self.bptt}) must divide num_steps ({self.num_steps})")
         self.make_memory()
         if not isinstance(self.make_env().action_space, Discrete):
             raise ValueError(f"this script needs discrete actions, those of {self.env} are continuous")
@@ -133,9 +131,8 @@ class Torso(nn.Module):
         # Before an episode's first step there was no action and no reward, whatever the last episode ended with.
         action = nn.one_hot(inputs.action, env.action_space.n) * config.prev_action
         reward = inputs.reward[..., None] * config.prev_reward
-        x = jnp.concatenate(
-            [x, *(jnp.where(starts[..., None], 0.0, previous) for previous in (action, reward))], axis=-1
-        )
+        previous = jnp.where(starts[..., None], 0.0, jnp.concatenate([action, reward], axis=-1))
+        x = jnp.concatenate([x, previous], axis=-1)
         x = nn.tanh(dense(config.hidden_size)(x))
         carry, memory = config.make_memory()(carry, x, starts, bptt=config.bptt)
         return carry, x + memory  # what can be seen in x need not be remembered
@@ -242,7 +239,6 @@ def ppo_loss(params, network, config, carry, batch, advantage, returns):
         clipped_value = batch.value + jnp.clip(value - batch.value, -config.clip_coef, config.clip_coef)
         value_error = jnp.maximum(value_error, (clipped_value - returns) ** 2)
     value_loss = 0.5 * value_error.mean()
-
     entropy = -(nn.softmax(logits) * nn.log_softmax(logits)).sum(axis=-1).mean()
     loss = policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy
     return loss, {
@@ -268,9 +264,8 @@ def rollout(state, env):
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = jax.vmap(env.step)(step_keys, state.env_state, action)
         # The true next observation continues the episode: read by the memory that has just read this one, no start.
-        *_, next_value = act(
-            state.params, carry, Inputs(info["final_obs"], action, reward), jnp.zeros_like(state.start)
-        )
+        next_inputs, no_start = Inputs(info["final_obs"], action, reward), jnp.zeros_like(state.start)
+        *_, next_value = act(state.params, carry, next_inputs, no_start)
         log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits, action)
         ending = terminated, info["episode_done"], info["episode_return"], info["episode_length"]
         transition = Transition(state.inputs, state.start, action, log_prob, value, next_value, reward, *ending)
@@ -389,8 +384,7 @@ def main(config: Config) -> None:
         trained, state = load_run(config.evaluate, Config, init, __file__)
         return print(describe(evaluate(state, trained.make_env(), config.eval_episodes)))
 
-    run_dir = create_run_dir(config, __file__)
-    env = config.make_env()
+    run_dir, env = create_run_dir(config, __file__), config.make_env()
     with make_logger(config.log, run_dir, config) as logger:
         state = warmup(init(config, seed_keys(config)), env, logger)
         while remaining := (config.num_updates - int(state.updates[0])) * config.batch_size:
