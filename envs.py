@@ -377,7 +377,7 @@ def _make(id, mask, options):
         raise ValueError(f"unknown environment namespace {namespace!r} in {id!r}; this version has: {valid}")
     ids, make_task = NAMESPACES[namespace]
     if env_id not in ids():
-        hint = did_you_mean(env_id, ids())
+        hint = did_you_mean(env_id, {known: f"{namespace}::{known}" for known in ids()})
         raise ValueError(f"unknown environment {id!r}{hint}; valid ids of {namespace}: {', '.join(ids())}")
     task = make_task(env_id, **dict(options))
     return Environment(id, mask_observation(id, task, mask) if mask else task)

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+Options = dict[str, int | float | bool | str]  # on the command line: name value name value ...
+
 CONFIG_FILE = "config.json"
 MODEL_DIR = "model"
 

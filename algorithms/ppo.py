@@ -26,7 +26,7 @@ from flax import struct
 
 from envs import Discrete, Episodes, make, play
 from loggers import BACKENDS, describe, make_logger, summarize, summarize_episodes
-from runs import check_sizes, create_run_dir, launch, load_run, save_model, seed_keys, vmap_seeds
+from runs import Options, check_sizes, create_run_dir, launch, load_run, save_model, seed_keys, vmap_seeds
 
 
 # --- Config ----------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ class Config:
 
     # Environment and networks
     env: str = "gymnax::CartPole-v1"  # environment, as namespace::id
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict, hash=False)  # e.g. memory_length 10
+    env_kwargs: Options = field(default_factory=dict, hash=False)  # parameters of the environment: memory_length 10
     mask: tuple[str, ...] = ()  # entries of the observation to hide: indices, or a name such as velocity
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # layers between encoder and heads

@@ -185,7 +185,7 @@ def test_named_masks_are_positions_and_velocities():
         (
             "gymnax::Cartpole-v1",
             {},
-            r"'gymnax::Cartpole-v1' \(did you mean 'CartPole-v1'\?\); valid ids of gymnax: .*Pong",
+            r"'gymnax::Cartpole-v1' \(did you mean 'gymnax::CartPole-v1'\?\); valid ids of gymnax: .*Pong",
         ),
         ("gymnax::MNISTBandit-bsuite", {}, "unknown environment 'gymnax::MNISTBandit-bsuite'"),
         (

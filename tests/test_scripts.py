@@ -77,7 +77,10 @@ def test_help_is_quick_and_explains_every_field(script):
 
 
 BAD = [
-    (("--env", "gymnax::Cartpole-v1"), "unknown environment 'gymnax::Cartpole-v1' (did you mean 'CartPole-v1'?)"),
+    (
+        ("--env", "gymnax::Cartpole-v1"),
+        "unknown environment 'gymnax::Cartpole-v1' (did you mean 'gymnax::CartPole-v1'?)",
+    ),
     (("--env", "CartPole-v1"), "(did you mean 'gymnax::CartPole-v1'?)"),
     (("--env", "atari::Pong"), "unknown environment namespace 'atari' in 'atari::Pong'"),
     (("--env", "gymnax::Pendulum-v1"), "needs discrete actions, those of gymnax::Pendulum-v1 are continuous"),
