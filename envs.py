@@ -1,6 +1,6 @@
 """One factory for every environment: `make("namespace::id")`.
 
-    env = make("gymnax::CartPole-v1", mask=("velocity",))
+    env = make("gymnax::CartPole-v1", ("velocity",))
     obs, state = env.reset(key)
     obs, state, reward, terminated, truncated, info = env.step(key, state, action)
 
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from runs import did_you_mean
+from experiment import check_options, did_you_mean
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Spaces
@@ -219,10 +219,10 @@ def play(env: Environment, policy: Callable, initialize: Callable, key, num_envs
         obs=obs,
         start=jnp.ones(num_envs, bool),
         action=jnp.zeros((num_envs, *action_space.shape), action_space.dtype),
-        reward=jnp.zeros(num_envs),
+        reward=jnp.zeros(num_envs, jnp.float32),
         env_state=env_state,
         finished=jnp.zeros(num_envs, jnp.int32),
-        result=Episodes(jnp.zeros((quota, num_envs)), jnp.zeros((quota, num_envs), jnp.int32)),
+        result=Episodes(jnp.zeros((quota, num_envs), jnp.float32), jnp.zeros((quota, num_envs), jnp.int32)),
     )
     result = jax.lax.while_loop(unfinished, step, loop).result
     return jax.tree.map(lambda x: x.reshape(-1)[:episodes], result)
@@ -261,7 +261,7 @@ def mask_observation(env_id: str, task: Task, mask: tuple[str, ...]) -> Task:
         else:
             named = f", or {' or '.join(names)}" if names else ""
             raise ValueError(
-                f"unknown mask {entry!r}{did_you_mean(entry, names)}; "
+                f"unknown mask {entry!r}{did_you_mean(entry, names.keys())}; "
                 f"valid for {env_id}: indices 0 to {size - 1}{named}"
             )
     kept = np.array([i for i in range(size) if i not in hidden], int)
@@ -295,18 +295,15 @@ def gymnax_ids() -> list[str]:
 def gymnax_task(env_id: str, **options) -> Task:
     """A gymnax task; options are its environment parameters or its constructor's arguments.
 
-    Works with gymnax 1.x and with the 0.0.x interface of the package `stable-gymnax`, which installs the same modules:
+    Works with gymnax 1.x and with the 0.0.x interface, which `stable-gymnax` installs under the same name:
     `reset_env` and `step_env` are common to both, and neither auto-resets.
     """
     import gymnax
 
     env, params = gymnax.make(env_id)
-    parameters = [field.name for field in fields(params)]
-    arguments = list(inspect.signature(type(env)).parameters)
-    for name in options:
-        if name not in parameters + arguments:
-            hint, valid = did_you_mean(name, parameters + arguments), ", ".join(parameters + arguments)
-            raise ValueError(f"gymnax::{env_id} has no option {name!r}{hint}; valid options: {valid}")
+    parameters = {field.name: getattr(params, field.name) for field in fields(params)}
+    arguments = {name: argument.default for name, argument in inspect.signature(type(env)).parameters.items()}
+    check_options(f"gymnax::{env_id}", options, parameters | arguments)
     env, params = gymnax.make(env_id, **{name: value for name, value in options.items() if name in arguments})
     params = params.replace(**{name: value for name, value in options.items() if name in parameters})
 
@@ -349,7 +346,7 @@ NAMESPACES: dict[str, tuple[Callable[[], list[str]], Callable[..., Task]]] = {
 }
 
 
-def make(id: str, mask: tuple[str, ...] = (), **options) -> Environment:
+def make(id: str, mask: tuple[str, ...] = (), /, **options) -> Environment:
     """The environment `namespace::id`.
 
     Equal arguments give the same object: it has no state, and is a static argument of the scripts' jitted functions.

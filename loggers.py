@@ -51,7 +51,7 @@ class Logger:
                 getattr(backend, method)(*args)
             except Exception as error:
                 self.backends.remove(backend)
-                print(f"warning: {type(backend).__name__} stopped: {error!r}; training goes on", file=sys.stderr)
+                print(f"warning: {type(backend).__name__} stopped: {error!r}; the run goes on", file=sys.stderr)
 
     def __enter__(self):
         return self
@@ -59,7 +59,7 @@ class Logger:
     def __exit__(self, error, *_):
         self.close()
         if error is KeyboardInterrupt:
-            print(f"\ninterrupted; the metrics so far are in {self.run_dir}", file=sys.stderr)
+            print(f"\ninterrupted; what was logged is in {self.run_dir}", file=sys.stderr)
 
 
 class Console:
@@ -164,7 +164,7 @@ def make_logger(names, run_dir, config) -> Logger:
         "file": lambda: File(run_dir),
         "tensorboard": lambda: TensorBoard(run_dir, config),
     }
-    return Logger([make[name]() for name in names], run_dir)
+    return Logger([make[name]() for name in dict.fromkeys(names)], run_dir)
 
 
 def summarize(sums: dict, num_updates: int) -> dict:

@@ -25,8 +25,8 @@ import optax
 from flax import struct
 
 from envs import Discrete, Episodes, make, play
+from experiment import Options, check_sizes, create_run_dir, launch, load_run, save_model, seed_keys, vmap_seeds
 from loggers import BACKENDS, describe, make_logger, summarize, summarize_episodes
-from runs import Options, check_sizes, create_run_dir, launch, load_run, save_model, seed_keys, vmap_seeds
 
 
 # --- Config ----------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def make_optimizer(config: Config):
 
 # --- State -----------------------------------------------------------------------------------------------------------
 class State(struct.PyTreeNode):
-    """All that a run is. `init` gives every array a leading seed axis; `rollout` and `update` see one seed."""
+    """All that a run needs to go on. `init` gives arrays a leading seed axis; `rollout` and `update` see one seed."""
 
     params: Any
     opt_state: Any
@@ -176,7 +176,7 @@ def gae(reward, value, next_value, terminated, done, config):
     Two things can end: `terminated` ends the future (nothing to bootstrap from), `done` the episode (no trace from the
     next one). A truncated step bootstraps from next_value, and stops the trace.
     """
-    delta = reward + config.gamma * next_value * ~terminated - value
+    delta = reward + config.gamma * jnp.where(terminated, 0.0, next_value) - value
 
     def backward(advantage, step):
         delta, done = step
@@ -210,7 +210,7 @@ def ppo_loss(params, network, config, batch, advantage, returns):
         "losses/entropy": entropy,
         "losses/approx_kl": (ratio - 1.0 - log_ratio).mean(),  # k3 of joschu.net/blog/kl-approx
         "losses/clipfrac": (jnp.abs(ratio - 1.0) > config.clip_coef).mean(),
-        "losses/ratio_error": jnp.abs(ratio - 1.0).max(),
+        "losses/first_ratio_error": jnp.abs(ratio - 1.0).max(),
     }
 
 
@@ -226,7 +226,7 @@ def rollout(state, env):
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = jax.vmap(env.step)(step_keys, state.env_state, action)
         _, next_value = network.apply(state.params, info["final_obs"])
-        log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits, action)
+        log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits, action)  # log pi(action)
         ending = terminated, info["episode_done"], info["episode_return"], info["episode_length"]
         transition = Transition(state.obs, action, log_prob, value, next_value, reward, *ending)
         return state.replace(env_state=env_state, obs=obs, key=key), transition
@@ -240,18 +240,18 @@ def update(state, env):
     state, batch = rollout(state, env)
     advantages, returns = gae(batch.reward, batch.value, batch.next_value, batch.terminated, batch.done, config)
 
-    def gradient_step(carry, steps):
-        params, opt_state = carry
+    def gradient_step(learner, steps):
+        params, opt_state = learner
         minibatch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[steps], (batch, advantages, returns))
         gradients, parts = jax.grad(ppo_loss, has_aux=True)(params, network, config, *minibatch)
         changes, opt_state = optimizer.update(gradients, opt_state, params)
         return (optax.apply_updates(params, changes), opt_state), parts
 
-    def epoch(carry, key):
+    def epoch(learner, key):
         # Minibatches of single steps: without memory it does not matter where in an episode a step was taken.
         order = jnp.argsort(jax.random.bits(key, (config.batch_size,)))  # one sort; jax.random.permutation takes two
         minibatches = order.reshape(config.num_minibatches, -1)
-        return jax.lax.scan(gradient_step, carry, minibatches)
+        return jax.lax.scan(gradient_step, learner, minibatches)
 
     key, shuffle_key = jax.random.split(state.key)
     epoch_keys = jax.random.split(shuffle_key, config.update_epochs)
@@ -259,7 +259,7 @@ def update(state, env):
 
     metrics = jax.tree.map(jnp.mean, parts) | {
         # The first minibatch meets the very parameters that collected it: a ratio other than 1 there is a bug.
-        "losses/first_ratio_error": parts.pop("losses/ratio_error")[0, 0],
+        "losses/first_ratio_error": parts["losses/first_ratio_error"][0, 0],
         "losses/explained_variance": 1.0 - (returns - batch.value).var() / (returns.var() + 1e-8),
         "charts/learning_rate": config.learning_rate * (1.0 - config.anneal_lr * state.updates / config.num_updates),
         "charts/episodic_return": batch.episode_return.sum(where=batch.done),
@@ -299,20 +299,20 @@ def init(config: Config, key) -> State:
 
 def warmup(state: State, env, logger) -> State:
     """Compile the update, so that the speed reported by `train` is that of training; PPO needs nothing else."""
-    start = time.perf_counter()
+    began = time.perf_counter()
     state, _ = jax.block_until_ready(train_chunk(state, env, 0))
-    logger.log({"charts/compile_seconds": time.perf_counter() - start}, step=0)
+    logger.log({"charts/compile_seconds": time.perf_counter() - began}, step=0)
     return state
 
 
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
-    """Train for `num_steps` environment steps per seed, rounded down to updates; the metrics are of the last report."""
-    config, remaining, report = state.config, num_steps // state.config.batch_size, {}
+    """Train for `num_steps` steps per seed in whole updates, at least one. The state passed in is used up (donated)."""
+    config, remaining = state.config, max(1, num_steps // state.config.batch_size)
     while remaining:
-        num_updates, start = min(config.log_every, remaining), time.perf_counter()
+        num_updates, began = min(config.log_every, remaining), time.perf_counter()
         state, metrics = jax.block_until_ready(train_chunk(state, env, num_updates))
         steps = num_updates * config.batch_size * len(state.updates)
-        report = summarize(metrics, num_updates) | {"charts/SPS": steps / (time.perf_counter() - start)}
+        report = summarize(metrics, num_updates) | {"charts/SPS": steps / (time.perf_counter() - began)}
         logger.log(report, step=int(state.updates[0]) * config.batch_size)
         remaining -= num_updates
     return state, report
@@ -324,11 +324,11 @@ def evaluate(state: State, env, episodes: int) -> Episodes:
     config, network = state.config, ActorCritic(state.config)
 
     def evaluate_seed(state):
-        def policy(memory, obs, *_):
+        def policy(carry, obs, *_):
             logits, _ = network.apply(state.params, obs)
-            return memory, logits.argmax(axis=-1)
+            return carry, logits.argmax(axis=-1)
 
-        key = jax.random.fold_in(state.key, 0)
+        key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
         return play(env, policy, lambda _: (), key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
@@ -347,7 +347,7 @@ def main(config: Config) -> None:
             state, _ = train(state, env, logger, min(remaining, max(config.eval_every, config.batch_size)))
             episodes = evaluate(state, env, config.eval_episodes)
             logger.log(summarize_episodes(episodes), step=int(state.updates[0]) * config.batch_size)
-    save_model(run_dir, state)
+        save_model(run_dir, state)
     print(f"{describe(episodes)}\nsaved to {run_dir}")
 
 

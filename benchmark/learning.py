@@ -8,6 +8,7 @@ Each run is the command shown, with --num-seeds 5 --eval-every 25000 and its own
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,7 @@ def main():
         for commands in RESULTS.values():
             for command in commands.values():
                 if not (run_dir(command) / "model").exists():
+                    shutil.rmtree(run_dir(command), ignore_errors=True)  # what an interrupted run left
                     train(command)
     report()
     draw(ROOT / "benchmark" / "learning.png")

@@ -145,9 +145,12 @@ def worker(name):
     """Compile, then run one round per line of standard input."""
     _, make_run, updates = SYSTEMS[name]
     run = make_run()
-    start = time.perf_counter()
-    run(0)
-    print(json.dumps({"compile": time.perf_counter() - start}), flush=True)
+    seconds = []
+    for _ in range(2):  # the second call is what the first did besides compiling
+        start = time.perf_counter()
+        run(0)
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps({"compile": seconds[0] - seconds[1]}), flush=True)
     run(updates)
     for _ in sys.stdin:
         start = time.perf_counter()

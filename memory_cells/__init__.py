@@ -1,6 +1,6 @@
 """Memories for recurrent agents, one file each, behind one interface (see `masked_rnn.py`).
 
-    cell = make_cell("slstm", hidden_size=128, num_heads=8)
+    cell = make_cell("slstm", 128, num_heads=8)
     memory = MaskedRNN(cell)
 
 To add a cell: write `memory_cells/<name>.py` with a subclass of `MemoryCell`, enter it in `CELLS`, and every recurrent
@@ -9,19 +9,19 @@ script and every test in `tests/test_memory_cells.py` takes it from there.
 
 import dataclasses
 
+from experiment import check_options, did_you_mean
 from memory_cells.gru import GRU
 from memory_cells.lstm import LSTM
 from memory_cells.masked_rnn import MaskedRNN, MemoryCell, Stack, detach, take
 from memory_cells.none import NoMemory
 from memory_cells.slstm import SLSTM
-from runs import did_you_mean
 
 __all__ = ["CELLS", "MaskedRNN", "MemoryCell", "detach", "make_cell", "take"]
 
 CELLS: dict[str, type[MemoryCell]] = {"gru": GRU, "lstm": LSTM, "slstm": SLSTM, "none": NoMemory}
 
 
-def make_cell(name: str, hidden_size: int, num_layers: int = 1, **options) -> MemoryCell:
+def make_cell(name: str, hidden_size: int, num_layers: int = 1, /, **options) -> MemoryCell:
     """A memory by name.
 
     Args:
@@ -34,13 +34,10 @@ def make_cell(name: str, hidden_size: int, num_layers: int = 1, **options) -> Me
       ValueError: unknown name or option, or a value the cell cannot have.
     """
     if name not in CELLS:
-        raise ValueError(f"unknown cell {name!r}{did_you_mean(name, CELLS)}; valid cells: {', '.join(CELLS)}")
+        raise ValueError(f"unknown cell {name!r}{did_you_mean(name, CELLS.keys())}; valid cells: {', '.join(CELLS)}")
     cell_class = CELLS[name]
     inherited = {field.name for field in dataclasses.fields(MemoryCell)}
-    valid = [field.name for field in dataclasses.fields(cell_class) if field.name not in inherited]
-    for option in options:
-        if option not in valid:
-            listing = f"valid options: {', '.join(valid)}" if valid else "it has none"
-            raise ValueError(f"cell {name!r} has no option {option!r}{did_you_mean(option, valid)}; {listing}")
+    defaults = {field.name: field.default for field in dataclasses.fields(cell_class) if field.name not in inherited}
+    check_options(f"cell {name!r}", options, defaults)
     cells = tuple(cell_class(features=hidden_size, **options) for _ in range(num_layers))
     return cells[0] if num_layers == 1 else Stack(features=hidden_size, cells=cells)

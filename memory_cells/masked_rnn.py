@@ -59,6 +59,8 @@ def scan_steps(cell, carry, xs, starts, valid=None):
 
     def step(cell, carry, inputs):
         x, start, valid = inputs
+        if valid is not None:  # padding is not read: nan in it would reach the gradients
+            x = jnp.where(valid[:, None], x, 0.0)
         new_carry, y = cell(reset(carry, initial, start), x)
         if valid is not None:
             new_carry, y = reset(new_carry, carry, ~valid), jnp.where(valid[:, None], y, 0.0)
@@ -115,8 +117,8 @@ class MaskedRNN(nn.Module):
           valid: optional (T, B) bool for sequences of different lengths: where False the memory keeps its carry and
             puts out 0. Costs the step-by-step scan, also for cells that have a faster form.
           burn_in: the first `burn_in` steps only bring the carry up to date: no output, no gradient (R2D2, section 3).
-          bptt: let gradients reach back over chunks of this many steps only; 0 means the whole sequence. T must be a
-            multiple of it.
+          bptt: cut the gradient's way back at every multiple of this many steps, the incoming carry included; 0 means
+            nowhere. T must be a multiple of it.
 
         Returns:
           The carry after the last step, and outputs (T - burn_in, B, H).

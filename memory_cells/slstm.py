@@ -11,10 +11,10 @@ Per head, with u = silu(conv(x)) a short causal convolution over time:
 
 W, R are block-diagonal over heads (memories mix within a head). The layer is the paper's figure 10 without residual and
 feed-forward parts, as `sLSTMLayer` of the authors' package `xlstm`.
-Carry: (c, n, m, h), each (B, H), and the convolution's buffer (B, K - 1, H). m starts at -1e30, not 0: then the first
-step gives m' = i~ exactly, for each environment by itself, and n' >= 1 whatever the input; a zero there gives nan when
-one environment is reset while others run.
-Cost per step: 16 H^2 / heads floating-point operations per environment; sequences are sequential.
+Carry: (c, n, m, h), each (B, H), and the convolution's last inputs (B, K - 1, H). m starts at -1e30, not 0: then the
+first step gives m' = i~ exactly, for each environment by itself, and n' >= 1 whatever the input; a zero there gives nan
+when one environment is reset while others run.
+Cost per step: 8 H^2 (1 + 1 / heads) floating-point operations per environment; sequences are sequential.
 """
 
 import flax.linen as nn
@@ -43,8 +43,8 @@ class SLSTM(MemoryCell):
             raise ValueError(
                 f"slstm needs hidden_size to be a multiple of num_heads, got {self.features} and {self.num_heads}"
             )
-        if self.conv_width < 0:
-            raise ValueError(f"slstm needs conv_width to be 0 or more, got {self.conv_width}")
+        if self.conv_width < 2 and self.conv_width != 0:
+            raise ValueError(f"slstm needs conv_width to be 0 or at least 2, got {self.conv_width}")
         super().__post_init__()
 
     def setup(self):
@@ -59,7 +59,7 @@ class SLSTM(MemoryCell):
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
         zeros = jnp.zeros((*batch, self.features))
-        buffer = jnp.zeros((*batch, max(self.conv_width - 1, 0), self.features))
+        buffer = jnp.zeros((*batch, self.conv_width - 1, self.features)) if self.conv_width else ()
         return (zeros, zeros, jnp.full_like(zeros, -1e30), zeros), buffer
 
     def __call__(self, carry, x):

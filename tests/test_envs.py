@@ -257,7 +257,7 @@ def test_play_hands_the_policy_what_a_memory_reads():
 
 @pytest.mark.slow
 def test_the_older_gymnax_interface(tmp_path):
-    """The package stable-gymnax installs gymnax 0.0.x's interface under the same name: the adapter works with both."""
+    """gymnax 0.0.x, whose interface stable-gymnax also installs under the name gymnax: the adapter works with both."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "gymnax==0.0.9"]
     subprocess.run(pip, check=True)
     code = (

@@ -83,7 +83,7 @@ def test_a_failing_backend_is_dropped_and_the_rest_go_on(tmp_path, capsys):
 def test_an_interrupt_closes_the_files_and_says_where_they_are(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt), make_logger(("file",), tmp_path, Config()) as logger:
         raise KeyboardInterrupt
-    assert f"interrupted; the metrics so far are in {tmp_path}" in capsys.readouterr().err
+    assert f"interrupted; what was logged is in {tmp_path}" in capsys.readouterr().err
     assert logger.backends == []
 
 

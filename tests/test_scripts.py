@@ -40,6 +40,7 @@ def test_scripts_are_short_and_flat(script):
     lines = (ALGORITHMS / f"{script}.py").read_text().splitlines()
     assert len(lines) <= 400
     assert max(len(line) for line in lines) <= 120
+    assert max(len(line) - len(line.lstrip()) for line in lines) <= 4 * 4
 
 
 @pytest.mark.parametrize(("first", "second", "removed", "added"), PAIRS)
@@ -84,7 +85,11 @@ BAD = [
     (("--env", "CartPole-v1"), "(did you mean 'gymnax::CartPole-v1'?)"),
     (("--env", "atari::Pong"), "unknown environment namespace 'atari' in 'atari::Pong'"),
     (("--env", "gymnax::Pendulum-v1"), "needs discrete actions, those of gymnax::Pendulum-v1 are continuous"),
-    (("--env-kwargs", "lenth", "3"), "gymnax::CartPole-v1 has no option 'lenth'"),
+    (("--env-kwargs", "lenth", "3"), "gymnax::CartPole-v1 has no option 'lenth' (did you mean 'length'?)"),
+    (("--env-kwargs", "mask", "velocity"), "gymnax::CartPole-v1 has no option 'mask'"),
+    (("--env-kwargs", "gravity", "low"), "option gravity of gymnax::CartPole-v1 must be float, got 'low'"),
+    (("--seed", "3000000000"), "seed must be less than 2**31 - num_seeds, got 3000000000"),
+    (("--seed", "-1"), "seed must be 0 or more, got -1"),
     (("--mask", "velocities"), "unknown mask 'velocities' (did you mean 'velocity'?)"),
     (("--num-envs", "0"), "num_envs must be greater than 0, got 0"),
     (("--hidden-size", "-3"), "hidden_size must be greater than 0, got -3"),
@@ -103,6 +108,8 @@ BAD_MEMORY = [
     (("--cell", "gruu"), "gruu"),
     (("--cell", "slstm", "--hidden-size", "30"), "hidden_size to be a multiple of num_heads, got 30 and 4"),
     (("--cell-kwargs", "bias", "1"), "cell 'gru' has no option 'bias'"),
+    (("--cell-kwargs", "hidden_size", "1"), "cell 'gru' has no option 'hidden_size'"),
+    (("--cell", "slstm", "--cell-kwargs", "num_heads", "2.0"), "option num_heads of cell 'slstm' must be int, got 2.0"),
     (("--bptt", "48"), "bptt (48) must divide num_steps (128)"),
     (("--bptt", "-1"), "bptt must be 0 or more, got -1"),
 ]
@@ -155,7 +162,7 @@ def test_ctrl_c_ends_with_a_message_and_whole_files(script, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip() == f"interrupted; the metrics so far are in {run_dir}"
+    assert errors.strip() == f"interrupted; what was logged is in {run_dir}"
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
 
@@ -165,8 +172,9 @@ def test_a_copied_script_runs_anywhere(tmp_path):
     fork = tmp_path / "my_rppo.py"
     fork.write_text((ALGORITHMS / "rppo.py").read_text())
     args = (*TINY, "--total-steps", "64", "--cell", "none", "--log", "console")
-    result = subprocess.run(
-        [sys.executable, str(fork), *args], capture_output=True, text=True, cwd=tmp_path, timeout=200
-    )
-    assert result.returncode == 0, result.stderr
-    assert "__my_rppo__none__seed0__" in result.stdout
+    for _ in range(2):  # the second time there is a directory runs/ beside it
+        command = [sys.executable, str(fork), *args]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+        assert result.returncode == 0, result.stderr
+        assert "__my_rppo__none__seed0__" in result.stdout
+    assert len(list((tmp_path / "runs").iterdir())) == 2

@@ -1,4 +1,4 @@
-"""The life of a run outside the algorithm: command line, run directory, saved model.
+"""What a run is besides its algorithm: command line, checks, seeds, run directory, saved model.
 
 A run directory holds
   config.json    the script's name and every field of its config
@@ -9,6 +9,7 @@ A run directory holds
 
 import dataclasses
 import difflib
+import itertools
 import json
 import re
 import sys
@@ -29,13 +30,29 @@ class UsageError(ValueError):
     """Something the user asked for cannot be done; its message is the whole story."""
 
 
-def did_you_mean(name, valid):
-    """', did you mean ...?' for the valid name closest to `name`, or ''. A dict of names maps them to what to show."""
+def did_you_mean(name: str, valid) -> str:
+    """Hint ' (did you mean ...?)' with the valid name closest to `name`, or ''; a dict maps names to what is shown."""
     matches = difflib.get_close_matches(name, list(valid), n=1)
     if not matches:
         return ""
-    shown = valid[matches[0]] if isinstance(valid, dict) and isinstance(valid[matches[0]], str) else matches[0]
+    shown = valid[matches[0]] if isinstance(valid, dict) else matches[0]
     return f" (did you mean {shown!r}?)"
+
+
+def check_options(owner: str, options: Options, defaults: dict) -> None:
+    """Refuse options that `owner` does not have, or whose type is not that of their default.
+
+    Raises:
+      ValueError: names the option, its value and what is valid.
+    """
+    for name, value in options.items():
+        if name not in defaults:
+            listing = f"valid options: {', '.join(defaults)}" if defaults else "it has none"
+            raise ValueError(f"{owner} has no option {name!r}{did_you_mean(name, defaults.keys())}; {listing}")
+        wanted = type(defaults[name])
+        is_whole = wanted is float and type(value) is int
+        if wanted in (bool, int, float, str) and type(value) is not wanted and not is_whole:
+            raise ValueError(f"option {name} of {owner} must be {wanted.__name__}, got {value!r}")
 
 
 def launch(main, config_class):
@@ -72,6 +89,8 @@ def check_sizes(config):
             raise ValueError(f"{field.name} must be greater than 0, got {value}")
     if getattr(config, "bptt", 0) and config.num_steps % config.bptt:
         raise ValueError(f"bptt ({config.bptt}) must divide num_steps ({config.num_steps})")
+    if config.seed + config.num_seeds > 2**31:
+        raise ValueError(f"seed must be less than 2**31 - num_seeds, got {config.seed}")
     if config.total_steps < config.batch_size:
         raise ValueError(f"total_steps ({config.total_steps}) is less than one update ({config.batch_size} steps)")
 
@@ -111,6 +130,9 @@ def create_run_dir(config, script: str) -> Path:
     parts = [config.env, script, getattr(config, "cell", ""), f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")]
     name = "__".join(re.sub(r"[^\w.-]+", "-", part) for part in parts if part)
     path = Path(config.run_dir or Path("runs") / name)
+    twins = itertools.count(2)  # runs started within the same second
+    while not config.run_dir and path.exists():
+        path = path.with_name(f"{name}-{next(twins)}")
     try:
         path.mkdir(parents=True)
         text = json.dumps({"script": script, "config": dataclasses.asdict(config)}, indent=2)
@@ -142,7 +164,10 @@ def load_config(run_dir: str, config_class, script: str):
     if fields.keys() != valid:
         different = ", ".join(sorted(fields.keys() ^ valid))
         raise UsageError(f"{run_dir!r} was made by another version of {script}.py: its config differs in {different}")
-    return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+    try:
+        return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+    except ValueError as error:
+        raise UsageError(f"the config of {run_dir!r} is not valid here: {error}") from None
 
 
 def load_run(run_dir: str, config_class, init, script: str):
@@ -159,10 +184,11 @@ def load_run(run_dir: str, config_class, init, script: str):
 
 def save_model(run_dir, state):
     """Write a pytree of arrays (typed keys included) to `run_dir`."""
+    import jax
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(run_dir).absolute() / MODEL_DIR, _leaves(state))
+        checkpointer.save(Path(run_dir).absolute() / MODEL_DIR, jax.tree.leaves(state))
 
 
 def load_model(run_dir, state):
@@ -177,16 +203,12 @@ def load_model(run_dir, state):
     path = Path(run_dir).absolute() / MODEL_DIR
     if not path.is_dir():
         raise UsageError(f"no model in {str(run_dir)!r}: the run has not finished")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever it was saved
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for leaf in jax.tree.leaves(state)]
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            leaves = checkpointer.restore(path, jax.eval_shape(_leaves, state))
+            leaves = checkpointer.restore(path, shapes)
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"the model in {str(run_dir)!r} is damaged or of another version: {reason}") from None
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
-
-
-def _leaves(state):
-    import jax
-
-    return jax.tree.leaves(state)
