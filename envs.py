@@ -1,6 +1,6 @@
 """One factory for every environment: `make("namespace::id")`.
 
-    env = make("gymnax::CartPole-v1", ("velocity",))
+    env = make("gymnax::CartPole-v1", mask="velocity")
     obs, state = env.reset(key)
     obs, state, reward, terminated, truncated, info = env.step(key, state, action)
 
@@ -346,7 +346,7 @@ NAMESPACES: dict[str, tuple[Callable[[], list[str]], Callable[..., Task]]] = {
 }
 
 
-def make(id: str, mask: tuple[str, ...] = (), /, **options) -> Environment:
+def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment:
     """The environment `namespace::id`.
 
     Equal arguments give the same object: it has no state, and is a static argument of the scripts' jitted functions.
@@ -359,7 +359,7 @@ def make(id: str, mask: tuple[str, ...] = (), /, **options) -> Environment:
     Raises:
       ValueError: unknown namespace, id, mask or option; names what is valid and what is nearest.
     """
-    return _make(id, tuple(mask), tuple(sorted(options.items())))
+    return _make(id, (mask,) if isinstance(mask, str) else tuple(mask), tuple(sorted(options.items())))
 
 
 @functools.cache

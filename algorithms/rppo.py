@@ -66,7 +66,7 @@ class Config:
     anneal_lr: bool = True  # let the learning rate fall linearly to 0 at total_steps
     num_envs: int = 16  # N, parallel environments
     num_steps: int = 128  # T, steps of every environment between two updates
-    gamma: float = 0.99  # discount
+    gamma: float = 0.99  # discount per step
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     update_epochs: int = 4  # passes over the collected steps in one update
     num_minibatches: int = 4  # gradient steps in one pass
@@ -87,7 +87,7 @@ class Config:
         return self.total_steps // self.batch_size
 
     def make_env(self):
-        return make(self.env, self.mask, **self.env_kwargs)
+        return make(self.env, **{"mask": self.mask} | self.env_kwargs)
 
     def make_memory(self):
         return MaskedRNN(make_cell(self.cell, self.hidden_size, self.num_layers, **self.cell_kwargs))

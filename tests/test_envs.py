@@ -145,7 +145,7 @@ def test_equal_arguments_give_the_same_object():
     ("id", "mask", "kept"),
     [
         ("gymnax::CartPole-v1", ("velocity",), [0, 2]),
-        ("gymnax::CartPole-v1", ("position",), [1, 3]),
+        ("gymnax::CartPole-v1", "position", [1, 3]),
         ("gymnax::CartPole-v1", ("0", "3"), [1, 2]),
         ("gymnax::CartPole-v1", ("velocity", "0"), [2]),
         ("gymnax::Acrobot-v1", ("velocity",), [0, 1, 2, 3]),

@@ -31,7 +31,7 @@ def words(text):
 
 def test_scripts_have_the_same_sections():
     banners = {name: re.findall(r"^# --- .*$", (ALGORITHMS / f"{name}.py").read_text(), re.M) for name in SCRIPTS}
-    assert len(banners["ppo"]) == 8 and len(set(map(tuple, banners.values()))) == 1
+    assert len(banners["ppo"]) == 7 and len(set(map(tuple, banners.values()))) == 1
     assert all(len(banner) == 119 for banner in banners["ppo"])
 
 
@@ -86,7 +86,7 @@ BAD = [
     (("--env", "atari::Pong"), "unknown environment namespace 'atari' in 'atari::Pong'"),
     (("--env", "gymnax::Pendulum-v1"), "needs discrete actions, those of gymnax::Pendulum-v1 are continuous"),
     (("--env-kwargs", "lenth", "3"), "gymnax::CartPole-v1 has no option 'lenth' (did you mean 'length'?)"),
-    (("--env-kwargs", "mask", "velocity"), "gymnax::CartPole-v1 has no option 'mask'"),
+    (("--env-kwargs", "id", "3"), "gymnax::CartPole-v1 has no option 'id'"),
     (("--env-kwargs", "gravity", "low"), "option gravity of gymnax::CartPole-v1 must be float, got 'low'"),
     (("--seed", "3000000000"), "seed must be less than 2**31 - num_seeds, got 3000000000"),
     (("--seed", "-1"), "seed must be 0 or more, got -1"),
