@@ -33,7 +33,7 @@ RESULTS = {  # panel of the figure: {label: command}
         "RPPO, GRU": f"rppo.py {MASKED} --cell gru",
     },
     "MemoryChain, length 10": {
-        "RPPO, no memory": f"rppo.py {CHAIN} --cell none",
+        "RPPO, no memory": f"rppo.py {CHAIN} --cell none --no-prev-action",
         "RPPO, GRU": f"rppo.py {CHAIN} --cell gru",
         "RPPO, sLSTM": f"rppo.py {CHAIN} --cell slstm",
     },

@@ -155,7 +155,9 @@ def test_ctrl_c_ends_with_a_message_and_whole_files(script, tmp_path):
     run_dir = tmp_path / "run"
     args = (*TINY, "--total-steps", "100_000_000", "--run-dir", str(run_dir), "--log", "console", "file")
     command = [sys.executable, str(ALGORITHMS / f"{script}.py"), *args]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Whoever started pytest in the background made it, and so its children, deaf to Ctrl-C.
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     for line in process.stdout:  # the heading, then reports: training is on
         if "%" in line:
             break
