@@ -70,14 +70,14 @@ class Console:
         "return": ("charts/episodic_return", "{:.2f}"),
         "length": ("charts/episodic_length", "{:.0f}"),
         "entropy": ("losses/entropy", "{:.3f}"),
-        "value loss": ("losses/value_loss", "{:.3g}"),
+        "value loss": ("losses/value_loss", "{:.2g}"),
         "approx kl": ("losses/approx_kl", "{:.4f}"),
         "greedy return": ("eval/episodic_return", "{:.2f}"),
     }
-    WIDTH = 16
 
-    def __init__(self, total_steps: int):
+    def __init__(self, total_steps: int, num_seeds: int):
         self.total_steps = total_steps
+        self.width = 14 if num_seeds == 1 else 19
         self.started = False
 
     def log(self, metrics, step):
@@ -96,7 +96,7 @@ class Console:
         return form.format(finite.mean()) + spread
 
     def _print(self, head, cells):
-        print(f"{head:<17}" + "".join(f"{cell:>{self.WIDTH}}" for cell in cells), flush=True)
+        print(f"{head:<17}" + "".join(f"{cell:>{self.width}}" for cell in cells), flush=True)
 
     def close(self):
         sys.stdout.flush()
@@ -160,7 +160,7 @@ BACKENDS = ("console", "file", "tensorboard")
 def make_logger(names, run_dir, config) -> Logger:
     """The logger of a run: `names` from BACKENDS, writing into `run_dir`."""
     make = {
-        "console": lambda: Console(config.total_steps),
+        "console": lambda: Console(config.total_steps, config.num_seeds),
         "file": lambda: File(run_dir),
         "tensorboard": lambda: TensorBoard(run_dir, config),
     }

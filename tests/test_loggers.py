@@ -13,6 +13,7 @@ from loggers import Logger, describe, make_logger, summarize, summarize_episodes
 @dataclass
 class Config:
     total_steps: int = 1000
+    num_seeds: int = 3
     env: str = "gymnax::CartPole-v1"
 
 
@@ -61,6 +62,14 @@ def test_console_prints_a_line_per_report(tmp_path, capsys):
     assert "500  50%" in first and "30.00 ± 10.00" in first and "1,234" in first and "nan" not in first
     assert "1,000 100%" in second and "2.00 ± 0.82" in second
     assert len({len(line) for line in (heading, first, second)}) == 1
+
+
+def test_console_columns_never_touch(tmp_path, capsys):
+    huge = {"charts/episodic_return": [-12345.67, 0.0], "losses/value_loss": [1.234e9, 1.2], "charts/SPS": 98765432.1}
+    with make_logger(("console",), tmp_path, Config()) as logger:
+        logger.log(huge, step=500)
+    line = capsys.readouterr().out.splitlines()[1]
+    assert " 98,765,432 " in line and " -6172.84 ± 6172.84 " in line and " 6.2e+08 ± 6.2e+08 " in line
 
 
 def test_a_failing_backend_is_dropped_and_the_rest_go_on(tmp_path, capsys):
