@@ -314,7 +314,7 @@ def update(state, env):
 @partial(jax.jit, static_argnames="env", donate_argnames="state")
 def train_chunk(state, env, num_updates):
     """Several updates of every seed, and the sums of their metrics. A last, shorter chunk does not compile again."""
-    update_seeds = jax.jit(vmap_seeds(partial(update, env=env)))  # jit: eval_shape and the loop share one tracing
+    update_seeds = jax.jit(jax.vmap(partial(update, env=env)))  # also for one seed: batched, it runs a tenth faster
 
     def body(_, carry):
         state, sums = carry
