@@ -164,7 +164,9 @@ def test_ctrl_c_ends_with_a_message_and_whole_files(script, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip() == f"interrupted; what was logged is in {run_dir}"
+    # The last line: jax 0.9 logs what it thinks of programs from the compilation cache before it.
+    assert errors.strip().splitlines()[-1] == f"interrupted; what was logged is in {run_dir}"
+    assert "Traceback" not in errors
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
 
