@@ -19,6 +19,7 @@ To add a library: write a function `(env_id, **options) -> Task` and enter it in
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -72,6 +73,7 @@ class Task:
     reset: key -> (obs, state)
     step: (key, state, action) -> (obs, state, reward, terminated, truncated)
     max_steps: steps after which the task truncates by itself.
+    render: state -> uint8 image (height, width, 3), on the host; None if the library cannot draw it.
     """
 
     reset: Callable
@@ -79,6 +81,7 @@ class Task:
     observation_space: Box
     action_space: Box | Discrete
     max_steps: int
+    render: Callable | None = None
 
 
 class EnvState(NamedTuple):
@@ -104,6 +107,7 @@ class Environment:
         self.observation_space = task.observation_space
         self.action_space = task.action_space
         self.max_steps = task.max_steps
+        self.render = task.render
         self._task = task
         self._state_avals = jax.eval_shape(task.reset, jax.random.key(0))[1]
 
@@ -228,6 +232,47 @@ def play(env: Environment, policy: Callable, initialize: Callable, key, num_envs
     return jax.tree.map(lambda x: x.reshape(-1)[:episodes], result)
 
 
+class Recording(NamedTuple):
+    """One episode to look at."""
+
+    states: Any  # (T, ...) states of the library, those that the actions were chosen in
+    length: jax.Array  # () int32, how many of them belong to the episode
+
+
+def record(env: Environment, policy: Callable, initialize: Callable, key, num_envs: int, episodes: int) -> Recording:
+    """Play one episode, or its first 1,000 steps, and keep what happened; the arguments are those of `play`."""
+    key, reset_key = jax.random.split(key)
+    obs, env_state = jax.vmap(env.reset)(reset_key[None])
+    action = jnp.zeros((1, *env.action_space.shape), env.action_space.dtype)
+
+    def step(carry, _):
+        key, memory, obs, start, action, reward, env_state = carry
+        key, policy_key, step_key = jax.random.split(key, 3)
+        memory, action = policy(memory, obs, start, action, reward, policy_key)
+        action = action.astype(env.action_space.dtype)
+        obs, next_state, reward, _, _, info = jax.vmap(env.step)(step_key[None], env_state, action)
+        done = info["episode_done"]
+        return (key, memory, obs, done, action, reward, next_state), (env_state.task, done)
+
+    carry = (key, initialize(1), obs, jnp.ones(1, bool), action, jnp.zeros(1), env_state)
+    _, (states, done) = jax.lax.scan(step, carry, length=min(env.max_steps, 1000))
+    length = jnp.where(done.any(), done.argmax() + 1, len(done))
+    return Recording(jax.tree.map(lambda x: x[:, 0], states), length)
+
+
+def write_gif(path: str, env: Environment, recording: Recording, width: int = 300) -> None:
+    """Draw a recording, `width` pixels wide, at 25 frames per second."""
+    from PIL import Image
+
+    frames = []
+    states = jax.device_get(recording.states)
+    for t in range(int(recording.length)):
+        frame = Image.fromarray(env.render(jax.tree.map(lambda x, t=t: x[t], states)))
+        height = frame.height * width // frame.width
+        frames.append(frame.resize((width, height), Image.Resampling.BOX if frame.width > width else Image.NEAREST))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=40, loop=0, optimize=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Observation masks
 
@@ -285,6 +330,9 @@ def mask_observation(env_id: str, task: Task, mask: tuple[str, ...]) -> Task:
 # gymnax
 
 
+CLASSIC_CONTROL = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0")
+
+
 def gymnax_ids() -> list[str]:
     """The ids of gymnax, less the one that downloads its data."""
     import gymnax
@@ -334,7 +382,31 @@ def gymnax_task(env_id: str, **options) -> Task:
     else:
         shape = tuple(actions.shape)
         action_space = Box(np.asarray(actions.low, np.float32), np.asarray(actions.high, np.float32), shape)
-    return Task(reset, step, observation_space, action_space, int(params.max_steps_in_episode))
+    render = gymnax_renderer(env_id, env, params)
+    return Task(reset, step, observation_space, action_space, int(params.max_steps_in_episode), render)
+
+
+def gymnax_renderer(env_id, env, params) -> Callable | None:
+    """Classic control as gymnasium draws it (with gymnax 1.x); grids with one colour per channel."""
+
+    def render_classic_control(state):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame looks for a screen and a sound card otherwise
+        os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+        from gymnax.visualize.vis_gym import render_gym_frame
+
+        return render_gym_frame(env_id, state, params)
+
+    def render_grid(state):
+        from matplotlib import colormaps
+
+        grid = np.asarray(env.get_obs(state), bool)
+        colors = colormaps["tab10"](np.arange(grid.shape[-1]))[:, :3]
+        channel = np.where(grid.any(axis=-1), grid.argmax(axis=-1) + 1, 0)
+        return (255 * np.concatenate([np.zeros((1, 3)), colors])[channel]).astype(np.uint8)
+
+    if env_id.endswith("-MinAtar"):
+        return render_grid
+    return render_classic_control if env_id in CLASSIC_CONTROL and hasattr(env, "is_truncated") else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

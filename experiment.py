@@ -1,33 +1,88 @@
-"""What a run is besides its algorithm: command line, checks, seeds, run directory, saved model.
+"""What a run is besides its algorithm: options, checks, seeds, run directory, resuming, evaluating.
 
 A run directory holds
-  config.json    the script's name and every field of its config
-  metrics.jsonl  one JSON object per report (loggers.py)
-  events.*       the same for TensorBoard
-  model/         the final training state (orbax)
+  config.json    the script, every field of its config, and the code, packages and machine that made the run
+  metrics.jsonl  one JSON object per report (loggers.py), beside the files of the other loggers
+  checkpoints/   the last training states and the best one (checkpoints.py)
 """
 
+import argparse
+import contextlib
+import copy
 import dataclasses
 import difflib
+import importlib.metadata
+import inspect
 import itertools
 import json
+import os
+import platform
 import re
+import secrets
+import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
 
 Options = dict[str, int | float | bool | str]  # on the command line: name value name value ...
+Backend = Literal["console", "file", "tensorboard", "wandb", "neptune", "dashboard"]
 
 CONFIG_FILE = "config.json"
-MODEL_DIR = "model"
-
-# config fields with other bounds than "greater than 0"
-AT_LEAST_0 = ("seed", "ent_coef", "vf_coef", "bptt")
-UP_TO_1 = ("gamma", "gae_lambda")
+METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
 
 
 class UsageError(ValueError):
     """Something the user asked for cannot be done; its message is the whole story."""
+
+
+class RunError(RuntimeError):
+    """Training cannot go on; its message is the whole story."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The options that every script has; a script's own config adds those of its algorithm."""
+
+    # Experiment
+    seed: int = 0  # seed of the first run; run i has seed + i
+    num_seeds: int = 1  # independent runs, trained side by side in one program
+    total_steps: int = 500_000  # environment steps of each seed
+    log: tuple[Backend, ...] = ("console", "file", "tensorboard")  # where metrics go, any combination
+    log_every: int = 10  # updates between two reports
+    wandb_mode: Literal["online", "offline"] = "online"  # offline: into the run directory only; `wandb sync` sends it
+    neptune_mode: Literal["async", "offline"] = "async"  # offline: into the run directory only; `neptune sync` sends it
+    run_dir: str = ""  # directory for this run, must be new; empty: one under runs/
+    resume: str = ""  # directory of a run to go on with, as if it had never stopped; its config is taken from there
+    eval_every: int = 50_000  # environment steps between two evaluations; each is followed by a checkpoint
+    eval_episodes: Annotated[int, tyro.conf.arg(aliases=("--episodes",))] = 100  # episodes of a greedy evaluation
+    num_eval_envs: int = 100  # parallel environments of an evaluation
+    keep_checkpoints: int = 2  # how many of the last checkpoints to keep, besides the one with the best evaluation
+    evaluate: str = ""  # directory of a run: evaluate its last checkpoint instead of training
+    best: bool = False  # with --evaluate: take the checkpoint with the best evaluation
+    video: str = ""  # with --evaluate: write an episode of the first seed to this .gif
+    compilation_cache: str = "~/.cache/memory-rl"  # keeps compiled programs for the next start; empty: nothing does
+
+    @property
+    def num_updates(self) -> int:
+        return self.total_steps // self.steps_per_update
+
+
+# what may be given beside --resume or --evaluate and differ from the run's own config
+HARMLESS = {"log", "wandb_mode", "neptune_mode", "run_dir", "resume", "evaluate", "best", "video", "keep_checkpoints"}
+HARMLESS |= {"compilation_cache"}
+EVALUATION = {"env_kwargs", "mask", "eval_episodes", "num_eval_envs"}
+
+# config fields with other bounds than "greater than 0"
+AT_LEAST_0 = ("seed", "ent_coef", "vf_coef", "bptt")
+UP_TO_1 = ("gamma", "gae_lambda")
 
 
 def did_you_mean(name: str, valid) -> str:
@@ -58,17 +113,46 @@ def check_options(owner: str, options: Options, defaults: dict) -> None:
 def launch(main, config_class):
     """Run a script: parse the command line into its config and call `main` with it.
 
-    Errors of the user's end the process with exit code 2 and one sentence; Ctrl-C with 130 and no traceback.
+    Errors of the user's end the process with exit code 2 and one sentence, failed runs with 1; Ctrl-C with 130.
     """
-    import tyro
-
     try:
-        main(tyro.cli(config_class))
-    except UsageError as error:
+        if not issubclass(config_class, Experiment):
+            return main(tyro.cli(config_class))
+        config = parse(config_class)
+        use_compilation_cache(config.compilation_cache)
+        main(config)
+    except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def parse(config_class):
+    """The config of the command line. With --resume or --evaluate, what is not given is as in that run."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?")
+    parser.add_argument("--evaluate", nargs="?")
+    given, _ = parser.parse_known_args()
+    if given.resume and given.evaluate:
+        raise UsageError("--resume and --evaluate exclude each other")
+    if not (given.resume or given.evaluate):
+        return tyro.cli(config_class)
+    default = copy.copy(load_config(given.resume or given.evaluate, config_class))
+    for name, value in vars(default).items():
+        if isinstance(value, dict) and "--" + name.replace("_", "-") in sys.argv:
+            object.__setattr__(default, name, {})  # tyro takes new keys only where there are none
+    return tyro.cli(config_class, default=default)
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Let jax keep compiled programs in `folder`, unless the environment already names one."""
+    import jax
+
+    if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def check_sizes(config):
@@ -91,8 +175,13 @@ def check_sizes(config):
         raise ValueError(f"bptt ({config.bptt}) must divide num_steps ({config.num_steps})")
     if config.seed + config.num_seeds > 2**31:
         raise ValueError(f"seed must be less than 2**31 - num_seeds, got {config.seed}")
-    if config.total_steps < config.batch_size:
-        raise ValueError(f"total_steps ({config.total_steps}) is less than one update ({config.batch_size} steps)")
+    if config.total_steps < config.steps_per_update:
+        update = f"one update ({config.steps_per_update} steps)"
+        raise ValueError(f"total_steps ({config.total_steps}) is less than {update}")
+    if config.video and not config.video.endswith(".gif"):
+        raise ValueError(f"video must be a file name that ends in .gif, got {config.video!r}")
+    if config.video and not config.evaluate:
+        raise ValueError("video needs a trained agent: give the run's directory with evaluate")
 
 
 def seed_keys(config):
@@ -116,41 +205,83 @@ def vmap_seeds(function):
     return mapped
 
 
-def create_run_dir(config, script: str) -> Path:
-    """Make the directory of a new run and write its config there.
+def script_of(config) -> Path:
+    """The file of the script that a config (or its class) belongs to."""
+    return Path(inspect.getfile(config if inspect.isclass(config) else type(config)))
 
-    Args:
-      config: the script's config; `config.run_dir` names the directory, "" makes a name under runs/.
-      script: the script's `__file__`.
+
+def provenance(script: Path) -> dict:
+    """What made a run, as far as it can be told: command, code version, packages, machine."""
+    import jax
+
+    def git(*args):
+        command = ["git", "-C", str(script.resolve().parent), *args]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "id": secrets.token_hex(4),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": sys.argv,
+        "git": {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)},
+        "python": platform.python_version(),
+        "packages": dict(sorted((d.name.lower(), d.version) for d in importlib.metadata.distributions())),
+        "machine": {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "cpus": os.cpu_count(),
+            "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
+        },
+    }
+
+
+def open_run_dir(config):
+    """The directory of the run, new or to be resumed, and the lock that keeps other processes out of it.
 
     Raises:
-      UsageError: the directory exists or cannot be written.
+      UsageError: it is taken, cannot be written, or is not a run of this script with this config.
     """
-    script = Path(script).stem
-    parts = [config.env, script, getattr(config, "cell", ""), f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")]
-    name = "__".join(re.sub(r"[^\w.-]+", "-", part) for part in parts if part)
-    path = Path(config.run_dir or Path("runs") / name)
-    twins = itertools.count(2)  # runs started within the same second
-    while not config.run_dir and path.exists():
-        path = path.with_name(f"{name}-{next(twins)}")
+    from filelock import FileLock, Timeout
+
+    script = script_of(config)
+    path = Path(config.resume or config.run_dir or unused_name(config, script.stem))
+    if config.resume:
+        check_same(config, load_config(config.resume, type(config)), HARMLESS)
     try:
-        path.mkdir(parents=True)
-        text = json.dumps({"script": script, "config": dataclasses.asdict(config)}, indent=2)
-        (path / CONFIG_FILE).write_text(text + "\n")
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / LOCK_FILE)
+        lock.acquire(blocking=False)
+        if not config.resume:
+            if any(entry.name != LOCK_FILE for entry in path.iterdir()):
+                raise FileExistsError
+            about = {"script": script.stem, "config": dataclasses.asdict(config), **provenance(script)}
+            (path / "new").write_text(json.dumps(about, indent=2) + "\n")
+            os.replace(path / "new", path / CONFIG_FILE)
+    except Timeout:
+        raise UsageError(f"run directory {str(path)!r} is in use by another process") from None
     except FileExistsError:
         raise UsageError(f"run directory {str(path)!r} exists; choose another with --run-dir") from None
     except OSError as error:
         raise UsageError(f"run directory {str(path)!r} cannot be written: {error.strerror}") from None
-    return path
+    return path, lock
 
 
-def load_config(run_dir: str, config_class, script: str):
-    """The config of a finished run of `script`.
+def unused_name(config, script: str) -> Path:
+    """A path under runs/ that says what the run is."""
+    parts = [config.env, script, getattr(config, "cell", ""), f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")]
+    name = "__".join(re.sub(r"[^\w.-]+", "-", part) for part in parts if part)
+    paths = itertools.chain([name], (f"{name}-{twin}" for twin in itertools.count(2)))  # started in the same second
+    return next(path for path in (Path("runs") / name for name in paths) if not path.exists())
+
+
+def load_config(run_dir: str, config_class):
+    """The config of a run of the script of `config_class`.
 
     Raises:
       UsageError: no such run, of another script, or with fields this version does not have.
     """
-    path, script = Path(run_dir) / CONFIG_FILE, Path(script).stem
+    path, script = Path(run_dir) / CONFIG_FILE, script_of(config_class).stem
     try:
         saved = json.loads(path.read_text())
         fields = saved["config"]
@@ -170,45 +301,167 @@ def load_config(run_dir: str, config_class, script: str):
         raise UsageError(f"the config of {run_dir!r} is not valid here: {error}") from None
 
 
-def load_run(run_dir: str, config_class, init, script: str):
-    """The config and the final state of a finished run of `script`; `init` is the script's, (config, keys) -> state.
+def check_same(config, saved, may_differ) -> None:
+    """Refuse a config that is not the one a run was trained with.
 
     Raises:
-      UsageError: as `load_config` and `load_model`.
+      UsageError: names a field, its value then, and its value now.
     """
-    import jax
-
-    config = load_config(run_dir, config_class, script)
-    return config, load_model(run_dir, jax.eval_shape(lambda: init(config, seed_keys(config))))
-
-
-def save_model(run_dir, state):
-    """Write a pytree of arrays (typed keys included) to `run_dir`."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(run_dir).absolute() / MODEL_DIR, jax.tree.leaves(state))
+    for name, value in vars(config).items():
+        if name not in may_differ and value != getattr(saved, name):
+            run = config.resume or config.evaluate
+            raise UsageError(f"{run!r} was trained with {name} = {getattr(saved, name)!r}, not with {value!r}")
 
 
-def load_model(run_dir, state):
-    """What `save_model` wrote to `run_dir`; `state` gives the structure, shapes and dtypes (`jax.eval_shape` will do).
+class Run:
+    """One training run: its directory, logger and checkpoints; new, or gone on with where --resume finds it.
+
+        with Run(config, init) as run:
+            state = warmup(run.state, env, run.logger)
+            while num_steps := run.next_chunk(state):
+                state, _ = train(state, env, run.logger, num_steps)
+                if run.evaluation_is_due(state):
+                    run.save(state, evaluate(state, env, config.eval_episodes))
+
+    Reports and evaluations happen after the same updates whether or not the run was interrupted. SIGTERM and Ctrl-C end
+    the loop at the next report and save first; a second Ctrl-C ends it at once.
 
     Raises:
-      UsageError: there is no model, or it does not fit the structure.
+      UsageError: the directory or a logger cannot be used.
     """
-    import jax
-    import orbax.checkpoint as ocp
 
-    path = Path(run_dir).absolute() / MODEL_DIR
-    if not path.is_dir():
-        raise UsageError(f"no model in {str(run_dir)!r}: the run has not finished")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever it was saved
-    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for leaf in jax.tree.leaves(state)]
-    with ocp.StandardCheckpointer() as checkpointer:
+    def __init__(self, config, init):
+        import jax
+
+        from checkpoints import Checkpoints
+        from loggers import make_logger
+
+        self.config, self.signal, self.episodes, self.handlers = config, None, None, {}
+        self.dir, self.lock = open_run_dir(config)
+        self.checkpoints = Checkpoints(self.dir, config.keep_checkpoints)
+        self.saved_step = None
+        if config.resume and self.checkpoints.steps():
+            like = jax.eval_shape(lambda: init(config, seed_keys(config)))
+            self.state, self.saved_step, notes = self.checkpoints.restore(like)
+            forget_after(self.dir / METRICS_FILE, notes["metrics_bytes"])
+        else:
+            self.state = init(config, seed_keys(config))
+            forget_after(self.dir / METRICS_FILE, 0)
+        self.logger = make_logger(config, self.dir, self.saved_step or 0)
+
+    def __enter__(self):
+        return self
+
+    def step(self, state) -> int:
+        """Environment steps so far, of each seed."""
+        return int(state.updates[0]) * self.config.steps_per_update
+
+    @property
+    def updates_per_evaluation(self) -> int:
+        return max(1, self.config.eval_every // self.config.steps_per_update)
+
+    def next_chunk(self, state) -> int:
+        """Steps to train until the next report; 0 when the run is complete, or was told to stop and has saved."""
+        self._listen()
+        config, done, period = self.config, int(state.updates[0]), self.updates_per_evaluation
+        if self.signal and self.saved_step != self.step(state):
+            self._checkpoint(state)
+        if self.signal:
+            return 0
+        end = min(config.num_updates, (done // period + 1) * period)
+        return min(config.log_every, end - done) * config.steps_per_update
+
+    def evaluation_is_due(self, state) -> bool:
+        """After every `eval_every` steps, rounded down to whole updates, and at the end."""
+        done = int(state.updates[0])
+        return done % self.updates_per_evaluation == 0 or done == self.config.num_updates
+
+    def save(self, state, episodes) -> None:
+        """Report an evaluation and write a checkpoint."""
+        import numpy as np
+
+        from loggers import summarize_episodes
+
+        self.episodes, report = episodes, summarize_episodes(episodes)
+        self.logger.log(report, self.step(state))
+        healthy = [seed not in self.logger.diverged for seed in range(self.config.num_seeds)]
+        self._checkpoint(state, float(np.mean(report["eval/episodic_return"][healthy])))
+
+    def _checkpoint(self, state, score=float("nan")):
+        metrics, step = self.dir / METRICS_FILE, self.step(state)
+        size = metrics.stat().st_size if metrics.exists() else 0
         try:
-            leaves = checkpointer.restore(path, shapes)
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"the model in {str(run_dir)!r} is damaged or of another version: {reason}") from None
-    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+            self.checkpoints.save(state, step, score, metrics_bytes=size)
+        except OSError as error:
+            free = shutil.disk_usage(self.dir).free / 2**20
+            raise RunError(
+                f"the checkpoint of step {step} cannot be written to {self.checkpoints.folder} ({free:,.0f} MiB free): "
+                f"{error.strerror or str(error).splitlines()[0]}; {self._way_on()}"
+            ) from None
+        self.saved_step = step
+
+    def _way_on(self):
+        if self.saved_step is None:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint is of step {self.saved_step:,}, go on from there with --resume {self.dir}"
+
+    def _listen(self):
+        """From the first chunk on (before, there is nothing to save) signals wait for the next report."""
+        if self.handlers or threading.current_thread() is not threading.main_thread():
+            return
+
+        def stop(number, _):
+            if self.signal:
+                raise KeyboardInterrupt
+            self.signal = number
+            os.write(2, b"\nstopping at the next report; press Ctrl-C again to stop at once\n")
+
+        self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, kind, error, _):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.logger.close()
+        self.checkpoints.close()
+        self.lock.release()
+        if kind is KeyboardInterrupt:
+            print(f"interrupted; {self._way_on()}", file=sys.stderr)
+        elif kind is None and self.signal:
+            print(f"stopped; {self._way_on()}", file=sys.stderr)
+            sys.exit(128 + self.signal)
+        elif kind is None:
+            from loggers import describe
+
+            print(f"{describe(self.episodes) if self.episodes else 'the run was complete'}\nsaved to {self.dir}")
+        elif kind is RunError and self.saved_step is not None and "--resume" not in str(error):
+            raise RunError(f"{error}; {self._way_on()}") from None
+
+
+def forget_after(path: Path, size: int) -> None:
+    """Cut a file of metrics to what it held when the checkpoint was written: the rest will be written again."""
+    if path.exists():
+        os.truncate(path, min(size, path.stat().st_size))
+
+
+def show(config, env, init, evaluate) -> None:
+    """What --evaluate does: print the greedy return of a trained agent; with --video, write one of its episodes.
+
+    Raises:
+      UsageError: no such run, no checkpoint, or the library cannot draw this environment.
+    """
+    import jax
+
+    from checkpoints import Checkpoints
+    from envs import record, write_gif
+    from loggers import describe
+
+    check_same(config, load_config(config.evaluate, type(config)), HARMLESS | EVALUATION)
+    if config.video and env.render is None:
+        raise UsageError(f"{config.env} cannot be drawn: its library has no renderer for it")
+    like = jax.eval_shape(lambda: init(config, seed_keys(config)))
+    state, step, _ = Checkpoints(config.evaluate).restore(like, config.best)
+    print(f"checkpoint of step {step:,}: {describe(evaluate(state, env, config.eval_episodes))}")
+    if config.video:
+        episode = jax.tree.map(lambda x: x[0], evaluate(state, env, 1, play=record))
+        write_gif(config.video, env, episode)
+        print(f"video of {int(episode.length)} steps: {config.video}")

@@ -1,27 +1,41 @@
-"""Where a run's numbers go: console, file and TensorBoard behind one `Logger`.
+"""Where a run's numbers go: console, file, TensorBoard, Weights & Biases, Neptune and a dashboard behind one `Logger`.
 
-    with make_logger(("console", "file"), run_dir, config) as logger:
+    with make_logger(config, run_dir) as logger:
         logger.log({"charts/episodic_return": np.array([21.0, 19.5])}, step=8192)
 
 A metric is a scalar, or an array with one value per seed. "Nothing to report" (no episode ended yet) is a missing key,
 or nan for the seeds concerned: it is never a zero.
+
+Runs can be looked at from their files, while they run or later, several side by side:
+
+    python loggers.py runs/a runs/b                   # the dashboard
+    python loggers.py runs/* --plot curves.png        # learning curves, seeds aggregated
 """
 
+import contextlib
 import dataclasses
 import json
+import logging
 import math
+import os
+import queue
 import sys
+import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import tyro
 
-METRICS_FILE = "metrics.jsonl"
+from experiment import CONFIG_FILE, LOCK_FILE, METRICS_FILE, RunError, UsageError, launch
+
+RETURN, GREEDY = "charts/episodic_return", "eval/episodic_return"
 
 
 class Backend(Protocol):
-    """One destination. `metrics` maps names to scalars or per-seed arrays (S,)."""
+    """One destination. `metrics` maps names to arrays: scalars () or per-seed values (S,)."""
 
     def log(self, metrics: dict, step: int) -> None: ...
 
@@ -29,16 +43,53 @@ class Backend(Protocol):
 
 
 class Logger:
-    """Several backends as one. A backend that fails is named once, dropped, and never stops the training."""
+    """Several backends as one. A backend that fails is named once, dropped, and never stops the training.
 
-    def __init__(self, backends=(), run_dir=None):
+    Attributes:
+      diverged: index of a seed that met nan or inf -> what happened; its metrics are nan from then on.
+    """
+
+    def __init__(self, backends=()):
         self.backends = list(backends)
-        self.run_dir = run_dir
+        self.diverged: dict[int, str] = {}
 
     def log(self, metrics: dict, step: int) -> None:
         """Report `metrics` at `step` environment steps (per seed)."""
         metrics = {name: np.asarray(value) for name, value in metrics.items()}
+        if "charts/SPS" in metrics:
+            metrics["system/memory_mb"] = np.asarray(memory_in_use() / 2**20)
+        if self.diverged:
+            lost = list(self.diverged)
+            for name, value in metrics.items():
+                if value.ndim:
+                    metrics[name] = value.astype(float)
+                    metrics[name][lost] = np.nan
         self._each("log", metrics, step)
+
+    def check_finite(self, finite: dict, updates: int, num_updates: int) -> None:
+        """Notice seeds that met nan or inf in the `num_updates` updates after the first `updates`.
+
+        Args:
+          finite: for each metric, in how many of those updates it was finite, (S,).
+
+        Raises:
+          RunError: no seed is left. As long as one is, the others are reported and left out.
+        """
+        names = [name for name in finite if name.startswith("losses/")]
+        counts = np.stack([finite[name] for name in names])
+        for seed in np.flatnonzero((counts < num_updates).any(axis=0)).tolist():
+            if seed not in self.diverged:
+                first = counts[:, seed].min()
+                culprits = [name for name, count in zip(names, counts[:, seed], strict=True) if count == first]
+                verb = "is" if len(culprits) == 1 else "are"
+                self.diverged[seed] = f"{', '.join(culprits)} {verb} nan or inf in update {updates + first + 1}"
+                if len(self.diverged) < counts.shape[1]:
+                    print(f"warning: seed_{seed} diverged and is left out: {self.diverged[seed]}", file=sys.stderr)
+        if len(self.diverged) == counts.shape[1]:
+            raise RunError(
+                f"training diverged: {self.diverged[max(self.diverged)]}; "
+                "try a lower learning rate, a lower max_grad_norm, or smaller rewards"
+            )
 
     def close(self) -> None:
         """Flush and close; logging afterwards does nothing."""
@@ -51,120 +102,92 @@ class Logger:
                 getattr(backend, method)(*args)
             except Exception as error:
                 self.backends.remove(backend)
-                print(f"warning: {type(backend).__name__} stopped: {error!r}; the run goes on", file=sys.stderr)
+                name = type(getattr(backend, "backend", backend)).__name__
+                print(f"warning: {name} stopped: {error!r}; the run goes on", file=sys.stderr)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, error, *_):
+    def __exit__(self, *_):
         self.close()
-        if error is KeyboardInterrupt:
-            print(f"\ninterrupted; what was logged is in {self.run_dir}", file=sys.stderr)
 
 
-class Console:
-    """One line per report, for reading along; a column shows the mean over seeds (± their standard deviation)."""
+def memory_in_use() -> float:
+    """Bytes: of the accelerator where there is one, of the process otherwise."""
+    import jax
+    import psutil
 
-    COLUMNS = {  # heading: (metric, format)
-        "SPS": ("charts/SPS", "{:,.0f}"),
-        "return": ("charts/episodic_return", "{:.2f}"),
-        "length": ("charts/episodic_length", "{:.0f}"),
-        "entropy": ("losses/entropy", "{:.3f}"),
-        "value loss": ("losses/value_loss", "{:.2g}"),
-        "approx kl": ("losses/approx_kl", "{:.4f}"),
-        "greedy return": ("eval/episodic_return", "{:.2f}"),
-    }
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["bytes_in_use"] if stats else psutil.Process().memory_info().rss
 
-    def __init__(self, total_steps: int, num_seeds: int):
-        self.total_steps = total_steps
-        self.width = 14 if num_seeds == 1 else 19
-        self.started = False
+
+class Background:
+    """Runs a backend in a thread of its own, so that one that hangs (network, full disk) hangs alone."""
+
+    def __init__(self, backend: Backend, capacity: int = 1000, patience: float = 30.0):
+        self.backend, self.patience, self.error = backend, patience, None
+        self.queue: queue.Queue = queue.Queue(capacity)
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _work(self):
+        try:
+            while (item := self.queue.get()) is not None:
+                self.backend.log(*item)
+            self.backend.close()
+        except Exception as error:
+            self.error = error
 
     def log(self, metrics, step):
-        if not self.started:
-            self._print(f"{'step':>12}", list(self.COLUMNS))
-            self.started = True
-        cells = [self._cell(metrics.get(name), form) for name, form in self.COLUMNS.values()]
-        if any(cells):
-            self._print(f"{step:>12,} {step / self.total_steps:>4.0%}", cells)
-
-    def _cell(self, value, form):
-        finite = np.ravel(value)[np.isfinite(np.ravel(value))] if value is not None else ()
-        if not len(finite):
-            return ""
-        spread = f" ± {form.format(finite.std())}" if len(finite) > 1 else ""
-        return form.format(finite.mean()) + spread
-
-    def _print(self, head, cells):
-        print(f"{head:<17}" + "".join(f"{cell:>{self.width}}" for cell in cells), flush=True)
+        if self.error:
+            raise self.error
+        try:
+            self.queue.put_nowait((metrics, step))
+        except queue.Full:
+            raise TimeoutError(f"{self.queue.maxsize} reports are waiting, it does not keep up") from None
 
     def close(self):
-        sys.stdout.flush()
+        with contextlib.suppress(queue.Full):
+            self.queue.put_nowait(None)
+        self.thread.join(self.patience)
+        if self.error:
+            raise self.error
+        if self.thread.is_alive():
+            raise TimeoutError(f"it did not finish within {self.patience:.0f} s")
 
 
-class File:
-    """JSON lines, flushed at every report: the record of the run.
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics over seeds
 
-    {"step": 8192, "time": 3.1, "charts/SPS": 50212.0, "charts/episodic_return": [21.0, null]}
-    `time` is in seconds since the start, per-seed metrics are lists, and nan or inf are null.
+
+def iqm(values):
+    """Interquartile mean over the last axis: the mean without the lowest and the highest quarter (arXiv 2108.13264)."""
+    count = np.shape(values)[-1]
+    return np.sort(values, axis=-1)[..., count // 4 : count - count // 4].mean(axis=-1)
+
+
+def interval(values, statistic=iqm, resamples: int = 2000):
+    """95 % bootstrap interval (percentiles) of a statistic of the values (S,): low, high."""
+    draws = np.random.default_rng(0).choice(values, (resamples, len(values)))
+    return tuple(np.percentile(statistic(draws), [2.5, 97.5]).tolist())
+
+
+def scalars(metrics: dict) -> dict[str, float]:
+    """Metrics as plain numbers: the mean over seeds under the metric's name, the seeds' under `name/seed_i`.
+
+    Returns of several seeds also have `name/iqm` and its interval, `name/iqm_low` and `name/iqm_high`.
     """
-
-    def __init__(self, run_dir):
-        self.file = open(Path(run_dir) / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115, closed in close()
-        self.start = time.perf_counter()
-
-    def log(self, metrics, step):
-        record = {"step": step, "time": round(time.perf_counter() - self.start, 3)}
-        record |= {name: _json(value.tolist()) for name, value in metrics.items()}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-
-    def close(self):
-        self.file.close()
-
-
-def _json(value):
-    """nan and inf are not JSON: readers other than Python's would stop at them."""
-    if isinstance(value, list):
-        return [_json(entry) for entry in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else None
-
-
-class TensorBoard:
-    """Event files: `name` is the mean over seeds, `name/seed_i` the seeds when there are several."""
-
-    def __init__(self, run_dir, config):
-        from tensorboardX import SummaryWriter
-
-        self.writer = SummaryWriter(str(run_dir))
-        rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(config).items())
-        self.writer.add_text("config", f"|field|value|\n|-|-|\n{rows}")
-
-    def log(self, metrics, step):
-        for name, value in metrics.items():
-            finite = value[np.isfinite(value)]
-            if finite.size:
-                self.writer.add_scalar(name, finite.mean(), step)
-            if value.size > 1:
-                for seed, entry in enumerate(value):
-                    if np.isfinite(entry):
-                        self.writer.add_scalar(f"{name}/seed_{seed}", entry, step)
-
-    def close(self):
-        self.writer.close()
-
-
-BACKENDS = ("console", "file", "tensorboard")
-
-
-def make_logger(names, run_dir, config) -> Logger:
-    """The logger of a run: `names` from BACKENDS, writing into `run_dir`."""
-    make = {
-        "console": lambda: Console(config.total_steps, config.num_seeds),
-        "file": lambda: File(run_dir),
-        "tensorboard": lambda: TensorBoard(run_dir, config),
-    }
-    return Logger([make[name]() for name in dict.fromkeys(names)], run_dir)
+    flat = {}
+    for name, value in metrics.items():
+        finite = value[np.isfinite(value)]
+        if finite.size:
+            flat[name] = float(finite.mean())
+        if value.size > 1:
+            flat |= {f"{name}/seed_{i}": float(x) for i, x in enumerate(value) if math.isfinite(x)}
+            if finite.size > 1 and name in (RETURN, GREEDY):
+                low, high = interval(finite)
+                flat |= {f"{name}/iqm": float(iqm(finite)), f"{name}/iqm_low": low, f"{name}/iqm_high": high}
+    return flat
 
 
 def summarize(sums: dict, num_updates: int) -> dict:
@@ -186,15 +209,503 @@ def summarize(sums: dict, num_updates: int) -> dict:
 def summarize_episodes(episodes) -> dict:
     """The means to report of an evaluation: `episodes.returns` and `.lengths` are (S, episodes)."""
     return {
-        "eval/episodic_return": np.asarray(episodes.returns).mean(axis=1),
+        GREEDY: np.asarray(episodes.returns).mean(axis=1),
         "eval/episodic_length": np.asarray(episodes.lengths).mean(axis=1),
     }
 
 
 def describe(episodes) -> str:
     """One line about evaluation episodes whose returns are (S, episodes)."""
-    means = np.asarray(episodes.returns).mean(axis=1)
-    text = f"greedy return over {episodes.returns.shape[1]} episodes: {np.median(means):.2f}"
-    if len(means) > 1:
-        text += f" (median of {len(means)} seeds: {' '.join(f'{mean:.2f}' for mean in means)})"
-    return text
+    returns = np.asarray(episodes.returns)
+    text = f"greedy return over {returns.shape[1]} episodes: "
+    if len(returns) == 1:
+        low, high = interval(returns[0], lambda draws: draws.mean(axis=-1))
+        return text + f"{returns.mean():.2f} (95 % interval {low:.2f} to {high:.2f})"
+    means = returns.mean(axis=1)
+    low, high = interval(means)
+    seeds = " ".join(f"{mean:.2f}" for mean in means)
+    return (
+        text
+        + f"median of {len(means)} seeds {np.median(means):.2f}, IQM {iqm(means):.2f} (95 % interval "
+        + (f"{low:.2f} to {high:.2f}); the seeds: {seeds}")
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backends
+
+
+class Console:
+    """One line per report, for reading along; a column shows the mean over seeds (± their standard deviation)."""
+
+    COLUMNS = {  # heading: (metric, format)
+        "SPS": ("charts/SPS", "{:,.0f}"),
+        "return": (RETURN, "{:.2f}"),
+        "length": ("charts/episodic_length", "{:.0f}"),
+        "entropy": ("losses/entropy", "{:.3f}"),
+        "value loss": ("losses/value_loss", "{:.2g}"),
+        "approx kl": ("losses/approx_kl", "{:.4f}"),
+        "greedy return": (GREEDY, "{:.2f}"),
+    }
+
+    def __init__(self, config):
+        self.total_steps = config.total_steps
+        self.width = 14 if config.num_seeds == 1 else 19
+        self.started = False
+
+    def log(self, metrics, step):
+        if "charts/compile_seconds" in metrics:
+            print(f"compiled in {metrics['charts/compile_seconds']:.1f} s", flush=True)
+        cells = [self._cell(metrics.get(name), form) for name, form in self.COLUMNS.values()]
+        if any(cells) and not self.started:
+            self._print(f"{'step':>12}", list(self.COLUMNS))
+            self.started = True
+        if any(cells):
+            self._print(f"{step:>12,} {step / self.total_steps:>4.0%}", cells)
+
+    def _cell(self, value, form):
+        finite = np.ravel(value)[np.isfinite(np.ravel(value))] if value is not None else ()
+        if not len(finite):
+            return ""
+        spread = f" ± {form.format(finite.std())}" if len(finite) > 1 else ""
+        return form.format(finite.mean()) + spread
+
+    def _print(self, head, cells):
+        print(f"{head:<17}" + "".join(f"{cell:>{self.width}}" for cell in cells), flush=True)
+
+    def close(self):
+        sys.stdout.flush()
+
+
+class File:
+    """JSON lines, written at every report: the record of the run.
+
+    {"step": 8192, "time": 3.1, "charts/SPS": 50212.0, "charts/episodic_return": [21.0, null]}
+    `time` is in seconds of training, per-seed metrics are lists, and nan or inf are null. What cannot be written (full
+    disk) is kept and tried again at the next report.
+    """
+
+    def __init__(self, run_dir):
+        path = Path(run_dir) / METRICS_FILE
+        past = read_metrics(path)
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115, closed in close()
+        self.start = time.perf_counter() - (past[-1]["time"] if past else 0.0)
+        self.waiting, self.warned = b"", False
+
+    def log(self, metrics, step):
+        record = {"step": step, "time": round(time.perf_counter() - self.start, 3)}
+        record |= {name: _json(value.tolist()) for name, value in metrics.items()}
+        self.waiting += json.dumps(record).encode() + b"\n"
+        try:
+            self._write()
+            self.warned = False
+        except OSError as error:
+            if not self.warned:
+                print(f"warning: {METRICS_FILE}: {error.strerror}; will try again at every report", file=sys.stderr)
+            self.warned = True
+
+    def _write(self):
+        while self.waiting:  # a disk that fills up takes a part of a line
+            self.waiting = self.waiting[self.file.write(self.waiting) :]
+
+    def close(self):
+        self._write()
+        self.file.close()
+
+
+def _json(value):
+    """nan and inf are not JSON: readers other than Python's would stop at them."""
+    if isinstance(value, list):
+        return [_json(entry) for entry in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+class TensorBoard:
+    """Event files with the names of `scalars`, and the config as text."""
+
+    def __init__(self, run_dir, config, about, step):
+        from tensorboardX import SummaryWriter
+
+        # What an interrupted run wrote after its checkpoint, TensorBoard forgets.
+        self.writer = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
+        rows = "\n".join(f"|{name}|{value}|" for name, value in (dataclasses.asdict(config) | about).items())
+        self.writer.add_text("config", f"|field|value|\n|-|-|\n{rows}")
+
+    def log(self, metrics, step):
+        for name, value in scalars(metrics).items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self):
+        self.writer.close()
+
+
+class WandB:
+    """Weights & Biases; its own environment variables (WANDB_PROJECT, WANDB_ENTITY, ...) hold.
+
+    Offline it writes to `<run>/wandb/offline-run-*`, which `wandb sync` sends.
+    """
+
+    def __init__(self, run_dir, config, about):
+        import wandb
+
+        if config.wandb_mode == "online" and not wandb.api.api_key:
+            raise UsageError(
+                "wandb has no API key: run `wandb login`, set WANDB_API_KEY, or choose --wandb-mode offline"
+            )
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "memory-rl"),
+            name=Path(run_dir).name,
+            id=about["id"],
+            resume="allow" if config.wandb_mode == "online" else None,
+            dir=run_dir,
+            mode=config.wandb_mode,
+            config=dataclasses.asdict(config) | {"about": about},
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def log(self, metrics, step):
+        self.run.log(scalars(metrics), step=step)
+
+    def close(self):
+        self.run.finish()
+
+
+class Neptune:
+    """Neptune (client 1.x); its own environment variables (NEPTUNE_PROJECT, NEPTUNE_API_TOKEN, ...) hold.
+
+    Offline it writes to `<run>/.neptune/offline`, which `neptune sync --path <run> --offline-only` sends.
+    """
+
+    def __init__(self, run_dir, config, about):
+        online = config.neptune_mode != "offline"
+        for variable in ("NEPTUNE_API_TOKEN", "NEPTUNE_PROJECT"):
+            if online and not os.environ.get(variable):
+                raise UsageError(f"neptune needs {variable}: set it, or choose --neptune-mode offline")
+        os.environ["NEPTUNE_DATA_DIRECTORY"] = str(Path(run_dir) / ".neptune")
+        import neptune
+        from neptune.utils import stringify_unsupported
+
+        logging.getLogger("neptune").setLevel(logging.ERROR)
+        quiet = dict.fromkeys(("capture_stdout", "capture_stderr", "capture_hardware_metrics", "git_ref"), False)
+        self.run = neptune.init_run(
+            mode=config.neptune_mode, name=Path(run_dir).name, custom_run_id=about["id"], source_files=[], **quiet
+        )
+        self.run["config"] = stringify_unsupported(dataclasses.asdict(config))
+        self.run["about"] = stringify_unsupported(about)
+
+    def log(self, metrics, step):
+        for name, value in scalars(metrics).items():
+            # A series cannot have fields below it.
+            self.run[name if "/seed_" in name or "/iqm" in name else f"{name}/mean"].append(value, step=step)
+
+    def close(self):
+        self.run.stop()
+
+
+class Dashboard:
+    """The live screen of `draw`, for terminals."""
+
+    def __init__(self, run_dir, config):
+        from rich.live import Live
+
+        self.history = History(run_dir, dataclasses.asdict(config))
+        self.live = Live(get_renderable=lambda: draw(self.history), refresh_per_second=2)
+        self.live.start()
+
+    def log(self, metrics, step):
+        self.history.add({"step": step} | {name: value.tolist() for name, value in metrics.items()})
+
+    def close(self):
+        self.live.stop()
+
+
+def make_logger(config, run_dir, step: int = 0) -> Logger:
+    """The logger of a run: the backends of `config.log`, writing into `run_dir`.
+
+    Args:
+      step: environment steps done before, in a run that is gone on with.
+
+    Raises:
+      UsageError: a backend cannot start, because a key is missing or its package is not there.
+    """
+    path = Path(run_dir) / CONFIG_FILE
+    about = {k: v for k, v in json.loads(path.read_text()).items() if k != "config"} if path.exists() else {}
+    about.setdefault("id", Path(run_dir).name)
+    names = list(dict.fromkeys(config.log))
+    if "dashboard" in names and sys.stdout.isatty():
+        names = [name for name in names if name != "console"]  # they would write over each other
+    elif "dashboard" in names:
+        names = ["console", *(name for name in names if name not in ("console", "dashboard"))]
+    make = {
+        "console": lambda: Console(config),
+        "file": lambda: File(run_dir),
+        "tensorboard": lambda: Background(TensorBoard(run_dir, config, about, step)),
+        "wandb": lambda: Background(WandB(run_dir, config, about)),
+        "neptune": lambda: Background(Neptune(run_dir, config, about)),
+        "dashboard": lambda: Dashboard(run_dir, config),
+    }
+    backends = []
+    for name in sorted(names, key=list(make).index):
+        try:
+            backends.append(make[name]())
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(f"logger {name} cannot start: {str(error) or repr(error)}") from None
+    return Logger(backends)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at runs
+
+
+def read_metrics(path: Path, start: int = 0) -> list[dict]:
+    """The records of a metrics file from byte `start` on; a line that is still being written is left for later."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        file.seek(start)
+        lines = file.read().splitlines(keepends=True)
+    return [json.loads(line) | {"bytes": len(line)} for line in lines if line.endswith(b"\n")]
+
+
+class History:
+    """What was reported of one run, by metric, for drawing."""
+
+    def __init__(self, run_dir, config: dict, read: bool = True):
+        self.run_dir, self.config = Path(run_dir), config
+        self.series = defaultdict(list)  # metric -> [(step, values of the seeds), ...]
+        self.step, self.bytes, self.state = 0, 0, ""
+        if read:
+            self.poll()
+
+    def add(self, record: dict) -> None:
+        self.step = record["step"]
+        for name, value in record.items():
+            if "/" in name:
+                self.series[name].append((self.step, np.atleast_1d(np.asarray(value, float))))
+
+    def poll(self, until: float = math.inf) -> bool:
+        """Read what is new in the run's file, up to `until` seconds of training; whether there was anything."""
+        records = [r for r in read_metrics(self.run_dir / METRICS_FILE, self.bytes) if r["time"] <= until]
+        for record in records:
+            self.bytes += record.pop("bytes")
+            self.add(record)
+        return bool(records)
+
+    def values(self, name):
+        """Of all reports: (reports, seeds)."""
+        return np.array([value for _, value in self.series[name]]).reshape(len(self.series[name]), -1)
+
+    def last(self, name):
+        """The mean over seeds of the last report, nan if there is none."""
+        values = self.series[name][-1][1] if self.series[name] else np.array([np.nan])
+        return float(np.mean(values[np.isfinite(values)])) if np.isfinite(values).any() else math.nan
+
+
+def sparkline(values, width: int, low: float, high: float) -> str:
+    """Values (N,) as a line of at most `width` blocks; where several share a block it shows their mean."""
+    values = np.asarray(values, float)
+    groups = np.array_split(values, min(width, len(values))) if len(values) else []
+    means = [np.mean(group[np.isfinite(group)]) if np.isfinite(group).any() else math.nan for group in groups]
+    scale = 7 / (high - low) if high > low else 0.0
+    return "".join(" " if math.isnan(mean) else "▁▂▃▄▅▆▇█"[round((mean - low) * scale)] for mean in means)
+
+
+def draw(history: History):
+    """One run as a panel of `rich`, as wide as the terminal lets it be."""
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    config, step = history.config, history.step
+    total, seeds = config["total_steps"], config["num_seeds"]
+    speed, memory, compiled = map(history.last, ("charts/SPS", "system/memory_mb", "charts/compile_seconds"))
+
+    progress = Table.grid(expand=True, padding=(0, 2, 0, 0))
+    progress.add_column(ratio=1)
+    progress.add_column(no_wrap=True)
+    progress.add_row(ProgressBar(total=total, completed=step), f"{step / total:.0%}")
+    facts = [f"{step:,} of {total:,} steps"]
+    if math.isfinite(speed):
+        left = int((total - step) * seeds / speed)
+        facts += [f"{speed:,.0f} steps/s", f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"]
+    facts += [f"{memory:,.0f} MB"] if math.isfinite(memory) else []
+    facts += [f"compiled in {compiled:.1f} s"] if math.isfinite(compiled) else []
+
+    class Curves:
+        """Sparklines need to know how wide they may be; the table measures before it draws."""
+
+        def __init__(self, values, low, high):
+            self.values, self.low, self.high = values, low, high
+
+        def __rich_measure__(self, console, options):
+            from rich.measure import Measurement
+
+            return Measurement(8, options.max_width)
+
+        def __rich_console__(self, console, options):
+            yield Text(sparkline(self.values, options.max_width, self.low, self.high), style="cyan", no_wrap=True)
+
+    curves = Table.grid(expand=True, padding=(0, 1, 0, 0))
+    curves.add_column(no_wrap=True)
+    curves.add_column(ratio=1)
+    curves.add_column(justify="right", no_wrap=True)
+    for heading, name in (("return", RETURN), ("greedy return", GREEDY)):
+        values = history.values(name)
+        if not np.isfinite(values).any():
+            continue
+        low, high = np.nanmin(values), np.nanmax(values)
+        final = values[-1][np.isfinite(values[-1])]
+        if seeds > 1:
+            for seed in range(seeds):
+                text = f"{values[-1, seed]:.2f}" if math.isfinite(values[-1, seed]) else "-"
+                curves.add_row(f"{heading} seed_{seed}", Curves(values[:, seed], low, high), text)
+            if len(final):
+                bounds = " [{:.2f}, {:.2f}]".format(*interval(final))
+                middle = [iqm(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan for row in values]
+                curves.add_row(
+                    f"[bold]{heading} IQM", Curves(middle, low, high), f"[bold]{iqm(final):.2f}[/bold]{bounds}"
+                )
+        else:
+            curves.add_row(f"[bold]{heading}", Curves(values[:, 0], low, high), f"[bold]{history.last(name):.2f}")
+
+    losses = [
+        f"{name.partition('/')[2].replace('_', ' ')} [bold]{history.last(name):.3g}[/bold]"
+        for name in sorted(history.series)
+        if name.startswith("losses/")
+    ]
+    parts = [progress, Text(" · ".join(facts), style="dim"), curves, Text.from_markup(" · ".join(losses))]
+    title = f"[bold]{config['env']}[/bold] {history.run_dir.name}"
+    return Panel(Group(*parts), title=title, subtitle=history.state or None, title_align="left", subtitle_align="right")
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether a process holds the lock of this run."""
+    from filelock import FileLock, Timeout
+
+    if not (run_dir / LOCK_FILE).exists():
+        return False
+    try:
+        with FileLock(run_dir / LOCK_FILE, blocking=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # may look but not touch
+        return False
+
+
+def watch(histories: list[History], speed: float = 0.0) -> None:
+    """Show runs side by side until all have ended; with `speed`, from their beginning, that many times faster."""
+    from rich.columns import Columns
+    from rich.console import Console as Terminal
+    from rich.live import Live
+
+    terminal, began, quiet_since = Terminal(), time.monotonic(), 0.0
+    width = max(76, terminal.width // len(histories)) if terminal.width >= 152 else None
+
+    def screen():
+        return Columns([draw(history) for history in histories], width=width, padding=(0, 0), expand=width is None)
+
+    with (
+        Live(get_renderable=screen, console=terminal, refresh_per_second=2) as live,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        while True:
+            elapsed = time.monotonic() - began
+            news = [history.poll(elapsed * speed if speed else math.inf) for history in histories]
+            quiet_since = elapsed if any(news) else quiet_since
+            replaying = speed and any(read_metrics(h.run_dir / METRICS_FILE, h.bytes) for h in histories)
+            # A run's lock is asked for only when it has been quiet: whoever wants to resume it must find it free.
+            if not replaying and (elapsed - quiet_since > 3 or not terminal.is_terminal or elapsed == quiet_since == 0):
+                running = [is_running(history.run_dir) for history in histories]
+                for history, alive in zip(histories, running, strict=True):
+                    complete = history.step + 1 > history.config["total_steps"] * 0.999
+                    history.state = "running" if alive else "complete" if complete else "stopped"
+                if not any(running):
+                    break
+            time.sleep(0.5)
+        live.refresh()
+
+
+def plot(histories: list[History], path: str, metric: str = GREEDY) -> None:
+    """Learning curves: a panel per environment, a line per kind of run, its seeds aggregated (IQM, 95 % interval)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = defaultdict(lambda: defaultdict(list))
+    for history in histories:
+        config = history.config
+        task = [config["env"], *map(str, config["mask"]), *(f"{k}={v}" for k, v in config["env_kwargs"].items())]
+        panels[" ".join(task)][label(history, histories)].append(history)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1.5 + 4 * len(panels), 3.6), layout="constrained", squeeze=False
+    )
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for name, runs in sorted(lines.items()):
+            steps = np.array([step for step, _ in runs[0].series[metric]])
+            curves = [curve for run in runs for curve in resample(run, metric, steps)]
+            middle = [iqm(values) for values in zip(*curves, strict=True)]
+            low, high = zip(*(interval(np.array(values)) for values in zip(*curves, strict=True)), strict=True)
+            (line,) = axis.plot(steps, middle, label=f"{name} ({len(curves)})")
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, lw=0)
+        axis.set(title=title, xlabel="environment steps")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=9)
+    axes[0, 0].set_ylabel(f"{metric}\nIQM and 95 % interval over (seeds)")
+    figure.savefig(path, dpi=110)
+
+
+def resample(history: History, metric: str, steps) -> list:
+    """One curve per seed that did not diverge, at `steps`."""
+    own, values = [step for step, _ in history.series[metric]], history.values(metric)
+    return [np.interp(steps, own, curve) for curve in values.T if np.isfinite(curve).all()]
+
+
+def label(history: History, among: list[History]) -> str:
+    """The script and those of its options that are not the same in all runs."""
+    irrelevant = {"env", "env_kwargs", "mask", "seed", "num_seeds", "run_dir", "log", "total_steps"}
+    words = [history.config["script"]]
+    for name, value in history.config.items():
+        others = [other.config[name] for other in among if name in other.config]
+        if name not in irrelevant | {"script"} and any(value != other for other in others):
+            words.append(str(value) if isinstance(value, str) and value else f"{name}={value}")
+    return " ".join(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """Look at runs: a live dashboard of several side by side, or a figure of their learning curves."""
+
+    run_dirs: tyro.conf.Positional[tuple[Path, ...]]  # directories of runs, finished or running
+    plot: str = ""  # draw learning curves to this .png, instead of the dashboard
+    metric: str = GREEDY  # what to draw there
+    speed: float = 0.0  # replay the runs in the dashboard from their beginning, this many times faster
+
+
+def main(config: Look) -> None:
+    histories = []
+    for run_dir in config.run_dirs:
+        try:
+            saved = json.loads((run_dir / CONFIG_FILE).read_text())
+            histories.append(History(run_dir, saved["config"] | {"script": saved["script"]}, read=not config.speed))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"no run in {str(run_dir)!r}: {error}") from None
+    if not config.plot:
+        return watch(histories, config.speed)
+    for history in histories:
+        if not history.series[config.metric]:
+            names = ", ".join(sorted(name for name, values in history.series.items() if values))
+            raise UsageError(f"{history.run_dir} has no metric {config.metric!r}; it has: {names}")
+    plot(histories, config.plot, config.metric)
+    print(f"figure: {config.plot}")
+
+
+if __name__ == "__main__":
+    launch(main, Look)

@@ -16,7 +16,7 @@ with advantages A by GAE (Schulman et al. 2016, arXiv 1506.02438) and returns R 
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,26 +25,14 @@ import optax
 from flax import struct
 
 from envs import Discrete, Episodes, make, play
-from experiment import Options, check_sizes, create_run_dir, launch, load_run, save_model, seed_keys, vmap_seeds
-from loggers import BACKENDS, describe, make_logger, summarize, summarize_episodes
+from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
+from loggers import summarize
 
 
 # --- Config ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """Proximal policy optimisation (PPO) for discrete actions."""
-
-    # Experiment
-    seed: int = 0  # seed of the first run; run i has seed + i
-    num_seeds: int = 1  # independent runs, trained side by side in one program
-    total_steps: int = 500_000  # environment steps of each seed
-    log: tuple[Literal[BACKENDS], ...] = ("console", "file", "tensorboard")  # where metrics go, any combination
-    log_every: int = 10  # updates between two reports
-    run_dir: str = ""  # directory for this run, must not exist yet; empty: a new one under runs/
-    eval_every: int = 50_000  # environment steps between two evaluations
-    eval_episodes: int = 100  # episodes of an evaluation, played greedily
-    num_eval_envs: int = 100  # parallel environments of an evaluation
-    evaluate: str = ""  # directory of a finished run: evaluate its model instead of training
 
     # Environment and networks
     env: str = "gymnax::CartPole-v1"  # environment, as namespace::id
@@ -71,20 +59,16 @@ class Config:
     max_grad_norm: float = 0.5  # gradients are clipped to this global norm
 
     @property
-    def batch_size(self) -> int:
+    def steps_per_update(self) -> int:
         return self.num_envs * self.num_steps
-
-    @property
-    def num_updates(self) -> int:
-        return self.total_steps // self.batch_size
 
     def make_env(self):
         return make(self.env, **{"mask": self.mask} | self.env_kwargs)
 
     def __post_init__(self):
         check_sizes(self)
-        if self.batch_size % self.num_minibatches:
-            raise ValueError(f"num_minibatches ({self.num_minibatches}) must divide a batch ({self.batch_size})")
+        if self.steps_per_update % self.num_minibatches:
+            raise ValueError(f"num_minibatches ({self.num_minibatches}) must divide a batch ({self.steps_per_update})")
         if not isinstance(self.make_env().action_space, Discrete):
             raise ValueError(f"this script needs discrete actions, those of {self.env} are continuous")
 
@@ -244,12 +228,15 @@ def update(state, env):
         params, opt_state = learner
         minibatch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[steps], (batch, advantages, returns))
         gradients, parts = jax.grad(ppo_loss, has_aux=True)(params, network, config, *minibatch)
+        parts["losses/grad_norm"] = optax.global_norm(gradients)
         changes, opt_state = optimizer.update(gradients, opt_state, params)
         return (optax.apply_updates(params, changes), opt_state), parts
 
     def epoch(learner, key):
         # Minibatches of single steps: without memory it does not matter where in an episode a step was taken.
-        order = jnp.argsort(jax.random.bits(key, (config.batch_size,)))  # one sort; jax.random.permutation takes two
+        order = jnp.argsort(
+            jax.random.bits(key, (config.steps_per_update,))
+        )  # one sort; jax.random.permutation takes two
         minibatches = order.reshape(config.num_minibatches, -1)
         return jax.lax.scan(gradient_step, learner, minibatches)
 
@@ -271,16 +258,18 @@ def update(state, env):
 
 @partial(jax.jit, static_argnames="env", donate_argnames="state")
 def train_chunk(state, env, num_updates):
-    """Several updates of every seed, and the sums of their metrics. A last, shorter chunk does not compile again."""
+    """Several updates of every seed; for each metric its sum over them, and how many of them it was finite in."""
     update_seeds = jax.jit(vmap_seeds(partial(update, env=env)))  # jit: eval_shape and the loop share one tracing
 
     def body(_, carry):
-        state, sums = carry
+        state, *totals = carry
         state, metrics = update_seeds(state)
-        return state, jax.tree.map(jnp.add, sums, metrics)
+        return state, *jax.tree.map(jnp.add, totals, [metrics, jax.tree.map(jnp.isfinite, metrics)])
 
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(update_seeds, state)[1])
-    return jax.lax.fori_loop(0, num_updates, body, (state, zeros))
+    metrics = jax.eval_shape(update_seeds, state)[1]
+    zeros = jax.tree.map(jnp.zeros_like, metrics), jax.tree.map(lambda x: jnp.zeros(x.shape, int), metrics)
+    # The number of updates is not known when this compiles: a last, shorter chunk does not compile again.
+    return jax.lax.fori_loop(0, num_updates, body, (state, *zeros))
 
 
 # --- Init, warmup, train, evaluate -----------------------------------------------------------------------------------
@@ -300,26 +289,28 @@ def init(config: Config, key) -> State:
 def warmup(state: State, env, logger) -> State:
     """Compile the update, so that the speed reported by `train` is that of training; PPO needs nothing else."""
     began = time.perf_counter()
-    state, _ = jax.block_until_ready(train_chunk(state, env, 0))
-    logger.log({"charts/compile_seconds": time.perf_counter() - began}, step=0)
+    state, *_ = jax.block_until_ready(train_chunk(state, env, 0))
+    steps = int(state.updates[0]) * state.config.steps_per_update
+    logger.log({"charts/compile_seconds": time.perf_counter() - began}, steps)
     return state
 
 
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
     """Train for `num_steps` steps per seed in whole updates, at least one. The state passed in is used up (donated)."""
-    config, remaining = state.config, max(1, num_steps // state.config.batch_size)
+    config, remaining = state.config, max(1, num_steps // state.config.steps_per_update)
     while remaining:
         num_updates, began = min(config.log_every, remaining), time.perf_counter()
-        state, metrics = jax.block_until_ready(train_chunk(state, env, num_updates))
-        steps = num_updates * config.batch_size * len(state.updates)
-        report = summarize(metrics, num_updates) | {"charts/SPS": steps / (time.perf_counter() - began)}
-        logger.log(report, step=int(state.updates[0]) * config.batch_size)
+        state, sums, finite = jax.block_until_ready(train_chunk(state, env, num_updates))
+        speed = num_updates * config.steps_per_update * config.num_seeds / (time.perf_counter() - began)
+        report, updates = summarize(sums, num_updates) | {"charts/SPS": speed}, int(state.updates[0])
+        logger.log(report, updates * config.steps_per_update)
+        logger.check_finite(finite, updates - num_updates, num_updates)
         remaining -= num_updates
     return state, report
 
 
-@partial(jax.jit, static_argnames=("env", "episodes"))
-def evaluate(state: State, env, episodes: int) -> Episodes:
+@partial(jax.jit, static_argnames=("env", "episodes", "play"))
+def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
     """Play `episodes` greedy episodes per seed, in environments of their own; returns and lengths are (S, episodes)."""
     config, network = state.config, ActorCritic(state.config)
 
@@ -336,19 +327,16 @@ def evaluate(state: State, env, episodes: int) -> Episodes:
 
 # --- Main ------------------------------------------------------------------------------------------------------------
 def main(config: Config) -> None:
+    env = config.make_env()
     if config.evaluate:
-        trained, state = load_run(config.evaluate, Config, init, __file__)
-        return print(describe(evaluate(state, trained.make_env(), config.eval_episodes)))
+        return show(config, env, init, evaluate)
 
-    run_dir, env = create_run_dir(config, __file__), config.make_env()
-    with make_logger(config.log, run_dir, config) as logger:
-        state = warmup(init(config, seed_keys(config)), env, logger)
-        while remaining := (config.num_updates - int(state.updates[0])) * config.batch_size:
-            state, _ = train(state, env, logger, min(remaining, max(config.eval_every, config.batch_size)))
-            episodes = evaluate(state, env, config.eval_episodes)
-            logger.log(summarize_episodes(episodes), step=int(state.updates[0]) * config.batch_size)
-        save_model(run_dir, state)
-    print(f"{describe(episodes)}\nsaved to {run_dir}")
+    with Run(config, init) as run:
+        state = warmup(run.state, env, run.logger)
+        while num_steps := run.next_chunk(state):
+            state, _ = train(state, env, run.logger, num_steps)
+            if run.evaluation_is_due(state):
+                run.save(state, evaluate(state, env, config.eval_episodes))
 
 
 if __name__ == "__main__":
