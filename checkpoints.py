@@ -9,10 +9,13 @@ files are compared with their checksums; a damaged one is reported and the one b
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import sys
 import zlib
@@ -52,11 +55,19 @@ class Checkpoints:
         """
         self._delete(step)
         leaves = named_leaves(state)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values()) + 2**18  # at most; orbax compresses
+        if shutil.disk_usage(self.folder).free < size:  # orbax, if it runs out of space, says so on many pages
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, it takes up to {size / 2**20:,.1f} MiB")
         try:
-            self.orbax.save(self.folder / str(step), leaves)
-            self.orbax.wait_until_finished()
-        except ValueError as error:  # what tensorstore raises when a file cannot be written
-            raise OSError(str(error)) from error
+            with quiet_orbax():
+                self.orbax.save(self.folder / str(step), leaves)
+                self.orbax.wait_until_finished()
+        except ValueError as error:  # tensorstore's way of saying that a file cannot be written
+            for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                remove(unfinished)
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            raise OSError(*((int(number[1]), os.strerror(int(number[1]))) if number else (str(error),))) from error
         about = {
             "score": None if math.isnan(score) else score,
             "notes": notes,
@@ -147,6 +158,17 @@ class Checkpoints:
 
     def close(self) -> None:
         self.orbax.close()
+
+
+@contextlib.contextmanager
+def quiet_orbax():
+    """Without the pages of tracebacks that orbax logs on the way to an error that is raised anyway."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def named_leaves(tree) -> dict:

@@ -334,8 +334,9 @@ class Run:
         import jax
 
         from checkpoints import Checkpoints
-        from loggers import make_logger
+        from loggers import check_keys, make_logger
 
+        check_keys(config)
         self.config, self.signal, self.episodes, self.handlers = config, None, None, {}
         self.dir, self.lock = open_run_dir(config)
         self.checkpoints = Checkpoints(self.dir, config.keep_checkpoints)

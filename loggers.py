@@ -348,10 +348,6 @@ class WandB:
     def __init__(self, run_dir, config, about):
         import wandb
 
-        if config.wandb_mode == "online" and not wandb.api.api_key:
-            raise UsageError(
-                "wandb has no API key: run `wandb login`, set WANDB_API_KEY, or choose --wandb-mode offline"
-            )
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "memory-rl"),
             name=Path(run_dir).name,
@@ -377,10 +373,6 @@ class Neptune:
     """
 
     def __init__(self, run_dir, config, about):
-        online = config.neptune_mode != "offline"
-        for variable in ("NEPTUNE_API_TOKEN", "NEPTUNE_PROJECT"):
-            if online and not os.environ.get(variable):
-                raise UsageError(f"neptune needs {variable}: set it, or choose --neptune-mode offline")
         os.environ["NEPTUNE_DATA_DIRECTORY"] = str(Path(run_dir) / ".neptune")
         import neptune
         from neptune.utils import stringify_unsupported
@@ -419,6 +411,24 @@ class Dashboard:
         self.live.stop()
 
 
+def check_keys(config) -> None:
+    """Notice a missing key before there is a run.
+
+    Raises:
+      UsageError: names what is missing.
+    """
+    if "wandb" in config.log and config.wandb_mode == "online":
+        import wandb
+
+        if not wandb.api.api_key:
+            ways = "run `wandb login`, set WANDB_API_KEY, or choose --wandb-mode offline"
+            raise UsageError(f"wandb has no API key: {ways}")
+    if "neptune" in config.log and config.neptune_mode != "offline":
+        for variable in ("NEPTUNE_API_TOKEN", "NEPTUNE_PROJECT"):
+            if not os.environ.get(variable):
+                raise UsageError(f"neptune needs {variable}: set it, or choose --neptune-mode offline")
+
+
 def make_logger(config, run_dir, step: int = 0) -> Logger:
     """The logger of a run: the backends of `config.log`, writing into `run_dir`.
 
@@ -426,7 +436,7 @@ def make_logger(config, run_dir, step: int = 0) -> Logger:
       step: environment steps done before, in a run that is gone on with.
 
     Raises:
-      UsageError: a backend cannot start, because a key is missing or its package is not there.
+      UsageError: a backend cannot start.
     """
     path = Path(run_dir) / CONFIG_FILE
     about = {k: v for k, v in json.loads(path.read_text()).items() if k != "config"} if path.exists() else {}
@@ -448,8 +458,6 @@ def make_logger(config, run_dir, step: int = 0) -> Logger:
     for name in sorted(names, key=list(make).index):
         try:
             backends.append(make[name]())
-        except UsageError:
-            raise
         except Exception as error:
             raise UsageError(f"logger {name} cannot start: {str(error) or repr(error)}") from None
     return Logger(backends)

@@ -71,3 +71,24 @@ envs.NAMESPACES["test"] = (lambda: list(TASKS), lambda env_id, **options: TASKS[
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+# --- Small runs of every script --------------------------------------------------------------------------------------
+
+ALGORITHMS = Path(__file__).parent.parent / "algorithms"
+SCRIPTS = sorted(path.stem for path in ALGORITHMS.glob("[a-z]*.py"))
+
+# A small run on the command line, whatever the script, and a smaller one of its module.
+COMMAND_LINE = ("--num-envs", "4", "--num-steps", "8", "--num-minibatches", "2", "--hidden-size", "8")
+COMMAND_LINE += ("--eval-episodes", "4", "--num-eval-envs", "4", "--env-kwargs", "max_steps_in_episode", "50")
+SMALL = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "hidden_size": 8, "eval_episodes": 4, "num_eval_envs": 4}
+SMALL |= {"env": "test::Counting", "env_kwargs": {"terminal_every": 5}, "total_steps": 32, "compilation_cache": ""}
+
+
+def tiny(module, **changes):
+    """The config of a run of `module` that takes no time."""
+    return module.Config(**SMALL | changes)
+
+
+def last_line(text):
+    return text.strip().splitlines()[-1]

@@ -1,128 +1,306 @@
-"""Run directories, saved models, and what the user is told when something is wrong with them."""
+"""Run directories, resuming, diverging, and what the user is told when something is wrong."""
 
+import importlib
 import json
 import os
-import shutil
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import COMMAND_LINE, SCRIPTS, last_line, tiny
 
 from algorithms import ppo, rppo
-from experiment import UsageError, create_run_dir, load_config, load_model, save_model, seed_keys, vmap_seeds
-from memory_cells import CELLS
+from checkpoints import Checkpoints
+from experiment import Run, RunError, UsageError, load_config, open_run_dir, provenance, seed_keys, show, vmap_seeds
+from loggers import Logger, read_metrics
 
-CONFIG = ppo.Config(
-    env="test::Counting", total_steps=64, num_envs=4, num_steps=8, hidden_size=8, env_kwargs={"terminal_every": 5}
-)
-
-
-def state_of(config, init=ppo.init):
-    return init(config, seed_keys(config))
+CONFIG = tiny(ppo)
+PPO = ppo.__file__
 
 
-def test_a_run_directory_holds_the_config(tmp_path):
+def records(run_dir, *without):
+    """The metrics of a run, less what is never the same twice."""
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    varying = {"time", "charts/SPS", "system/memory_mb", "charts/compile_seconds"}
+    lines = [{name: value for name, value in line.items() if name not in varying} for line in lines]
+    return [line for line in lines if len(line) > 1]  # not those about compiling
+
+
+def final_leaves(run_dir, module, config):
+    like = jax.eval_shape(lambda: module.init(config, seed_keys(config)))
+    state, step, _ = Checkpoints(run_dir).restore(like)
+    keys = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
+    return step, [np.asarray(keys(leaf)) for leaf in jax.tree.leaves(state)]
+
+
+# --- Run directories -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_holds_the_config_and_where_it_comes_from(tmp_path):
     config = replace(CONFIG, run_dir=str(tmp_path / "a" / "run"), log=("file",))
-    path = create_run_dir(config, "algorithms/ppo.py")
-    assert load_config(str(path), ppo.Config, "algorithms/ppo.py") == config
+    path, lock = open_run_dir(config)
+    assert load_config(str(path), ppo.Config) == config
+    saved = json.loads((path / "config.json").read_text())
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(PPO).parent)
+    if head.returncode == 0:
+        assert saved["git"]["commit"] == head.stdout.strip() and isinstance(saved["git"]["dirty"], bool)
+    assert saved["packages"]["jax"] == jax.__version__ and saved["machine"]["devices"]
+    assert provenance(tmp_path / "x.py")["git"] == {"commit": None, "dirty": None}  # not under version control
+    lock.release()
 
 
 def test_a_run_without_a_name_gets_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = create_run_dir(CONFIG, "algorithms/ppo.py")
-    assert path.parent.name == "runs" and path.name.startswith("test-Counting__ppo__seed0__")
-    names = {create_run_dir(CONFIG, "algorithms/ppo.py") for _ in range(5)}  # started in the same second
-    assert len(names | {path}) == 6
+    names = {str(open_run_dir(CONFIG)[0]) for _ in range(5)}  # started in the same second
+    assert len(names) == 5 and all(name.startswith("runs/test-Counting__ppo__seed0__") for name in names)
 
 
 def test_unusable_run_directories(tmp_path):
     (tmp_path / "file").write_text("")
     for path, message in ((tmp_path, "exists"), (tmp_path / "file" / "run", "cannot be written: Not a directory")):
         with pytest.raises(UsageError, match=message):
-            create_run_dir(replace(CONFIG, run_dir=str(path)), "algorithms/ppo.py")
-    if os.geteuid():  # root may write anywhere
-        (tmp_path / "read-only").mkdir(mode=0o500)
-        with pytest.raises(UsageError, match="cannot be written: Permission denied"):
-            create_run_dir(replace(CONFIG, run_dir=str(tmp_path / "read-only" / "run")), "algorithms/ppo.py")
+            open_run_dir(replace(CONFIG, run_dir=str(path)))
+    taken, lock = open_run_dir(replace(CONFIG, run_dir=str(tmp_path / "taken")))
+    for again in (replace(CONFIG, run_dir=str(taken)), replace(CONFIG, resume=str(taken), run_dir=str(taken))):
+        with pytest.raises(UsageError, match="is in use by another process"):
+            open_run_dir(again)
+    lock.release()
+    with pytest.raises(UsageError, match="exists; choose another with --run-dir"):
+        open_run_dir(replace(CONFIG, run_dir=str(taken)))
+
+
+def test_run_directories_without_permission(tmp_path):
+    if os.geteuid():
+        tmp_path.chmod(0o500)
+    elif subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("root may write everywhere but to a read-only disk, and may not mount one here")
+    try:
+        with pytest.raises(UsageError, match="cannot be written: (Permission denied|Read-only file system)"):
+            open_run_dir(replace(CONFIG, run_dir=str(tmp_path / "run")))
+    finally:
+        tmp_path.chmod(0o700) if os.geteuid() else subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
 def test_configs_that_do_not_fit(tmp_path):
     run_dir = tmp_path / "run"
-    create_run_dir(replace(CONFIG, run_dir=str(run_dir)), "algorithms/ppo.py")
+    open_run_dir(replace(CONFIG, run_dir=str(run_dir)))[1].release()
     with pytest.raises(UsageError, match=r"is a run of ppo.py, not of rppo.py"):
-        load_config(str(run_dir), ppo.Config, "algorithms/rppo.py")
+        load_config(str(run_dir), rppo.Config)
     with pytest.raises(UsageError, match="no run in 'nowhere': .*No such file"):
-        load_config("nowhere", ppo.Config, "algorithms/ppo.py")
+        load_config("nowhere", ppo.Config)
+    with pytest.raises(UsageError, match=r"was trained with gamma = 0.99, not with 0.9"):
+        open_run_dir(replace(CONFIG, resume=str(run_dir), gamma=0.9))
+    with pytest.raises(UsageError, match=r"was trained with num_seeds = 1, not with 2"):
+        show(replace(CONFIG, evaluate=str(run_dir), num_seeds=2), CONFIG.make_env(), ppo.init, ppo.evaluate)
     saved = json.loads((run_dir / "config.json").read_text())
     saved["config"]["old_option"] = 1
     (run_dir / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UsageError, match="another version of ppo.py: its config differs in old_option"):
-        load_config(str(run_dir), ppo.Config, "algorithms/ppo.py")
+        load_config(str(run_dir), ppo.Config)
     saved["config"].pop("old_option")
     saved["config"]["env"] = "gymnax::Pendulum-v1"
     (run_dir / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UsageError, match="is not valid here: gymnax::Pendulum-v1 has no option"):
-        load_config(str(run_dir), ppo.Config, "algorithms/ppo.py")
+        load_config(str(run_dir), ppo.Config)
     (run_dir / "config.json").write_text("{")
     with pytest.raises(UsageError, match="config.json is damaged"):
-        load_config(str(run_dir), ppo.Config, "algorithms/ppo.py")
+        load_config(str(run_dir), ppo.Config)
 
 
-def test_a_saved_model_comes_back_exactly(tmp_path):
-    state = state_of(CONFIG)
-    save_model(tmp_path, state)
-    loaded = load_model(tmp_path, jax.eval_shape(lambda: state))
-    assert jax.tree.structure(loaded) == jax.tree.structure(state)
-    same = jax.tree.map(lambda a, b: bool((a == b).all()) and a.dtype == b.dtype, loaded, state)
-    assert all(jax.tree.leaves(same))
-    jax.random.split(loaded.key[0])  # the key is a typed key again
+# --- Resuming --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cell", "options"), [*((cell, {}) for cell in CELLS), ("slstm", {"conv_width": 0})])
-def test_every_memory_can_be_saved(cell, options, tmp_path):
-    config = rppo.Config(env="test::Counting", cell=cell, cell_kwargs=options, hidden_size=8)
-    state = state_of(config, rppo.init)
-    save_model(tmp_path, state)
-    loaded = load_model(tmp_path, jax.eval_shape(lambda: state))
-    jax.tree.map(np.testing.assert_array_equal, (loaded.params, loaded.carry), (state.params, state.carry))
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("stop_after", [2, 3])  # updates: between two evaluations, and at one
+def test_resuming_is_as_if_nothing_had_happened(script, stop_after, tmp_path, monkeypatch, capsys):
+    """N updates + save + load + N updates equal 2 N updates bit for bit, and so do the logs."""
+    module = importlib.import_module(f"algorithms.{script}")
+    config = tiny(module, num_seeds=2, log=("file",), log_every=2)
+    config = replace(config, total_steps=6 * config.steps_per_update, eval_every=3 * config.steps_per_update)
+    whole, broken = (replace(config, run_dir=str(tmp_path / name)) for name in ("whole", "broken"))
+    module.main(whole)
+
+    next_chunk = Run.next_chunk
+
+    def stop(run, state):  # what a signal does, at a chosen moment
+        if int(state.updates[0]) == stop_after:
+            run.signal = signal.SIGTERM
+        return next_chunk(run, state)
+
+    monkeypatch.setattr(Run, "next_chunk", stop)
+    with pytest.raises(SystemExit) as stopped:
+        module.main(broken)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert f"go on from there with --resume {broken.run_dir}" in capsys.readouterr().err
+    monkeypatch.setattr(Run, "next_chunk", next_chunk)
+    with open(Path(broken.run_dir) / "metrics.jsonl", "a") as file:  # what a killed run wrote after its checkpoint
+        file.write('{"step": 999, "time": 9, "losses/policy_loss": [1, 1]}\n{"step": 10')
+
+    module.main(replace(broken, resume=broken.run_dir))
+    assert records(broken.run_dir) == records(whole.run_dir)
+    (step, expected), (resumed_step, actual) = (final_leaves(c.run_dir, module, config) for c in (whole, broken))
+    assert step == resumed_step == config.total_steps
+    assert all(a.tobytes() == e.tobytes() for a, e in zip(actual, expected, strict=True))
+
+    module.main(replace(broken, resume=broken.run_dir))  # there is nothing left to do
+    assert "the run was complete" in capsys.readouterr().out
+    assert records(broken.run_dir) == records(whole.run_dir)
 
 
-def test_a_model_loads_on_another_device(tmp_path):
-    """Saved where there are two CPU devices, from the second one; loaded where there is one."""
-    code = (
-        "import jax; from algorithms import ppo; from experiment import save_model, seed_keys\n"
-        "config = ppo.Config(num_envs=4, hidden_size=8)\n"
-        "state = jax.device_put(ppo.init(config, seed_keys(config)), jax.devices()[1])\n"
-        f"save_model({str(tmp_path)!r}, state)\n"
-    )
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-    config = ppo.Config(num_envs=4, hidden_size=8)
-    state = state_of(config)
-    loaded = load_model(tmp_path, jax.eval_shape(lambda: state))
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, state.params)
+def test_a_run_without_a_checkpoint_starts_again(tmp_path):
+    config = replace(CONFIG, run_dir=str(tmp_path / "run"), log=("file",))
+    open_run_dir(config)[1].release()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "time": 1}\n{"st')
+    ppo.main(replace(config, resume=config.run_dir))
+    assert [line["step"] for line in records(config.run_dir)] == [config.total_steps] * 2
 
 
-def test_models_that_do_not_fit(tmp_path):
-    shapes = jax.eval_shape(lambda: state_of(CONFIG))
-    with pytest.raises(UsageError, match="no model in .*: the run has not finished"):
-        load_model(tmp_path, shapes)
-    save_model(tmp_path, state_of(CONFIG))
-    with pytest.raises(UsageError, match="the model in .* is damaged or of another version"):
-        load_model(tmp_path, jax.eval_shape(lambda: state_of(replace(CONFIG, hidden_size=16))))
-    for part in (tmp_path / "model").rglob("*"):
-        if part.is_file() and part.parent.name == "d":
-            part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
-    with pytest.raises(UsageError, match="the model in .* is damaged or of another version"):
-        load_model(tmp_path, shapes)
-    shutil.rmtree(tmp_path / "model")
-    (tmp_path / "model").mkdir()
-    with pytest.raises(UsageError, match="the model in .* is damaged or of another version"):
-        load_model(tmp_path, shapes)
+# --- Faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_diverged_run_stops_with_the_update_the_metric_and_what_to_try(tmp_path):
+    config = replace(CONFIG, total_steps=20 * CONFIG.steps_per_update, learning_rate=1e18, max_grad_norm=1e18)
+    config = replace(config, eval_every=1, log_every=5, log=("file",), run_dir=str(tmp_path / "run"))
+    state, env = ppo.init(config, seed_keys(config)), config.make_env()
+    finite = True
+    while finite:  # one update at a time
+        state, sums, _ = ppo.train_chunk(state, env, 1)
+        finite = all(np.isfinite(value).all() for name, value in sums.items() if name.startswith("losses/"))
+    first_bad = int(state.updates[0])
+    with pytest.raises(RunError) as stopped:
+        ppo.main(config)
+    message = str(stopped.value)
+    assert "training diverged: losses/" in message and f"nan or inf in update {first_bad};" in message
+    assert "try a lower learning rate" in message
+    good = (first_bad - 1) * config.steps_per_update
+    assert (f"the last checkpoint is of step {good:,}" in message) == (good > 0)
+    for leaf in final_leaves(config.run_dir, ppo, config)[1] if good else ():
+        assert np.isfinite(leaf).all()
+
+
+def test_a_diverged_seed_is_reported_and_the_others_go_on(tmp_path, capsys):
+    config = replace(CONFIG, num_seeds=3, total_steps=4 * CONFIG.steps_per_update, log_every=2)
+    config = replace(config, log=("file",), run_dir=str(tmp_path / "run"), eval_every=2 * CONFIG.steps_per_update)
+    healthy, _ = ppo.train(ppo.init(config, seed_keys(config)), config.make_env(), Logger(), config.total_steps)
+
+    def init(config, keys):
+        state = ppo.init(config, keys)
+        return state.replace(params=jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), state.params))
+
+    env = config.make_env()
+    with Run(config, init) as run:
+        state = run.state
+        while steps := run.next_chunk(state):
+            state, _ = ppo.train(state, env, run.logger, steps)
+            if run.evaluation_is_due(state):
+                run.save(state, ppo.evaluate(state, env, 4))
+    warnings = capsys.readouterr().err
+    assert warnings.count("seed_1 diverged and is left out: ") == 1 and "in update 1\n" in warnings
+    for seed in (0, 2):
+        same = jax.tree.map(lambda a, b, i=seed: bool((a[i] == b[i]).all()), state.params, healthy.params)
+        assert all(jax.tree.leaves(same))
+    last = records(config.run_dir)[-2:]
+    assert last[0]["charts/episodic_return"][1] is None and last[0]["charts/episodic_return"][0] is not None
+    assert last[1]["eval/episodic_return"][1] is None and None not in last[1]["eval/episodic_return"][::2]
+
+
+def test_when_no_seed_is_left_the_run_stops():
+    config = replace(CONFIG, num_seeds=2)
+    state = ppo.init(config, seed_keys(config))
+    state = state.replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params))
+    with pytest.raises(RunError, match="training diverged: .* in update 1; try"):
+        ppo.train(state, config.make_env(), Logger(), config.steps_per_update)
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        config = replace(CONFIG, run_dir=str(tmp_path / "run"), log=("file",), hidden_size=64, eval_every=1)
+        config = replace(config, total_steps=40 * config.steps_per_update, keep_checkpoints=40)
+        with pytest.raises(RunError, match=r"cannot be written to .* \(. MiB free\): No space left .* with --resume "):
+            ppo.main(config)
+        lines = records(config.run_dir)
+        step, leaves = final_leaves(config.run_dir, ppo, config)
+        assert leaves and step == lines[-1]["step"] - config.steps_per_update
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+# --- Signals and kills -----------------------------------------------------------------------------------------------
+
+
+def start(script, *args):
+    """A run of a script in a process of its own."""
+    command = [sys.executable, str(Path(PPO).with_name(f"{script}.py")), *map(str, args)]
+    # Whoever started pytest in the background made it, and so its children, deaf to Ctrl-C.
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=listen)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_first(script, number, tmp_path):
+    run_dir = tmp_path / "run"
+    args = (*COMMAND_LINE, "--total-steps", 100_000_000, "--run-dir", run_dir, "--log", "console", "file")
+    process = start(script, *args)
+    for line in process.stdout:  # the heading, then reports: training is on
+        if "%" in line:
+            break
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    # The last line: jax 0.9 logs what it thinks of programs from the compilation cache before it.
+    assert re.fullmatch(r"stopped; the last checkpoint is of step [\d,]+, go on .* --resume .*/run", last_line(errors))
+    assert "Traceback" not in errors
+    steps = Checkpoints(run_dir).steps()
+    assert steps and records(run_dir)[-1]["step"] == steps[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_thirty_kills_lose_at_most_one_interval(script, tmp_path):
+    """SIGKILL at random moments; the resumed run ends as the one that was left alone."""
+    args = ["--env", "gymnax::CartPole-v1", "--num-seeds", "2", "--eval-episodes", "4", "--log-every", "3"]
+    args += ["--total-steps", 1_000_000, "--eval-every", 20_000, "--log", "file", "tensorboard"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(script, *args, "--run-dir", whole).wait() == 0
+    moments, module = np.random.default_rng(0), importlib.import_module(f"algorithms.{script}")
+    process, kills, reached = start(script, *args, "--run-dir", broken), 0, 0
+    while kills < 30 or process.poll() is None:
+        try:
+            code = process.wait(moments.uniform(1, 12) if kills < 30 else 600)
+            assert code == 0, process.stderr.read()
+            break  # done before it could be killed again
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        if (broken / "config.json").exists():
+            steps = Checkpoints(broken).steps()
+            logged = [record["step"] for record in read_metrics(broken / "metrics.jsonl")]
+            assert (steps or [0])[-1] >= max(logged, default=0) - 2 * 20_000 and (steps or [0])[-1] >= reached
+            reached = (steps or [0])[-1]
+            process = start(script, "--resume", broken)
+        else:
+            process = start(script, *args, "--run-dir", broken)
+    assert kills >= 5
+    assert records(broken) == records(whole)
+    config = load_config(str(whole), module.Config)
+    (_, expected), (_, actual) = (final_leaves(run_dir, module, config) for run_dir in (whole, broken))
+    assert all(a.tobytes() == e.tobytes() for a, e in zip(actual, expected, strict=True))
+
+
+# --- Seeds -----------------------------------------------------------------------------------------------------------
 
 
 def test_seeds_have_the_keys_of_their_own_runs():
