@@ -251,11 +251,13 @@ def open_run_dir(config):
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / LOCK_FILE)
+        if not config.resume and any(entry.name != LOCK_FILE for entry in path.iterdir()):
+            raise FileExistsError
         lock.acquire(blocking=False)
         if not config.resume:
-            if any(entry.name != LOCK_FILE for entry in path.iterdir()):
-                raise FileExistsError
-            about = {"script": script.stem, "config": dataclasses.asdict(config), **provenance(script)}
+            final_step = config.num_updates * config.steps_per_update
+            about = {"script": script.stem, "config": dataclasses.asdict(config), "final_step": final_step}
+            about |= provenance(script)
             (path / "new").write_text(json.dumps(about, indent=2) + "\n")
             os.replace(path / "new", path / CONFIG_FILE)
     except Timeout:

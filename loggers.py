@@ -29,7 +29,7 @@ from typing import Protocol
 import numpy as np
 import tyro
 
-from experiment import CONFIG_FILE, LOCK_FILE, METRICS_FILE, RunError, UsageError, launch
+from experiment import CONFIG_FILE, LOCK_FILE, METRICS_FILE, Experiment, RunError, UsageError, launch
 
 RETURN, GREEDY = "charts/episodic_return", "eval/episodic_return"
 
@@ -397,10 +397,10 @@ class Neptune:
 class Dashboard:
     """The live screen of `draw`, for terminals."""
 
-    def __init__(self, run_dir, config):
+    def __init__(self, run_dir, config, about):
         from rich.live import Live
 
-        self.history = History(run_dir, dataclasses.asdict(config))
+        self.history = History(run_dir, dataclasses.asdict(config), about)
         self.live = Live(get_renderable=lambda: draw(self.history), refresh_per_second=2)
         self.live.start()
 
@@ -452,7 +452,7 @@ def make_logger(config, run_dir, step: int = 0) -> Logger:
         "tensorboard": lambda: Background(TensorBoard(run_dir, config, about, step)),
         "wandb": lambda: Background(WandB(run_dir, config, about)),
         "neptune": lambda: Background(Neptune(run_dir, config, about)),
-        "dashboard": lambda: Dashboard(run_dir, config),
+        "dashboard": lambda: Dashboard(run_dir, config, about),
     }
     backends = []
     for name in sorted(names, key=list(make).index):
@@ -480,8 +480,9 @@ def read_metrics(path: Path, start: int = 0) -> list[dict]:
 class History:
     """What was reported of one run, by metric, for drawing."""
 
-    def __init__(self, run_dir, config: dict, read: bool = True):
-        self.run_dir, self.config = Path(run_dir), config
+    def __init__(self, run_dir, config: dict, about: dict, read: bool = True):
+        """`config`: the fields of the run's config; `about`: what else its config.json says."""
+        self.run_dir, self.config, self.about = Path(run_dir), config, about
         self.series = defaultdict(list)  # metric -> [(step, values of the seeds), ...]
         self.step, self.bytes, self.state = 0, 0, ""
         if read:
@@ -503,12 +504,25 @@ class History:
 
     def values(self, name):
         """Of all reports: (reports, seeds)."""
-        return np.array([value for _, value in self.series[name]]).reshape(len(self.series[name]), -1)
+        return np.array([value for _, value in self.series[name]]) if self.series[name] else np.empty((0, 1))
 
     def last(self, name):
         """The mean over seeds of the last report, nan if there is none."""
         values = self.series[name][-1][1] if self.series[name] else np.array([np.nan])
         return float(np.mean(values[np.isfinite(values)])) if np.isfinite(values).any() else math.nan
+
+
+def load(run_dir: Path, read: bool = True) -> History:
+    """The history of a run, from its files.
+
+    Raises:
+      UsageError: there is none.
+    """
+    try:
+        about = json.loads((run_dir / CONFIG_FILE).read_text())
+        return History(run_dir, about.pop("config"), about, read)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"no run in {str(run_dir)!r}: {error}") from None
 
 
 def sparkline(values, width: int, low: float, high: float) -> str:
@@ -529,7 +543,7 @@ def draw(history: History):
     from rich.text import Text
 
     config, step = history.config, history.step
-    total, seeds = config["total_steps"], config["num_seeds"]
+    total, seeds = history.about["final_step"], config["num_seeds"]
     speed, memory, compiled = map(history.last, ("charts/SPS", "system/memory_mb", "charts/compile_seconds"))
 
     progress = Table.grid(expand=True, padding=(0, 2, 0, 0))
@@ -630,7 +644,7 @@ def watch(histories: list[History], speed: float = 0.0) -> None:
             if not replaying and (elapsed - quiet_since > 3 or not terminal.is_terminal or elapsed == quiet_since == 0):
                 running = [is_running(history.run_dir) for history in histories]
                 for history, alive in zip(histories, running, strict=True):
-                    complete = history.step + 1 > history.config["total_steps"] * 0.999
+                    complete = history.step >= history.about["final_step"]
                     history.state = "running" if alive else "complete" if complete else "stopped"
                 if not any(running):
                     break
@@ -666,7 +680,7 @@ def plot(histories: list[History], path: str, metric: str = GREEDY) -> None:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=9)
-    axes[0, 0].set_ylabel(f"{metric}\nIQM and 95 % interval over (seeds)")
+    axes[0, 0].set_ylabel(f"{metric}\nIQM of (n) seeds, 95 % interval")
     figure.savefig(path, dpi=110)
 
 
@@ -677,13 +691,13 @@ def resample(history: History, metric: str, steps) -> list:
 
 
 def label(history: History, among: list[History]) -> str:
-    """The script and those of its options that are not the same in all runs."""
-    irrelevant = {"env", "env_kwargs", "mask", "seed", "num_seeds", "run_dir", "log", "total_steps"}
-    words = [history.config["script"]]
-    for name, value in history.config.items():
-        others = [other.config[name] for other in among if name in other.config]
-        if name not in irrelevant | {"script"} and any(value != other for other in others):
-            words.append(str(value) if isinstance(value, str) and value else f"{name}={value}")
+    """The script, its memory, and those options of the algorithm that are not the same in all runs."""
+    config, words = history.config, [history.about["script"]]
+    words += [config["cell"]] if "cell" in config else []
+    ignored = {field.name for field in dataclasses.fields(Experiment)} | {"env", "env_kwargs", "mask", "cell"}
+    for name, value in config.items():
+        if name not in ignored and any(value != other.config.get(name, value) for other in among):
+            words.append(f"{name}={value}")
     return " ".join(words)
 
 
@@ -698,13 +712,7 @@ class Look:
 
 
 def main(config: Look) -> None:
-    histories = []
-    for run_dir in config.run_dirs:
-        try:
-            saved = json.loads((run_dir / CONFIG_FILE).read_text())
-            histories.append(History(run_dir, saved["config"] | {"script": saved["script"]}, read=not config.speed))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"no run in {str(run_dir)!r}: {error}") from None
+    histories = [load(run_dir, read=not config.speed) for run_dir in config.run_dirs]
     if not config.plot:
         return watch(histories, config.speed)
     for history in histories:

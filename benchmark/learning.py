@@ -97,7 +97,7 @@ def main():
     if not args.report:
         for commands in RESULTS.values():
             for command in commands.values():
-                if not (run_dir(command) / "model").exists():
+                if not (run_dir(command) / "checkpoints").exists():
                     shutil.rmtree(run_dir(command), ignore_errors=True)  # what an interrupted run left
                     train(command)
     report()

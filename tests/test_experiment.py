@@ -68,12 +68,14 @@ def test_unusable_run_directories(tmp_path):
         with pytest.raises(UsageError, match=message):
             open_run_dir(replace(CONFIG, run_dir=str(path)))
     taken, lock = open_run_dir(replace(CONFIG, run_dir=str(tmp_path / "taken")))
-    for again in (replace(CONFIG, run_dir=str(taken)), replace(CONFIG, resume=str(taken), run_dir=str(taken))):
-        with pytest.raises(UsageError, match="is in use by another process"):
-            open_run_dir(again)
-    lock.release()
     with pytest.raises(UsageError, match="exists; choose another with --run-dir"):
         open_run_dir(replace(CONFIG, run_dir=str(taken)))
+    with pytest.raises(UsageError, match="is in use by another process"):
+        open_run_dir(replace(CONFIG, resume=str(taken), run_dir=str(taken)))
+    lock.release()
+    open_run_dir(replace(CONFIG, resume=str(taken), run_dir=str(taken)))[1].release()
+    (tmp_path / "empty").mkdir()  # what a process that was killed at once may leave
+    open_run_dir(replace(CONFIG, run_dir=str(tmp_path / "empty")))[1].release()
 
 
 def test_run_directories_without_permission(tmp_path):

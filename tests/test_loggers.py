@@ -18,12 +18,12 @@ from PIL import Image
 
 from loggers import (
     Background,
-    History,
     Logger,
     describe,
     draw,
     interval,
     iqm,
+    load,
     make_logger,
     read_metrics,
     scalars,
@@ -317,7 +317,7 @@ def make_run(path, seeds=3, reports=30, script="rppo", cell="gru", level=100.0, 
     path.mkdir()
     config = {"env": "gymnax::CartPole-v1", "mask": [], "env_kwargs": {}, "cell": cell, "seed": 0, "hidden_size": 8}
     config |= {"total_steps": total, "num_seeds": seeds, "run_dir": str(path)}
-    (path / "config.json").write_text(json.dumps({"script": script, "config": config}))
+    (path / "config.json").write_text(json.dumps({"script": script, "config": config, "final_step": total}))
     with open(path / "metrics.jsonl", "w") as file:
         for i in range(reports):
             returns = [level * i / reports + seed for seed in range(seeds)]
@@ -339,7 +339,7 @@ def show(renderable, width):
 @pytest.mark.parametrize("seeds", [1, 5])
 def test_the_dashboard_shows_everything_at_every_width(width, seeds, tmp_path):
     run_dir = make_run(tmp_path / "run", seeds, reports=20)
-    text = show(draw(History(run_dir, json.loads((run_dir / "config.json").read_text())["config"])), width)
+    text = show(draw(load(run_dir)), width)
     assert max(map(len, text.splitlines())) <= width
     flat = " ".join(text.replace("│", " ").split())
     for piece in ("gymnax::CartPole-v1", "67%", "2,000 of 3,000 steps", "5,000 steps/s", "512 MB", "value loss"):
@@ -348,6 +348,12 @@ def test_the_dashboard_shows_everything_at_every_width(width, seeds, tmp_path):
     if seeds > 1:
         assert "greedy return seed_4" in flat and "greedy return IQM" in flat and "97.00 [95.67, 98.67]" in flat
     assert "▁" in text and "█" in text
+
+
+def test_the_dashboard_of_a_run_that_has_just_begun(tmp_path):
+    run_dir = make_run(tmp_path / "run", reports=0)
+    text = show(draw(load(run_dir)), 80)
+    assert "0 of 3,000 steps" in text
 
 
 def test_sparklines():

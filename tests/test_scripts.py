@@ -97,7 +97,7 @@ BAD = [
     (("--num-envs", "many"), "many"),
     (("--log", "fax"), "fax"),
     (("--run-dir", "/dev/null/run"), "run directory '/dev/null/run' cannot be written: Not a directory"),
-    (("--run-dir", "."), "run directory '.' exists; choose another with --run-dir"),
+    (("--run-dir", "/usr"), "run directory '/usr' exists; choose another with --run-dir"),
     (("--evaluate", "nowhere"), "no run in 'nowhere'"),
     (("--resume", "nowhere"), "no run in 'nowhere'"),
     (("--video", "agent.mp4"), "video must be a file name that ends in .gif, got 'agent.mp4'"),
