@@ -625,31 +625,26 @@ def watch(histories: list[History], speed: float = 0.0) -> None:
     from rich.console import Console as Terminal
     from rich.live import Live
 
-    terminal, began, quiet_since = Terminal(), time.monotonic(), 0.0
+    terminal, began, checked = Terminal(), time.monotonic(), -math.inf
     width = max(76, terminal.width // len(histories)) if terminal.width >= 152 else None
 
     def screen():
         return Columns([draw(history) for history in histories], width=width, padding=(0, 0), expand=width is None)
 
-    with (
-        Live(get_renderable=screen, console=terminal, refresh_per_second=2) as live,
-        contextlib.suppress(KeyboardInterrupt),
-    ):
+    live = Live(get_renderable=screen, console=terminal, refresh_per_second=2)
+    with live, contextlib.suppress(KeyboardInterrupt):
         while True:
             elapsed = time.monotonic() - began
-            news = [history.poll(elapsed * speed if speed else math.inf) for history in histories]
-            quiet_since = elapsed if any(news) else quiet_since
-            replaying = speed and any(read_metrics(h.run_dir / METRICS_FILE, h.bytes) for h in histories)
-            # A run's lock is asked for only when it has been quiet: whoever wants to resume it must find it free.
-            if not replaying and (elapsed - quiet_since > 3 or not terminal.is_terminal or elapsed == quiet_since == 0):
-                running = [is_running(history.run_dir) for history in histories]
-                for history, alive in zip(histories, running, strict=True):
-                    complete = history.step >= history.about["final_step"]
-                    history.state = "running" if alive else "complete" if complete else "stopped"
-                if not any(running):
-                    break
+            if elapsed - checked > 3:  # seldom: whoever wants to resume a run must find its lock free
+                running, checked = [is_running(history.run_dir) for history in histories], elapsed
+            for history, alive in zip(histories, running, strict=True):
+                history.poll(elapsed * speed if speed else math.inf)
+                complete = history.step >= history.about["final_step"]
+                history.state = "running" if alive else "complete" if complete else "stopped"
+            behind = any(read_metrics(history.run_dir / METRICS_FILE, history.bytes) for history in histories)
+            if not behind and not any(running):
+                break
             time.sleep(0.5)
-        live.refresh()
 
 
 def plot(histories: list[History], path: str, metric: str = GREEDY) -> None:
