@@ -274,32 +274,34 @@ def test_thirty_kills_lose_at_most_one_interval(script, tmp_path):
     """SIGKILL at random moments; the resumed run ends as the one that was left alone."""
     args = ["--env", "gymnax::CartPole-v1", "--num-seeds", "2", "--eval-episodes", "4", "--log-every", "3"]
     args += ["--total-steps", 1_000_000, "--eval-every", 20_000, "--log", "file", "tensorboard"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole, module, moments = (
+        tmp_path / "whole",
+        importlib.import_module(f"algorithms.{script}"),
+        np.random.default_rng(0),
+    )
     assert start(script, *args, "--run-dir", whole).wait() == 0
-    moments, module = np.random.default_rng(0), importlib.import_module(f"algorithms.{script}")
-    process, kills, reached = start(script, *args, "--run-dir", broken), 0, 0
-    while kills < 30 or process.poll() is None:
-        try:
-            code = process.wait(moments.uniform(1, 12) if kills < 30 else 600)
-            assert code == 0, process.stderr.read()
-            break  # done before it could be killed again
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-        if (broken / "config.json").exists():
-            steps = Checkpoints(broken).steps()
+    config, kills = load_config(str(whole), module.Config), 0
+    _, expected = final_leaves(whole, module, config)
+    while kills < 30:
+        broken, reached = tmp_path / f"broken after {kills} kills", 0
+        process = start(script, *args, "--run-dir", broken)
+        while True:
+            try:
+                assert process.wait(moments.uniform(1, 12)) == 0, process.stderr.read()
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+            last = max(Checkpoints(broken).steps(), default=0)
             logged = [record["step"] for record in read_metrics(broken / "metrics.jsonl")]
-            assert (steps or [0])[-1] >= max(logged, default=0) - 2 * 20_000 and (steps or [0])[-1] >= reached
-            reached = (steps or [0])[-1]
-            process = start(script, "--resume", broken)
-        else:
-            process = start(script, *args, "--run-dir", broken)
-    assert kills >= 5
-    assert records(broken) == records(whole)
-    config = load_config(str(whole), module.Config)
-    (_, expected), (_, actual) = (final_leaves(run_dir, module, config) for run_dir in (whole, broken))
-    assert all(a.tobytes() == e.tobytes() for a, e in zip(actual, expected, strict=True))
+            assert last >= max(logged, default=0) - 20_000 and last >= reached
+            reached = last
+            again = ("--resume", broken) if (broken / "config.json").exists() else (*args, "--run-dir", broken)
+            process = start(script, *again)
+        assert records(broken) == records(whole)
+        _, actual = final_leaves(broken, module, config)
+        assert all(a.tobytes() == e.tobytes() for a, e in zip(actual, expected, strict=True))
 
 
 # --- Seeds -----------------------------------------------------------------------------------------------------------
