@@ -149,6 +149,10 @@ def use_compilation_cache(folder: str) -> None:
     """Let jax keep compiled programs in `folder`, unless the environment already names one."""
     import jax
 
+    if jax.__version_info__ < (0, 10) and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":
+        # It prints pages about every program that comes from the cache, and must be told not to before it is imported.
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+        os.execv(sys.executable, sys.orig_argv)
     if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
