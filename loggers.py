@@ -657,7 +657,8 @@ def plot(histories: list[History], path: str, metric: str = GREEDY) -> None:
     panels = defaultdict(lambda: defaultdict(list))
     for history in histories:
         config = history.config
-        task = [config["env"], *map(str, config["mask"]), *(f"{k}={v}" for k, v in config["env_kwargs"].items())]
+        task = [config["env"], *(f"{k}={v}" for k, v in config["env_kwargs"].items())]
+        task += ["without", *map(str, config["mask"])] if config["mask"] else []
         panels[" ".join(task)][label(history, histories)].append(history)
     figure, axes = plt.subplots(
         1, len(panels), figsize=(1.5 + 4 * len(panels), 3.6), layout="constrained", squeeze=False
