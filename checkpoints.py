@@ -45,7 +45,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that there are complete checkpoints of, in order."""
-        return sorted(int(path.stem) for path in self.folder.glob("*.json"))
+        return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal())
 
     def save(self, state, step: int, score: float = math.nan, **notes) -> None:
         """Write a pytree of arrays (typed keys included), its score, and notes: whatever JSON holds.
@@ -102,7 +102,7 @@ class Checkpoints:
         steps = self.steps()[::-1]
         if not steps:
             raise UsageError(f"no checkpoint in {str(self.folder)!r}: the run did not come to its first evaluation")
-        for step in [*(self._best(steps) if best else ()), *steps]:
+        for step in dict.fromkeys([*(self._best(steps) if best else ()), *steps]):
             try:
                 about = self._verify(step)
             except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import hashlib
 import importlib.metadata
 import inspect
 import itertools
@@ -47,6 +48,10 @@ class RunError(RuntimeError):
     """Training cannot go on; its message is the whole story."""
 
 
+class Diverged(RunError):
+    """No seed has finite losses any more."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """The options that every script has; a script's own config adds those of its algorithm."""
@@ -78,7 +83,10 @@ class Experiment:
 # what may be given beside --resume or --evaluate and differ from the run's own config
 HARMLESS = {"log", "wandb_mode", "neptune_mode", "run_dir", "resume", "evaluate", "best", "video", "keep_checkpoints"}
 HARMLESS |= {"compilation_cache"}
-EVALUATION = {"env_kwargs", "mask", "eval_episodes", "num_eval_envs"}
+EVALUATION = {"env_kwargs", "eval_episodes", "num_eval_envs"}
+
+# packages that decide what the numbers of a run are
+NUMERICAL_PACKAGES = ("jax", "jaxlib", "flax", "optax", "flashbax", "gymnax")
 
 # config fields with other bounds than "greater than 0"
 AT_LEAST_0 = ("seed", "ent_coef", "vf_coef", "bptt")
@@ -138,11 +146,16 @@ def parse(config_class):
         raise UsageError("--resume and --evaluate exclude each other")
     if not (given.resume or given.evaluate):
         return tyro.cli(config_class)
-    default = copy.copy(load_config(given.resume or given.evaluate, config_class))
-    for name, value in vars(default).items():
-        if isinstance(value, dict) and "--" + name.replace("_", "-") in sys.argv:
+    saved = load_config(given.resume or given.evaluate, config_class)
+    default, options = copy.copy(saved), {}
+    for name, value in vars(saved).items():
+        if isinstance(value, dict) and any(
+            word.replace("_", "-") == f"--{name.replace('_', '-')}" for word in sys.argv
+        ):
             object.__setattr__(default, name, {})  # tyro takes new keys only where there are none
-    return tyro.cli(config_class, default=default)
+            options[name] = value
+    config = tyro.cli(config_class, default=default)
+    return dataclasses.replace(config, **{name: value | getattr(config, name) for name, value in options.items()})
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -157,6 +170,7 @@ def use_compilation_cache(folder: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        jax.config.update("jax_compilation_cache_max_size", 2**31)  # what was not used for longest goes first
 
 
 def check_sizes(config):
@@ -173,7 +187,7 @@ def check_sizes(config):
         elif field.name in UP_TO_1:
             if not 0 <= value <= 1:
                 raise ValueError(f"{field.name} must be between 0 and 1, got {value}")
-        elif type(value) in (int, float) and value <= 0:
+        elif type(value) in (int, float) and not value > 0:  # nan is not either
             raise ValueError(f"{field.name} must be greater than 0, got {value}")
     if getattr(config, "bptt", 0) and config.num_steps % config.bptt:
         raise ValueError(f"bptt ({config.bptt}) must divide num_steps ({config.num_steps})")
@@ -184,8 +198,11 @@ def check_sizes(config):
         raise ValueError(f"total_steps ({config.total_steps}) is less than {update}")
     if config.video and not config.video.endswith(".gif"):
         raise ValueError(f"video must be a file name that ends in .gif, got {config.video!r}")
-    if config.video and not config.evaluate:
-        raise ValueError("video needs a trained agent: give the run's directory with evaluate")
+    if config.video and not Path(config.video).parent.is_dir():
+        raise ValueError(f"video must be in a folder that exists, got {config.video!r}")
+    for option in ("video", "best"):
+        if getattr(config, option) and not config.evaluate:
+            raise ValueError(f"{option} needs a trained agent: give the run's directory with evaluate")
 
 
 def seed_keys(config):
@@ -224,13 +241,16 @@ def provenance(script: Path) -> dict:
             return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     changes = git("status", "--porcelain", "--untracked-files=no")
+    here = Path(__file__).parent
+    sources = [script, here / "envs.py", *sorted((here / "memory_cells").glob("*.py"))]
     return {
         "id": secrets.token_hex(4),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": sys.argv,
+        "sources": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources},
         "git": {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)},
         "python": platform.python_version(),
-        "packages": dict(sorted((d.name.lower(), d.version) for d in importlib.metadata.distributions())),
+        "packages": dict(sorted((d.name.lower(), d.version) for d in importlib.metadata.distributions() if d.name)),
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),
@@ -252,21 +272,26 @@ def open_run_dir(config):
     path = Path(config.resume or config.run_dir or unused_name(config, script.stem))
     if config.resume:
         check_same(config, load_config(config.resume, type(config)), HARMLESS)
+        check_versions(path, provenance(script))
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=bool(config.resume or config.run_dir))
         lock = FileLock(path / LOCK_FILE)
-        if not config.resume and any(entry.name != LOCK_FILE for entry in path.iterdir()):
+        is_taken = lambda: not config.resume and any(entry.name[0] != "." for entry in path.iterdir())  # noqa: E731
+        if is_taken():  # asked before anything is written there
             raise FileExistsError
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=1)  # whoever looks whether a run is alive holds it for a moment
+        if is_taken():
+            raise FileExistsError
         if not config.resume:
             final_step = config.num_updates * config.steps_per_update
             about = {"script": script.stem, "config": dataclasses.asdict(config), "final_step": final_step}
-            about |= provenance(script)
-            (path / "new").write_text(json.dumps(about, indent=2) + "\n")
-            os.replace(path / "new", path / CONFIG_FILE)
+            (path / ".new").write_text(json.dumps(about | provenance(script), indent=2) + "\n")
+            os.replace(path / ".new", path / CONFIG_FILE)
     except Timeout:
         raise UsageError(f"run directory {str(path)!r} is in use by another process") from None
     except FileExistsError:
+        if not config.run_dir:  # two runs took the same name at the same moment
+            return open_run_dir(config)
         raise UsageError(f"run directory {str(path)!r} exists; choose another with --run-dir") from None
     except OSError as error:
         raise UsageError(f"run directory {str(path)!r} cannot be written: {error.strerror}") from None
@@ -319,6 +344,26 @@ def check_same(config, saved, may_differ) -> None:
             raise UsageError(f"{run!r} was trained with {name} = {getattr(saved, name)!r}, not with {value!r}")
 
 
+def check_versions(run_dir: Path, here: dict) -> None:
+    """Refuse to go on with a run that other code began: it could not go on bit for bit.
+
+    Raises:
+      UsageError: names a source file or package that is not the same.
+    """
+    began = json.loads((run_dir / CONFIG_FILE).read_text())
+    for name, digest in here["sources"].items():
+        if began["sources"].get(name) != digest:
+            commit = began["git"]["commit"]
+            hint = f"; it was made at commit {commit[:10]}" if commit else ""
+            raise UsageError(f"{str(run_dir)!r} was begun with another version of {name}{hint}")
+    for name in NUMERICAL_PACKAGES:
+        was, now = began["packages"].get(name), here["packages"].get(name)
+        if was != now:
+            raise UsageError(
+                f"{str(run_dir)!r} was begun with {name} {was}, not {now}: install that, or start a new run"
+            )
+
+
 class Run:
     """One training run: its directory, logger and checkpoints; new, or gone on with where --resume finds it.
 
@@ -340,21 +385,22 @@ class Run:
         import jax
 
         from checkpoints import Checkpoints
-        from loggers import check_keys, make_logger
+        from loggers import GREEDY, check_keys, make_logger, read_metrics
 
         check_keys(config)
         self.config, self.signal, self.episodes, self.handlers = config, None, None, {}
         self.dir, self.lock = open_run_dir(config)
         self.checkpoints = Checkpoints(self.dir, config.keep_checkpoints)
-        self.saved_step = None
+        self.saved_step, notes = None, {"metrics_bytes": 0, "diverged": ()}
         if config.resume and self.checkpoints.steps():
             like = jax.eval_shape(lambda: init(config, seed_keys(config)))
             self.state, self.saved_step, notes = self.checkpoints.restore(like)
-            forget_after(self.dir / METRICS_FILE, notes["metrics_bytes"])
         else:
+            if config.resume and any(GREEDY in record for record in read_metrics(self.dir / METRICS_FILE)):
+                raise UsageError(f"the checkpoints of {config.resume!r} are gone, there is nothing to go on from")
             self.state = init(config, seed_keys(config))
-            forget_after(self.dir / METRICS_FILE, 0)
-        self.logger = make_logger(config, self.dir, self.saved_step or 0)
+        forget_after(self.dir / METRICS_FILE, notes["metrics_bytes"])
+        self.logger = make_logger(config, self.dir, notes["diverged"])
 
     def __enter__(self):
         return self
@@ -387,30 +433,31 @@ class Run:
         """Report an evaluation and write a checkpoint."""
         import numpy as np
 
-        from loggers import summarize_episodes
+        from loggers import GREEDY, summarize_episodes
 
         self.episodes, report = episodes, summarize_episodes(episodes)
         self.logger.log(report, self.step(state))
-        healthy = [seed not in self.logger.diverged for seed in range(self.config.num_seeds)]
-        self._checkpoint(state, float(np.mean(report["eval/episodic_return"][healthy])))
+        self._checkpoint(state, float(np.mean(np.delete(report[GREEDY], list(self.logger.diverged)))))
 
     def _checkpoint(self, state, score=float("nan")):
         metrics, step = self.dir / METRICS_FILE, self.step(state)
         size = metrics.stat().st_size if metrics.exists() else 0
         try:
-            self.checkpoints.save(state, step, score, metrics_bytes=size)
+            self.checkpoints.save(state, step, score, metrics_bytes=size, diverged=list(self.logger.diverged.items()))
         except OSError as error:
             free = shutil.disk_usage(self.dir).free / 2**20
+            reason = error.strerror or str(error).splitlines()[0]
+            where = f"{self.checkpoints.folder} ({free:,.0f} MiB free)"
+            way_on = self._way_on("make room and go on from there with --resume")
             raise RunError(
-                f"the checkpoint of step {step} cannot be written to {self.checkpoints.folder} ({free:,.0f} MiB free): "
-                f"{error.strerror or str(error).splitlines()[0]}; {self._way_on()}"
+                f"the checkpoint of step {step:,} cannot be written to {where}: {reason}; {way_on}"
             ) from None
         self.saved_step = step
 
-    def _way_on(self):
+    def _way_on(self, advice="go on from there with --resume"):
         if self.saved_step is None:
             return "there is no checkpoint yet"
-        return f"the last checkpoint is of step {self.saved_step:,}, go on from there with --resume {self.dir}"
+        return f"the last checkpoint is of step {self.saved_step:,}, {advice} {self.dir}"
 
     def _listen(self):
         """From the first chunk on (before, there is nothing to save) signals wait for the next report."""
@@ -418,36 +465,47 @@ class Run:
             return
 
         def stop(number, _):
-            if self.signal:
+            if self.signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.signal = number
-            os.write(2, b"\nstopping at the next report; press Ctrl-C again to stop at once\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping at the next report; press Ctrl-C again to stop at once\n")
 
         self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def __exit__(self, kind, error, _):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.logger.close()
-        self.checkpoints.close()
-        self.lock.release()
+        complete = self.saved_step == self.config.num_updates * self.config.steps_per_update
         if kind is KeyboardInterrupt:
             print(f"interrupted; {self._way_on()}", file=sys.stderr)
-        elif kind is None and self.signal:
+        elif kind is None and not complete:
             print(f"stopped; {self._way_on()}", file=sys.stderr)
+        try:
+            self.logger.close()
+            self.checkpoints.close()
+        finally:
+            self.lock.release()
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+        if kind is Diverged:
+            raise RunError(
+                f"{error}; {self._way_on('which is the last good one: look at it with --evaluate')}"
+            ) from None
+        if kind is None and not complete:
             sys.exit(128 + self.signal)
-        elif kind is None:
+        if kind is None:
             from loggers import describe
 
-            print(f"{describe(self.episodes) if self.episodes else 'the run was complete'}\nsaved to {self.dir}")
-        elif kind is RunError and self.saved_step is not None and "--resume" not in str(error):
-            raise RunError(f"{error}; {self._way_on()}") from None
+            result = describe(self.episodes, self.logger.diverged) if self.episodes else "the run was complete"
+            print(f"{result}\nsaved to {self.dir}")
 
 
 def forget_after(path: Path, size: int) -> None:
     """Cut a file of metrics to what it held when the checkpoint was written: the rest will be written again."""
     if path.exists():
-        os.truncate(path, min(size, path.stat().st_size))
+        try:
+            os.truncate(path, min(size, path.stat().st_size))
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def show(config, env, init, evaluate) -> None:
@@ -466,9 +524,14 @@ def show(config, env, init, evaluate) -> None:
     if config.video and env.render is None:
         raise UsageError(f"{config.env} cannot be drawn: its library has no renderer for it")
     like = jax.eval_shape(lambda: init(config, seed_keys(config)))
-    state, step, _ = Checkpoints(config.evaluate).restore(like, config.best)
-    print(f"checkpoint of step {step:,}: {describe(evaluate(state, env, config.eval_episodes))}")
+    state, step, notes = Checkpoints(config.evaluate).restore(like, config.best)
+    diverged = dict(notes["diverged"])
+    print(f"checkpoint of step {step:,}: {describe(evaluate(state, env, config.eval_episodes), diverged)}")
     if config.video:
-        episode = jax.tree.map(lambda x: x[0], evaluate(state, env, 1, play=record))
-        write_gif(config.video, env, episode)
+        seed = min(set(range(config.num_seeds)) - set(diverged))
+        episode = jax.tree.map(lambda x: x[seed], evaluate(state, env, 1, play=record))
+        try:
+            write_gif(config.video, env, episode)
+        except OSError as error:
+            raise UsageError(f"{config.video!r} cannot be written: {error.strerror}") from None
         print(f"video of {int(episode.length)} steps: {config.video}")

@@ -14,11 +14,13 @@ Runs can be looked at from their files, while they run or later, several side by
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
 import os
 import queue
+import shutil
 import sys
 import threading
 import time
@@ -29,9 +31,15 @@ from typing import Protocol
 import numpy as np
 import tyro
 
-from experiment import CONFIG_FILE, LOCK_FILE, METRICS_FILE, Experiment, RunError, UsageError, launch
+from experiment import CONFIG_FILE, LOCK_FILE, METRICS_FILE, Diverged, Experiment, UsageError, launch
 
 RETURN, GREEDY = "charts/episodic_return", "eval/episodic_return"
+
+
+def warn(text: str) -> None:
+    """Say it on the terminal, if that can be: the disk that is full may be the one stderr goes to."""
+    with contextlib.suppress(OSError):
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class Backend(Protocol):
@@ -49,9 +57,9 @@ class Logger:
       diverged: index of a seed that met nan or inf -> what happened; its metrics are nan from then on.
     """
 
-    def __init__(self, backends=()):
+    def __init__(self, backends=(), diverged=()):
         self.backends = list(backends)
-        self.diverged: dict[int, str] = {}
+        self.diverged: dict[int, str] = dict(diverged)
 
     def log(self, metrics: dict, step: int) -> None:
         """Report `metrics` at `step` environment steps (per seed)."""
@@ -70,10 +78,10 @@ class Logger:
         """Notice seeds that met nan or inf in the `num_updates` updates after the first `updates`.
 
         Args:
-          finite: for each metric, in how many of those updates it was finite, (S,).
+          finite: for each metric, for how many of those updates its sum over them stayed finite, (S,).
 
         Raises:
-          RunError: no seed is left. As long as one is, the others are reported and left out.
+          Diverged: no seed is left. As long as one is, the others are reported and left out.
         """
         names = [name for name in finite if name.startswith("losses/")]
         counts = np.stack([finite[name] for name in names])
@@ -84,12 +92,11 @@ class Logger:
                 verb = "is" if len(culprits) == 1 else "are"
                 self.diverged[seed] = f"{', '.join(culprits)} {verb} nan or inf in update {updates + first + 1}"
                 if len(self.diverged) < counts.shape[1]:
-                    print(f"warning: seed_{seed} diverged and is left out: {self.diverged[seed]}", file=sys.stderr)
+                    warn(f"seed_{seed} diverged and is left out: {self.diverged[seed]}")
         if len(self.diverged) == counts.shape[1]:
-            raise RunError(
-                f"training diverged: {self.diverged[max(self.diverged)]}; "
-                "try a lower learning rate, a lower max_grad_norm, or smaller rewards"
-            )
+            *_, last = self.diverged.values()
+            advice = "start again with a lower learning rate, a lower max_grad_norm, or smaller rewards"
+            raise Diverged(f"training diverged: {last}; {advice}")
 
     def close(self) -> None:
         """Flush and close; logging afterwards does nothing."""
@@ -103,7 +110,7 @@ class Logger:
             except Exception as error:
                 self.backends.remove(backend)
                 name = type(getattr(backend, "backend", backend)).__name__
-                print(f"warning: {name} stopped: {error!r}; the run goes on", file=sys.stderr)
+                warn(f"{name} stopped: {error!r}; the run does not need it")
 
     def __enter__(self):
         return self
@@ -214,9 +221,9 @@ def summarize_episodes(episodes) -> dict:
     }
 
 
-def describe(episodes) -> str:
-    """One line about evaluation episodes whose returns are (S, episodes)."""
-    returns = np.asarray(episodes.returns)
+def describe(episodes, diverged=()) -> str:
+    """One line about evaluation episodes whose returns are (S, episodes); the seeds in `diverged` are left out."""
+    returns = np.delete(np.asarray(episodes.returns), list(diverged), axis=0)
     text = f"greedy return over {returns.shape[1]} episodes: "
     if len(returns) == 1:
         low, high = interval(returns[0], lambda draws: draws.mean(axis=-1))
@@ -224,11 +231,9 @@ def describe(episodes) -> str:
     means = returns.mean(axis=1)
     low, high = interval(means)
     seeds = " ".join(f"{mean:.2f}" for mean in means)
-    return (
-        text
-        + f"median of {len(means)} seeds {np.median(means):.2f}, IQM {iqm(means):.2f} (95 % interval "
-        + (f"{low:.2f} to {high:.2f}); the seeds: {seeds}")
-    )
+    bounds = f"95 % interval {low:.2f} to {high:.2f}"
+    text += f"median of {len(means)} seeds {np.median(means):.2f}, IQM {iqm(means):.2f} ({bounds}); the seeds: {seeds}"
+    return text + (f" ({len(diverged)} diverged)" if diverged else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,8 +253,8 @@ class Console:
         "greedy return": (GREEDY, "{:.2f}"),
     }
 
-    def __init__(self, config):
-        self.total_steps = config.total_steps
+    def __init__(self, config, final_step):
+        self.final_step = final_step
         self.width = 14 if config.num_seeds == 1 else 19
         self.started = False
 
@@ -261,7 +266,7 @@ class Console:
             self._print(f"{'step':>12}", list(self.COLUMNS))
             self.started = True
         if any(cells):
-            self._print(f"{step:>12,} {step / self.total_steps:>4.0%}", cells)
+            self._print(f"{step:>12,} {step / self.final_step:>4.0%}", cells)
 
     def _cell(self, value, form):
         finite = np.ravel(value)[np.isfinite(np.ravel(value))] if value is not None else ()
@@ -286,9 +291,9 @@ class File:
     """
 
     def __init__(self, run_dir):
-        path = Path(run_dir) / METRICS_FILE
-        past = read_metrics(path)
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115, closed in close()
+        self.path = Path(run_dir) / METRICS_FILE
+        past = read_metrics(self.path)
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115, closed in close()
         self.start = time.perf_counter() - (past[-1]["time"] if past else 0.0)
         self.waiting, self.warned = b"", False
 
@@ -301,12 +306,18 @@ class File:
             self.warned = False
         except OSError as error:
             if not self.warned:
-                print(f"warning: {METRICS_FILE}: {error.strerror}; will try again at every report", file=sys.stderr)
+                warn(f"{METRICS_FILE}: {error.strerror}; will try again at every report")
             self.warned = True
 
     def _write(self):
-        while self.waiting:  # a disk that fills up takes a part of a line
-            self.waiting = self.waiting[self.file.write(self.waiting) :]
+        size, rest = os.fstat(self.file.fileno()).st_size, self.waiting
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError:
+            os.truncate(self.path, size)  # a disk that fills up may have taken a part of a line
+            raise
+        self.waiting = b""
 
     def close(self):
         self._write()
@@ -321,19 +332,31 @@ def _json(value):
 
 
 class TensorBoard:
-    """Event files with the names of `scalars`, and the config as text."""
+    """Event files with the names of `scalars`, and the config as text.
 
-    def __init__(self, run_dir, config, about, step):
+    In a run that is gone on with they are written anew from the record: a killed process leaves them with gaps, and
+    with reports that come again.
+    """
+
+    def __init__(self, run_dir, config, about):
         from tensorboardX import SummaryWriter
 
-        # What an interrupted run wrote after its checkpoint, TensorBoard forgets.
-        self.writer = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
+        if (Path(run_dir) / METRICS_FILE).exists():
+            for old in Path(run_dir).glob("events.out.tfevents.*"):
+                old.unlink()
+        self.run_dir, self.writer = run_dir, SummaryWriter(str(run_dir))
         rows = "\n".join(f"|{name}|{value}|" for name, value in (dataclasses.asdict(config) | about).items())
         self.writer.add_text("config", f"|field|value|\n|-|-|\n{rows}")
+        past = read_metrics(Path(run_dir) / METRICS_FILE)
+        for record in past:
+            metrics = {name: np.asarray(value, float) for name, value in record.items() if "/" in name}
+            self.log(metrics, record["step"], time.time() - past[-1]["time"] + record["time"])
 
-    def log(self, metrics, step):
+    def log(self, metrics, step, walltime=None):
+        if shutil.disk_usage(self.run_dir).free < 2**20:  # tensorboardX's own thread would die, and then hang
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for name, value in scalars(metrics).items():
-            self.writer.add_scalar(name, value, step)
+            self.writer.add_scalar(name, value, step, walltime)
 
     def close(self):
         self.writer.close()
@@ -429,11 +452,11 @@ def check_keys(config) -> None:
                 raise UsageError(f"neptune needs {variable}: set it, or choose --neptune-mode offline")
 
 
-def make_logger(config, run_dir, step: int = 0) -> Logger:
+def make_logger(config, run_dir, diverged=()) -> Logger:
     """The logger of a run: the backends of `config.log`, writing into `run_dir`.
 
     Args:
-      step: environment steps done before, in a run that is gone on with.
+      diverged: in a run that is gone on with, `Logger.diverged` so far.
 
     Raises:
       UsageError: a backend cannot start.
@@ -447,11 +470,11 @@ def make_logger(config, run_dir, step: int = 0) -> Logger:
     elif "dashboard" in names:
         names = ["console", *(name for name in names if name not in ("console", "dashboard"))]
     make = {
-        "console": lambda: Console(config),
+        "console": lambda: Console(config, about.get("final_step", config.total_steps)),
+        "tensorboard": lambda: Background(TensorBoard(run_dir, config, about)),
         "file": lambda: File(run_dir),
-        "tensorboard": lambda: Background(TensorBoard(run_dir, config, about, step)),
-        "wandb": lambda: Background(WandB(run_dir, config, about)),
-        "neptune": lambda: Background(Neptune(run_dir, config, about)),
+        "wandb": lambda: Background(WandB(run_dir, config, about), patience=300.0),
+        "neptune": lambda: Background(Neptune(run_dir, config, about), patience=300.0),
         "dashboard": lambda: Dashboard(run_dir, config, about),
     }
     backends = []
@@ -460,7 +483,7 @@ def make_logger(config, run_dir, step: int = 0) -> Logger:
             backends.append(make[name]())
         except Exception as error:
             raise UsageError(f"logger {name} cannot start: {str(error) or repr(error)}") from None
-    return Logger(backends)
+    return Logger(backends, diverged)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,6 +512,7 @@ class History:
             self.poll()
 
     def add(self, record: dict) -> None:
+        """One report: {"step": ..., metric: value or values of the seeds}."""
         self.step = record["step"]
         for name, value in record.items():
             if "/" in name:
@@ -496,15 +520,21 @@ class History:
 
     def poll(self, until: float = math.inf) -> bool:
         """Read what is new in the run's file, up to `until` seconds of training; whether there was anything."""
-        records = [r for r in read_metrics(self.run_dir / METRICS_FILE, self.bytes) if r["time"] <= until]
+        path = self.run_dir / METRICS_FILE
+        if path.exists() and path.stat().st_size < self.bytes:  # the run went back to a checkpoint
+            self.series.clear()
+            self.bytes = 0
+        records = [record for record in read_metrics(path, self.bytes) if record["time"] <= until]
         for record in records:
             self.bytes += record.pop("bytes")
             self.add(record)
         return bool(records)
 
     def values(self, name):
-        """Of all reports: (reports, seeds)."""
-        return np.array([value for _, value in self.series[name]]) if self.series[name] else np.empty((0, 1))
+        """Of the reports, of about 400 evenly spaced ones if there are more: (reports, seeds)."""
+        series = self.series[name]
+        chosen = series[:: -max(1, len(series) // 400)][::-1]
+        return np.array([value for _, value in chosen]) if series else np.empty((0, 1))
 
     def last(self, name):
         """The mean over seeds of the last report, nan if there is none."""
@@ -520,7 +550,7 @@ def load(run_dir: Path, read: bool = True) -> History:
     """
     try:
         about = json.loads((run_dir / CONFIG_FILE).read_text())
-        return History(run_dir, about.pop("config"), about, read)
+        return History(run_dir, about["config"], {key: about[key] for key in ("script", "final_step")}, read)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"no run in {str(run_dir)!r}: {error}") from None
 
@@ -658,18 +688,21 @@ def plot(histories: list[History], path: str, metric: str = GREEDY) -> None:
     for history in histories:
         config = history.config
         task = [config["env"], *(f"{k}={v}" for k, v in config["env_kwargs"].items())]
-        task += ["without", *map(str, config["mask"])] if config["mask"] else []
+        task += ["--mask", *map(str, config["mask"])] if config["mask"] else []
         panels[" ".join(task)][label(history, histories)].append(history)
     figure, axes = plt.subplots(
         1, len(panels), figsize=(1.5 + 4 * len(panels), 3.6), layout="constrained", squeeze=False
     )
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for name, runs in sorted(lines.items()):
-            steps = np.array([step for step, _ in runs[0].series[metric]])
-            curves = [curve for run in runs for curve in resample(run, metric, steps)]
-            middle = [iqm(values) for values in zip(*curves, strict=True)]
-            low, high = zip(*(interval(np.array(values)) for values in zip(*curves, strict=True)), strict=True)
-            (line,) = axis.plot(steps, middle, label=f"{name} ({len(curves)})")
+            curves = [curve for run in runs for curve in seed_curves(run, metric)]
+            if not curves:
+                raise UsageError(f"{metric!r} has no finite value in the runs of {name}")
+            steps = max((steps for steps, _ in curves), key=len)
+            steps = steps[steps <= min(own[-1] for own, _ in curves)]  # as far as all of them have come
+            values = np.array([np.interp(steps, *curve) for curve in curves]).T
+            low, high = zip(*map(interval, values), strict=True)
+            (line,) = axis.plot(steps, iqm(values), label=f"{name} ({len(curves)})")
             axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, lw=0)
         axis.set(title=title, xlabel="environment steps")
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
@@ -680,10 +713,11 @@ def plot(histories: list[History], path: str, metric: str = GREEDY) -> None:
     figure.savefig(path, dpi=110)
 
 
-def resample(history: History, metric: str, steps) -> list:
-    """One curve per seed that did not diverge, at `steps`."""
-    own, values = [step for step, _ in history.series[metric]], history.values(metric)
-    return [np.interp(steps, own, curve) for curve in values.T if np.isfinite(curve).all()]
+def seed_curves(history: History, metric: str) -> list:
+    """Steps and values of every seed, where it has any: of a report in which no episode ended, it has none."""
+    steps = np.array([step for step, _ in history.series[metric]])
+    curves = np.array([values for _, values in history.series[metric]]).T
+    return [(steps[finite], curve[finite]) for curve in curves if (finite := np.isfinite(curve)).any()]
 
 
 def label(history: History, among: list[History]) -> str:
@@ -708,6 +742,10 @@ class Look:
 
 
 def main(config: Look) -> None:
+    if not config.run_dirs:
+        raise UsageError("name the directories of one or more runs, as in runs/*")
+    if config.plot and not (config.plot.endswith(".png") and Path(config.plot).parent.is_dir()):
+        raise UsageError(f"plot must be a .png in a folder that exists, got {config.plot!r}")
     histories = [load(run_dir, read=not config.speed) for run_dir in config.run_dirs]
     if not config.plot:
         return watch(histories, config.speed)

@@ -298,13 +298,14 @@ def update(state, env):
 
 @partial(jax.jit, static_argnames="env", donate_argnames="state")
 def train_chunk(state, env, num_updates):
-    """Several updates of every seed; for each metric its sum over them, and how many of them it was finite in."""
+    """Several updates of every seed; the sums of their metrics, and for how many updates these were finite."""
     update_seeds = jax.jit(jax.vmap(partial(update, env=env)))  # also for one seed: batched, it runs a tenth faster
 
     def body(_, carry):
-        state, *totals = carry
+        state, sums, finite = carry
         state, metrics = update_seeds(state)
-        return state, *jax.tree.map(jnp.add, totals, [metrics, jax.tree.map(jnp.isfinite, metrics)])
+        sums = jax.tree.map(jnp.add, sums, metrics)
+        return state, sums, jax.tree.map(lambda count, total: count + jnp.isfinite(total), finite, sums)
 
     metrics = jax.eval_shape(update_seeds, state)[1]
     zeros = jax.tree.map(jnp.zeros_like, metrics), jax.tree.map(lambda x: jnp.zeros(x.shape, int), metrics)
@@ -345,8 +346,8 @@ def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
         state, sums, finite = jax.block_until_ready(train_chunk(state, env, num_updates))
         speed = num_updates * config.steps_per_update * config.num_seeds / (time.perf_counter() - began)
         report, updates = summarize(sums, num_updates) | {"charts/SPS": speed}, int(state.updates[0])
-        logger.log(report, updates * config.steps_per_update)
         logger.check_finite(finite, updates - num_updates, num_updates)
+        logger.log(report, updates * config.steps_per_update)
         remaining -= num_updates
     return state, report
 

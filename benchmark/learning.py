@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from loggers import load
+
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "learning"
 CARTPOLE, ACROBOT = "--env gymnax::CartPole-v1", "--env gymnax::Acrobot-v1"
@@ -50,6 +52,12 @@ def train(command):
     script, *args = command.split()
     extra = ["--num-seeds", "5", "--eval-every", "25_000", "--run-dir", str(run_dir(command))]
     subprocess.run([sys.executable, str(ROOT / "algorithms" / script), *args, *extra], check=True)
+
+
+def is_complete(command):
+    return (run_dir(command) / "config.json").exists() and (run := load(run_dir(command))).step >= run.about[
+        "final_step"
+    ]
 
 
 def evaluations(command):
@@ -97,7 +105,7 @@ def main():
     if not args.report:
         for commands in RESULTS.values():
             for command in commands.values():
-                if not (run_dir(command) / "checkpoints").exists():
+                if not is_complete(command):
                     shutil.rmtree(run_dir(command), ignore_errors=True)  # what an interrupted run left
                     train(command)
     report()

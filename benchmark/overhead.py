@@ -1,14 +1,17 @@
 """What logging costs: the same training with different loggers, taking turns in one process; and what a start costs.
 
     python benchmark/overhead.py             # in a terminal, for the dashboard to be one
-    python benchmark/overhead.py --rounds 20
+    python benchmark/overhead.py --rounds 30
 
-PPO on CartPole, the fastest there is here, so that logging weighs most. A round trains 30 updates (61,440 steps, three
-reports) with every set of loggers, closing included: background threads have finished. The start is that of
+PPO on CartPole, the fastest there is here, so that logging weighs most. A round trains 100 updates (204,800 steps, ten
+reports) with every set of loggers, in changing order, closing included: background threads have finished. The run has
+1,000 reports behind it, which the dashboard draws. The start is that of
 `algorithms/rppo.py`, from the shell to the end of its first update, without and with a filled compilation cache.
 """
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +22,8 @@ import numpy as np
 
 LOGGERS = {"none": (), "console file tensorboard": ("console", "file", "tensorboard"), "dashboard": ("dashboard",)}
 ROOT = Path(__file__).parent.parent
+RECORD = {"time": 0.0, "charts/episodic_return": [1.0], "eval/episodic_return": [1.0], "charts/SPS": 1.0}
+PAST = "".join(json.dumps({"step": step} | RECORD) + "\n" for step in range(1000))
 
 
 def overhead(rounds):
@@ -34,14 +39,17 @@ def overhead(rounds):
     state = ppo.warmup(state, env, Logger())
     seconds = {name: [] for name in LOGGERS}
     with tempfile.TemporaryDirectory() as folder:
-        for round in range(rounds + 1):
-            for name, backends in LOGGERS.items():
-                run_dir = Path(folder) / f"{name.replace(' ', '-')}-{round}"
+        for turn in range(rounds + 1):
+            names = list(LOGGERS)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                run_dir, backends = Path(folder) / f"{name.replace(' ', '-')}-{turn}", LOGGERS[name]
                 run_dir.mkdir()
-                (run_dir / "config.json").write_text(f'{{"final_step": {config.total_steps}, "config": {{}}}}')
+                about = {"script": "ppo", "final_step": config.total_steps, "config": {}}
+                (run_dir / "config.json").write_text(json.dumps(about))
+                (run_dir / "metrics.jsonl").write_text(PAST)
                 logger = make_logger(replace(config, log=backends), run_dir)
                 began = time.perf_counter()
-                state, _ = ppo.train(state, env, logger, 30 * config.steps_per_update)
+                state, _ = ppo.train(state, env, logger, 100 * config.steps_per_update)
                 logger.close()
                 seconds[name].append(time.perf_counter() - began)
     return {name: np.array(times[1:]) for name, times in seconds.items()}
@@ -51,10 +59,10 @@ def start(cache):
     """Seconds until a new process has done its first update."""
     command = [sys.executable, str(ROOT / "algorithms" / "rppo.py"), "--log-every", "1", "--compilation-cache", cache]
     with tempfile.TemporaryDirectory() as folder:
+        environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        command += ["--log", "console", "--run-dir", f"{folder}/run"]
         began = time.perf_counter()
-        process = subprocess.Popen(
-            [*command, "--log", "console", "--run-dir", f"{folder}/run"], stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         for line in process.stdout:
             if "%" in line:
                 break
@@ -66,7 +74,7 @@ def start(cache):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args()
     seconds = overhead(args.rounds)
     if not sys.stdout.isatty():

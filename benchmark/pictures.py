@@ -6,7 +6,7 @@ python benchmark/pictures.py    # trains what is missing under runs/learning, th
 import subprocess
 import sys
 
-from learning import MASKED, ROOT, run_dir, train
+from learning import MASKED, ROOT, is_complete, run_dir, train
 from PIL import Image, ImageDraw, ImageSequence
 
 BENCHMARK = ROOT / "benchmark"
@@ -48,7 +48,7 @@ def dashboard(command, path):
 
 def main():
     for command in RUNS.values():
-        if not (run_dir(command) / "checkpoints").exists():
+        if not is_complete(command):
             train(command)
     films = {title: run_dir(command) / "agent.gif" for title, command in RUNS.items()}
     for title, command in RUNS.items():

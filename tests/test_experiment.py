@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,14 @@ def test_configs_that_do_not_fit(tmp_path):
     with pytest.raises(UsageError, match=r"was trained with num_seeds = 1, not with 2"):
         show(replace(CONFIG, evaluate=str(run_dir), num_seeds=2), CONFIG.make_env(), ppo.init, ppo.evaluate)
     saved = json.loads((run_dir / "config.json").read_text())
+    for part, name, value, message in (
+        ("sources", "ppo.py", "0", r"was begun with another version of ppo.py; it was made at commit"),
+        ("packages", "jax", "0.5.0", r"was begun with jax 0.5.0, not .*: install that, or start a new run"),
+    ):
+        other = saved | {part: saved[part] | {name: value}, "git": {"commit": "abc", "dirty": True}}
+        (run_dir / "config.json").write_text(json.dumps(other))
+        with pytest.raises(UsageError, match=message):
+            open_run_dir(replace(CONFIG, resume=str(run_dir), run_dir=str(run_dir)))
     saved["config"]["old_option"] = 1
     (run_dir / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UsageError, match="another version of ppo.py: its config differs in old_option"):
@@ -162,62 +171,97 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "time": 1}\n{"st')
     ppo.main(replace(config, resume=config.run_dir))
     assert [line["step"] for line in records(config.run_dir)] == [config.total_steps] * 2
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UsageError, match="the checkpoints of .* are gone, there is nothing to go on from"):
+        ppo.main(replace(config, resume=config.run_dir))
+    assert len(records(config.run_dir)) == 2  # and they are still there
 
 
 # --- Faults ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_diverged_run_stops_with_the_update_the_metric_and_what_to_try(tmp_path):
-    config = replace(CONFIG, total_steps=20 * CONFIG.steps_per_update, learning_rate=1e18, max_grad_norm=1e18)
-    config = replace(config, eval_every=1, log_every=5, log=("file",), run_dir=str(tmp_path / "run"))
-    state, env = ppo.init(config, seed_keys(config)), config.make_env()
-    finite = True
-    while finite:  # one update at a time
-        state, sums, _ = ppo.train_chunk(state, env, 1)
-        finite = all(np.isfinite(value).all() for name, value in sums.items() if name.startswith("losses/"))
-    first_bad = int(state.updates[0])
+def break_seeds(monkeypatch, seeds, update):
+    """Make the parameters of some seeds nan before the given update, counted from 1."""
+    train_chunk = ppo.train_chunk
+
+    def broken(state, env, num_updates):
+        done = int(state.updates[0])
+        if not done < update <= done + num_updates:
+            return train_chunk(state, env, num_updates)
+        state, *before = train_chunk(state, env, update - 1 - done)
+        state = state.replace(params=jax.tree.map(lambda leaf: leaf.at[jnp.array(seeds)].set(jnp.nan), state.params))
+        state, *after = train_chunk(state, env, done + num_updates - update + 1)
+        return state, *jax.tree.map(jnp.add, before, after)
+
+    monkeypatch.setattr(ppo, "train_chunk", broken)
+
+
+def test_a_diverged_run_stops_with_the_update_the_metric_and_the_last_good_checkpoint(tmp_path, monkeypatch):
+    config = replace(CONFIG, total_steps=20 * CONFIG.steps_per_update, eval_every=10 * CONFIG.steps_per_update)
+    config = replace(config, log_every=5, log=("file",), run_dir=str(tmp_path / "run"))
+    break_seeds(monkeypatch, [0], 13)
     with pytest.raises(RunError) as stopped:
         ppo.main(config)
-    message = str(stopped.value)
-    assert "training diverged: losses/" in message and f"nan or inf in update {first_bad};" in message
-    assert "try a lower learning rate" in message
-    good = (first_bad - 1) * config.steps_per_update
-    assert (f"the last checkpoint is of step {good:,}" in message) == (good > 0)
-    for leaf in final_leaves(config.run_dir, ppo, config)[1] if good else ():
-        assert np.isfinite(leaf).all()
+    story = r"training diverged: losses/approx_kl, .* are nan or inf in update 13; start again with a lower learning .*"
+    way_on = rf"; the last checkpoint is of step 320, .* look at it with --evaluate {config.run_dir}"
+    assert re.fullmatch(story + way_on, str(stopped.value))
+    step, leaves = final_leaves(config.run_dir, ppo, config)
+    assert step == 320 and all(np.isfinite(leaf).all() for leaf in leaves)
 
 
-def test_a_diverged_seed_is_reported_and_the_others_go_on(tmp_path, capsys):
-    config = replace(CONFIG, num_seeds=3, total_steps=4 * CONFIG.steps_per_update, log_every=2)
-    config = replace(config, log=("file",), run_dir=str(tmp_path / "run"), eval_every=2 * CONFIG.steps_per_update)
-    healthy, _ = ppo.train(ppo.init(config, seed_keys(config)), config.make_env(), Logger(), config.total_steps)
+def test_the_update_named_is_the_first_even_if_later_ones_are_finite():
+    """A loss that overflows once and clips its gradient to 0 leaves finite parameters."""
+    config = replace(CONFIG, total_steps=20 * CONFIG.steps_per_update, learning_rate=1e18, max_grad_norm=1e18)
+    state, env, finite, bad = ppo.init(config, seed_keys(config)), config.make_env(), [], 0
+    for _ in range(6):  # one update at a time
+        state, sums, _ = ppo.train_chunk(state, env, 1)
+        finite.append(all(np.isfinite(value).all() for name, value in sums.items() if name.startswith("losses/")))
+    bad = finite.index(False) + 1
+    with pytest.raises(RunError, match=f"nan or inf in update {bad};"):
+        ppo.train(ppo.init(config, seed_keys(config)), env, Logger(), 6 * config.steps_per_update)
 
-    def init(config, keys):
-        state = ppo.init(config, keys)
-        return state.replace(params=jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), state.params))
 
-    env = config.make_env()
-    with Run(config, init) as run:
-        state = run.state
-        while steps := run.next_chunk(state):
-            state, _ = ppo.train(state, env, run.logger, steps)
-            if run.evaluation_is_due(state):
-                run.save(state, ppo.evaluate(state, env, 4))
-    warnings = capsys.readouterr().err
-    assert warnings.count("seed_1 diverged and is left out: ") == 1 and "in update 1\n" in warnings
-    for seed in (0, 2):
-        same = jax.tree.map(lambda a, b, i=seed: bool((a[i] == b[i]).all()), state.params, healthy.params)
-        assert all(jax.tree.leaves(same))
-    last = records(config.run_dir)[-2:]
-    assert last[0]["charts/episodic_return"][1] is None and last[0]["charts/episodic_return"][0] is not None
-    assert last[1]["eval/episodic_return"][1] is None and None not in last[1]["eval/episodic_return"][::2]
+def test_a_diverged_seed_is_reported_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    config = replace(CONFIG, num_seeds=3, total_steps=8 * CONFIG.steps_per_update, log_every=2, log=("file",))
+    config = replace(config, eval_every=4 * CONFIG.steps_per_update)
+    healthy, whole, broken = (replace(config, run_dir=str(tmp_path / name)) for name in ("healthy", "whole", "broken"))
+    ppo.main(healthy)
+    break_seeds(monkeypatch, [1], 4)
+    ppo.main(whole)
+    output = capsys.readouterr()
+    assert output.err.count("seed_1 diverged and is left out: ") == 1 and " in update 4\n" in output.err
+    assert "median of 2 seeds" in output.out and "(1 diverged)" in output.out
+    for expected, line in zip(records(healthy.run_dir), records(whole.run_dir), strict=True):
+        assert line.keys() == expected.keys()
+        for name, values in line.items():
+            if isinstance(values, list):
+                assert values[::2] == expected[name][::2], name
+                assert (values[1] is None) == (line["step"] > 64 or values[1] != values[1] or expected[name][1] is None)
+
+    next_chunk = Run.next_chunk  # stop, and go on: the seed is still left out, and not reported again
+
+    def stop(run, state):
+        run.signal = signal.SIGTERM if int(state.updates[0]) == 6 else None
+        return next_chunk(run, state)
+
+    monkeypatch.setattr(Run, "next_chunk", stop)
+    with pytest.raises(SystemExit):
+        ppo.main(broken)
+    monkeypatch.setattr(Run, "next_chunk", next_chunk)
+    capsys.readouterr()
+    ppo.main(replace(broken, resume=broken.run_dir))
+    assert records(broken.run_dir) == records(whole.run_dir)
+    output = capsys.readouterr()
+    assert "diverged and is left out" not in output.err and "(1 diverged)" in output.out
+    show(replace(config, evaluate=broken.run_dir), config.make_env(), ppo.init, ppo.evaluate)
+    assert "median of 2 seeds" in capsys.readouterr().out
 
 
 def test_when_no_seed_is_left_the_run_stops():
     config = replace(CONFIG, num_seeds=2)
     state = ppo.init(config, seed_keys(config))
     state = state.replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params))
-    with pytest.raises(RunError, match="training diverged: .* in update 1; try"):
+    with pytest.raises(RunError, match="training diverged: .* in update 1; start again"):
         ppo.train(state, config.make_env(), Logger(), config.steps_per_update)
 
 
@@ -242,10 +286,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path):
 def start(script, *args):
     """A run of a script in a process of its own."""
     command = [sys.executable, str(Path(PPO).with_name(f"{script}.py")), *map(str, args)]
-    # Whoever started pytest in the background made it, and so its children, deaf to Ctrl-C.
-    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=listen)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -297,6 +338,7 @@ def test_thirty_kills_lose_at_most_one_interval(script, tmp_path):
             logged = [record["step"] for record in read_metrics(broken / "metrics.jsonl")]
             assert last >= max(logged, default=0) - 20_000 and last >= reached
             reached = last
+            assert "damaged" not in process.stderr.read()
             again = ("--resume", broken) if (broken / "config.json").exists() else (*args, "--run-dir", broken)
             process = start(script, *again)
         assert records(broken) == records(whole)

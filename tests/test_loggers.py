@@ -17,6 +17,7 @@ from filelock import FileLock
 from PIL import Image
 
 from loggers import (
+    RETURN,
     Background,
     Logger,
     describe,
@@ -117,17 +118,43 @@ def test_tensorboard_reads_the_events(tmp_path):
     assert b"CartPole-v1" in text and b"1a2b3c4d" in text
 
 
-def test_tensorboard_forgets_what_will_be_logged_again(tmp_path):
-    for first, values in ((0, (1.0, 2.0, 3.0)), (200, (30.0, 40.0))):  # gone on with after step 200
-        with make_logger(Config(("tensorboard",)), tmp_path, step=first) as logger:
-            for i, value in enumerate(values):
-                logger.log({"losses/x": value}, first + 100 * (i + 1))
-        time.sleep(1.1)  # event files are named by the second
+def test_tensorboard_has_no_gaps_or_doubles_after_going_on(tmp_path):
+    record = tmp_path / "metrics.jsonl"
+    with make_logger(Config(("file",)), tmp_path) as logger:  # a killed run: its events were never flushed
+        for step in (100, 200, 300):
+            logger.log({"losses/x": np.array([step / 100, np.nan])}, step)
+    (tmp_path / "events.out.tfevents.1.host").write_bytes(b"what was")
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[:2]))  # back to the checkpoint
+    with make_logger(Config(("tensorboard", "file")), tmp_path) as logger:
+        for step in (300, 400):
+            logger.log({"losses/x": np.array([step / 10, np.nan])}, step)
+    assert len(list(tmp_path.glob("events*"))) == 1
     assert tensorboard_scalars(tmp_path)[1]["losses/x"] == [(100, 1.0), (200, 2.0), (300, 30.0), (400, 40.0)]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+def test_tensorboard_gives_up_quietly_when_the_disk_is_full(tmp_path, capfd):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], check=True)
+    try:
+        logger = make_logger(Config(("tensorboard", "file")), tmp_path)
+        logger.log(METRICS, 1)
+        (tmp_path / "filler").write_bytes(bytes(shutil.disk_usage(tmp_path).free - 2**16))
+        for step in (2, 3):
+            logger.log(METRICS, step)
+            time.sleep(0.2)
+        logger.close()
+        errors = capfd.readouterr().err
+        assert errors.count("\n") == 1 and "TensorBoard stopped: OSError(28, 'No space left on device')" in errors
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
 def wandb_records(path):
-    """The records of a .wandb file: wandb's protocol buffers in LevelDB's log format, after 7 bytes of its own."""
+    """The records of a .wandb file: wandb's protocol buffers in LevelDB's log format, after 7 bytes of its own.
+
+    The Python reader that wandb had is gone; `wandb leet` shows the same file on a screen.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, record = path.read_bytes(), 7, b""
@@ -149,6 +176,7 @@ def test_wandb_offline(tmp_path):
     deadline, records = time.monotonic() + 30, []
     while not any(r.HasField("exit") for r in records):  # wandb's own process writes, and is not waited for offline
         assert time.monotonic() < deadline
+        time.sleep(0.1)
         records = list(wandb_records(folder / "run-1a2b3c4d.wandb"))
     history = [r.history for r in records if r.WhichOneof("record_type") == "history"]
     rows = [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in row.item} for row in history]
@@ -305,6 +333,8 @@ def test_evaluation_in_words_and_numbers():
     np.testing.assert_array_equal(summarize_episodes(episodes)["eval/episodic_return"], [2.0, 6.0, 0.0])
     text = "greedy return over 2 episodes: median of 3 seeds 2.00, IQM 2.67 (95 % interval 0.00 to 6.00)"
     assert describe(episodes) == text + "; the seeds: 2.00 6.00 0.00"
+    healthy = "greedy return over 2 episodes: median of 2 seeds 4.00, IQM 4.00 (95 % interval 2.00 to 6.00)"
+    assert describe(episodes, {2: "story"}) == healthy + "; the seeds: 2.00 6.00 (1 diverged)"
     single = SimpleNamespace(returns=np.array([[4.0, 4.0]]), lengths=np.ones((1, 2)))
     assert describe(single) == "greedy return over 2 episodes: 4.00 (95 % interval 4.00 to 4.00)"
 
@@ -392,12 +422,27 @@ def test_a_running_run_is_followed_until_it_ends(tmp_path):
     assert process.returncode == 0 and "3,000 of 3,000 steps" in output and "complete" in output, errors
 
 
+def test_a_run_that_went_back_is_read_again(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    history = load(run_dir)
+    (run_dir / "metrics.jsonl").write_text("".join(lines[:10]))
+    history.poll()
+    assert history.step == 1000 and len(history.series[RETURN]) == 10
+    assert history.values(RETURN).shape == (10, 3) and history.values("losses/no such").shape == (0, 1)
+
+
 def test_curves_of_any_runs(tmp_path):
     runs = [make_run(tmp_path / f"gru{i}", level=100 + i) for i in range(2)]
     runs += [make_run(tmp_path / "lstm", cell="lstm"), make_run(tmp_path / "ppo", script="ppo", seeds=1)]
     result = look(*runs, "--plot", tmp_path / "curves.png")
     assert result.returncode == 0, result.stderr
     assert Image.open(tmp_path / "curves.png").size[0] > 400
+    unfinished = make_run(tmp_path / "unfinished", reports=3)
+    assert look(runs[0], unfinished, "--plot", tmp_path / "curves.png", "--metric", RETURN).returncode == 0  # with gaps
+    for args in ((), (runs[0], "--plot", "no/x.png"), (runs[0], "--plot", "x.doc")):
+        refused = look(*args)
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
     refused = look(*runs, "--plot", tmp_path / "curves.png", "--metric", "eval/return")
     assert refused.returncode == 2 and "has no metric 'eval/return'; it has: charts/SPS, " in refused.stderr
     shutil.rmtree(runs[0])

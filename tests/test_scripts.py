@@ -102,6 +102,9 @@ BAD = [
     (("--resume", "nowhere"), "no run in 'nowhere'"),
     (("--video", "agent.mp4"), "video must be a file name that ends in .gif, got 'agent.mp4'"),
     (("--video", "agent.gif"), "video needs a trained agent"),
+    (("--video", "nowhere/agent.gif"), "video must be in a folder that exists, got 'nowhere/agent.gif'"),
+    (("--best",), "best needs a trained agent"),
+    (("--learning-rate", "nan"), "learning_rate must be greater than 0, got nan"),
     (("--log", "wandb"), "wandb has no API key: run `wandb login`, set WANDB_API_KEY, or choose --wandb-mode offline"),
     (("--log", "neptune"), "neptune needs NEPTUNE_API_TOKEN: set it, or choose --neptune-mode offline"),
 ]
