@@ -53,6 +53,7 @@ def test_a_run_directory_holds_the_config_and_where_it_comes_from(tmp_path):
     if head.returncode == 0:
         assert saved["git"]["commit"] == head.stdout.strip() and isinstance(saved["git"]["dirty"], bool)
     assert saved["packages"]["jax"] == jax.__version__ and saved["machine"]["devices"]
+    (tmp_path / "x.py").write_text("")
     assert provenance(tmp_path / "x.py")["git"] == {"commit": None, "dirty": None}  # not under version control
     lock.release()
 
