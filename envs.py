@@ -17,9 +17,13 @@ auto-reset and episode bookkeeping for all of them, once. Observation masks turn
 To add a library: write a function `(env_id, **options) -> Task` and enter it in `NAMESPACES`.
 """
 
+import contextlib
 import functools
+import importlib
 import inspect
 import os
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -330,14 +334,33 @@ def mask_observation(env_id: str, task: Task, mask: tuple[str, ...]) -> Task:
 # gymnax
 
 
+@contextlib.contextmanager
+def imported_when_used(*names):
+    """Within, `import name` gives a module that is really imported when something in it is used."""
+    stand_ins = [name for name in names if name not in sys.modules]
+    for name in stand_ins:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__getattr__ = lambda item, name=name: getattr(importlib.import_module(name), item)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+def import_gymnax():
+    """gymnax, without the second that its tasks spend on importing what they draw with."""
+    with imported_when_used("seaborn", "matplotlib.pyplot"):
+        import gymnax
+    return gymnax
+
+
 CLASSIC_CONTROL = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0")
 
 
 def gymnax_ids() -> list[str]:
     """The ids of gymnax, less the one that downloads its data."""
-    import gymnax
-
-    return [env_id for env_id in gymnax.registered_envs if env_id != "MNISTBandit-bsuite"]
+    return [env_id for env_id in import_gymnax().registered_envs if env_id != "MNISTBandit-bsuite"]
 
 
 def gymnax_task(env_id: str, **options) -> Task:
@@ -346,8 +369,7 @@ def gymnax_task(env_id: str, **options) -> Task:
     Works with gymnax 1.x and with the 0.0.x interface, which `stable-gymnax` installs under the same name:
     `reset_env` and `step_env` are common to both, and neither auto-resets.
     """
-    import gymnax
-
+    gymnax = import_gymnax()
     env, params = gymnax.make(env_id)
     parameters = {field.name: getattr(params, field.name) for field in fields(params)}
     arguments = {name: argument.default for name, argument in inspect.signature(type(env)).parameters.items()}
