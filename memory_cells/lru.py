@@ -53,18 +53,15 @@ class LRU(MemoryCell):
         check_impl("lru", self.impl)
         if self.state_size < 0:
             raise ValueError(f"lru needs state_size to be 0 or more, got {self.state_size}")
-        if not 0 <= self.r_min < self.r_max <= 1:
-            raise ValueError(f"lru needs 0 <= r_min < r_max <= 1, got {self.r_min} and {self.r_max}")
-        if not 0 < self.max_phase <= math.tau:
-            raise ValueError(f"lru needs max_phase to be above 0 and at most 2 pi, got {self.max_phase}")
+        check_ring("lru", self.r_min, self.r_max, self.max_phase)
         super().__post_init__()
 
     def setup(self):
         features, states = self.features, self.state_size or self.features
         self.embed = nn.Dense(features)
         self.normalise = nn.LayerNorm(use_fast_variance=False)
-        self.nu = self.param("nu", self._nu_init, (states,))
-        self.theta = self.param("theta", self._theta_init, (states,))
+        self.nu = self.param("nu", log_rate_init(self.r_min, self.r_max), (states,))
+        self.theta = self.param("theta", log_phase_init(self.max_phase), (states,))
         self.gamma = self.param("gamma", lambda _: 0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(self.nu))))
         into, out = nn.initializers.normal((2 * features) ** -0.5), nn.initializers.normal(states**-0.5)
         self.B = self.param("B", into, (2, features, states))  # real and imaginary part
@@ -91,12 +88,29 @@ class LRU(MemoryCell):
         ys = hs.real @ self.C[0] - hs.imag @ self.C[1] + self.d * xs
         return hs[-1], self.output(ys) if self.glu else ys
 
-    @nn.nowrap
-    def _nu_init(self, key, shape):
-        """log of -log |lambda|, for |lambda| uniform on the ring's area; |lambda| = 0 and 1 themselves are left out."""
-        squared = jax.random.uniform(key, shape, minval=self.r_min**2, maxval=self.r_max**2)
+
+def check_ring(owner, r_min, r_max, max_phase):
+    """Refuse limits of |lambda| and of its phase that leave no ring inside the unit circle.
+
+    Raises:
+      ValueError: names the values and what is valid.
+    """
+    if not 0 <= r_min < r_max <= 1:
+        raise ValueError(f"{owner} needs 0 <= r_min < r_max <= 1, got {r_min} and {r_max}")
+    if not 0 < max_phase <= math.tau:
+        raise ValueError(f"{owner} needs max_phase to be above 0 and at most 2 pi, got {max_phase}")
+
+
+def log_rate_init(r_min, r_max):
+    """log(-log |lambda|) for |lambda| distributed evenly over the ring's area; 0 and 1 themselves are left out."""
+
+    def init(key, shape):
+        squared = jax.random.uniform(key, shape, minval=r_min**2, maxval=r_max**2)
         return jnp.log(jnp.clip(-0.5 * jnp.log(squared), 1e-6, 20.0))
 
-    @nn.nowrap
-    def _theta_init(self, key, shape):
-        return jnp.log(jax.random.uniform(key, shape, minval=1e-6, maxval=self.max_phase))
+    return init
+
+
+def log_phase_init(max_phase):
+    """log of a phase evenly distributed up to `max_phase`."""
+    return lambda key, shape: jnp.log(jax.random.uniform(key, shape, minval=1e-6, maxval=max_phase))
