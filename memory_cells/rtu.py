@@ -9,8 +9,8 @@
 
 A complex diagonal recurrence in real numbers. Made for real-time recurrent learning, which costs only O(N D) per step
 here; this cell learns by backpropagation through time like every other, which gives the same gradients.
-The paper starts from r in 0 ... 1 and phases up to 2 pi; with the half lives of 7 to 700 steps that are the default
-here, both of recall and 4-back are learned, which no other start or f tried did without a nonlinear encoder.
+The paper starts from r in 0 ... 1 and phases up to 2 pi. From there recalling an episode's first symbol was not learned
+in 700 updates; from the half lives of 7 to 700 steps that are the default here, with f = relu, it was in 545.
 Carry: (h1, h2), each (B, N) with N = H / 2, zeros. Cost per step: 2 D H floating-point operations per environment;
 nonlinear sequences are sequential, linear ones in parallel or in a loop, see `linear_scan.py`.
 """

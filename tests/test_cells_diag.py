@@ -327,7 +327,7 @@ def test_rtu_backpropagation_equals_real_time_recurrent_learning():
 
     In the authors' code dphi/dtheta = phi is missing, which is worth a factor of phi in theta's gradient.
     """
-    cell = make_cell("rtu", H, nonlinear=False)
+    cell = make_cell("rtu", H, nonlinear=False, activation="tanh")
     p, xs, starts = perturbed(cell, 5)
     weights = np.random.default_rng(1).normal(size=(T, B, H))
     decay = np.exp(-np.exp(p["nu"]) + 1j * np.exp(p["theta"]))
