@@ -10,15 +10,32 @@ script and every test in `tests/test_memory_cells.py` takes it from there.
 import dataclasses
 
 from experiment import check_options, did_you_mean
+from memory_cells.ffm import FFM
 from memory_cells.gru import GRU
+from memory_cells.lru import LRU
 from memory_cells.lstm import LSTM
+from memory_cells.mamba import Mamba
 from memory_cells.masked_rnn import MaskedRNN, MemoryCell, Stack, detach, take
+from memory_cells.mingru import MinGRU
 from memory_cells.none import NoMemory
+from memory_cells.rtu import RTU
+from memory_cells.s5 import S5
 from memory_cells.slstm import SLSTM
 
 __all__ = ["CELLS", "MaskedRNN", "MemoryCell", "detach", "make_cell", "take"]
 
-CELLS: dict[str, type[MemoryCell]] = {"gru": GRU, "lstm": LSTM, "slstm": SLSTM, "none": NoMemory}
+CELLS: dict[str, type[MemoryCell]] = {
+    "gru": GRU,
+    "lstm": LSTM,
+    "slstm": SLSTM,
+    "none": NoMemory,
+    "lru": LRU,
+    "mingru": MinGRU,
+    "s5": S5,
+    "ffm": FFM,
+    "rtu": RTU,
+    "mamba": Mamba,
+}
 
 
 def make_cell(name: str, hidden_size: int, num_layers: int = 1, /, **options) -> MemoryCell:

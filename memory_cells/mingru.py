@@ -1,0 +1,68 @@
+"""minGRU (Feng et al. 2024, arXiv 2410.01201): a GRU whose gates see only the input.
+
+    u  = silu(conv(x))                    short causal convolution over time
+    z  = sigmoid(W_z u)                   update gate: z = 0 keeps the old state
+    n  = g(W_n u)                         candidate; g(v) = v + 0.5 for v >= 0, else sigmoid(v)
+    h' = (1 - z) * h + z * n,   y = h'
+
+The candidate is the positive one of the paper's log-space version. Log space is not needed here: 0 < 1 - z < 1, so
+the recurrence is stable as it stands. No biases, as in the reference implementation. The convolution is not in the
+paper's equations, but a single layer needs it to tell apart what came when: without it the cell fails to repeat the
+symbol of 4 steps ago.
+Carry: h (B, H), zeros, and the convolution's last inputs (B, K - 1, D). Cost per step: 4 D H floating-point operations
+per environment; sequences in parallel or in a loop, see `linear_scan.py`.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from memory_cells.linear_scan import check_impl, linear_scan
+from memory_cells.masked_rnn import MemoryCell
+from memory_cells.short_conv import ShortConv, check_conv_width
+
+
+class MinGRU(MemoryCell):
+    """minGRU; see the module's docstring.
+
+    Attributes:
+      features: H, the size of the state and of the output.
+      conv_width: K, the steps the convolution sees; 0 leaves it out, with u = x.
+      impl: "auto", "scan" or "parallel"; see `linear_scan`.
+    """
+
+    conv_width: int = 4
+    impl: str = "auto"
+
+    def __post_init__(self):
+        check_impl("mingru", self.impl)
+        check_conv_width("mingru", self.conv_width)
+        super().__post_init__()
+
+    def setup(self):
+        self.conv = ShortConv(self.conv_width)
+        self.input_z = nn.Dense(self.features, use_bias=False)
+        self.input_n = nn.Dense(self.features, use_bias=False)
+
+    @nn.nowrap
+    def initialize_carry(self, rng, input_shape):
+        *batch, inputs = input_shape
+        buffer = jnp.zeros((*batch, self.conv_width - 1, inputs)) if self.conv_width else ()
+        return jnp.zeros((*batch, self.features)), buffer
+
+    def __call__(self, carry, x):
+        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
+        return carry, ys[0]
+
+    def sequence(self, carry, xs, starts):
+        h, buffer = carry
+        initial, _ = self.initial_carry_like(xs)
+        if self.conv_width:
+            buffer, xs = self.conv(buffer, xs, starts)
+        z, n = nn.sigmoid(self.input_z(xs)), positive(self.input_n(xs))
+        hs = linear_scan(1.0 - z, z * n, h, starts, initial, self.impl)
+        return (hs[-1], buffer), hs
+
+
+def positive(x):
+    """The paper's g: positive, continuous, and linear for positive x."""
+    return jnp.where(x >= 0, x + 0.5, nn.sigmoid(x))

@@ -1,0 +1,116 @@
+"""S5, the simplified state space layer (Smith et al. 2023, arXiv 2208.04933; for RL: Lu et al. 2023, arXiv 2303.03982).
+
+    u = norm(x)                                        layer normalisation
+    a = exp(lambda dt),  lambda = min(l, -1e-4) + i w  zero-order hold of the continuous system (eq. 6 of the paper:
+    h' = a * h + (a - 1) / lambda * (B u)              diagonal, so elementwise)
+    s  = 2 Re(C h') + d * u                            2 Re: of each conjugate pair of states one is kept
+    y  = (W v + b) * sigmoid(V v + c),  v = gelu(s)    gated linear unit
+
+This is the layer of the official code without its residual, which is the caller's. B and C are complex matrices,
+stored as real pairs. lambda starts as the eigenvalues of HiPPO-LegS' normal part, block by block, with B and C
+transformed accordingly; dt starts log-uniformly on dt_min ... dt_max. The paper's dt_max is 0.1, which gives half lives
+of 14 to 1400 steps; 1 adds shorter ones, and the symbol of 4 steps ago is learned in 65 updates instead of 438. The
+real parts are kept negative, which the official code does not do by default: a positive one overflows in the end.
+Carry: h (B, P) complex64, zeros. Cost per step: 8 H P + 4 H^2 floating-point operations per environment; sequences in
+parallel or in a loop, see `linear_scan.py`.
+"""
+
+from functools import cache
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memory_cells.gated_linear_unit import GatedLinearUnit
+from memory_cells.linear_scan import check_impl, linear_scan
+from memory_cells.masked_rnn import MemoryCell
+
+
+class S5(MemoryCell):
+    """S5 layer; see the module's docstring.
+
+    Attributes:
+      features: H, the size of the output.
+      state_size: states before one of each conjugate pair is dropped, 2 P; 0 takes `features`, made even.
+      num_blocks: blocks of the initial state matrix; 2 P must be a multiple of twice as many.
+      dt_min: smallest initial time step.
+      dt_max: largest initial time step.
+      norm: normalise the input; without it u = x.
+      glu: end with the gated linear unit; without it y = s.
+      impl: "auto", "scan" or "parallel"; see `linear_scan`.
+    """
+
+    state_size: int = 0
+    num_blocks: int = 1
+    dt_min: float = 0.001
+    dt_max: float = 1.0
+    norm: bool = True
+    glu: bool = True
+    impl: str = "auto"
+
+    def __post_init__(self):
+        check_impl("s5", self.impl)
+        full, blocks = self.full_state_size, self.num_blocks
+        if blocks < 1 or full < 1 or full % (2 * blocks):
+            raise ValueError(f"s5 needs state_size to be a multiple of 2 num_blocks, got {full} and {blocks}")
+        if not 0 < self.dt_min <= self.dt_max:
+            raise ValueError(f"s5 needs 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
+        super().__post_init__()
+
+    @property
+    def full_state_size(self):
+        return self.state_size or self.features + self.features % 2
+
+    def setup(self):
+        features, full = self.features, self.full_state_size
+        self.embed = nn.Dense(features)
+        self.normalise = nn.LayerNorm(use_fast_variance=False)
+        eigenvalues, vectors = hippo(full // self.num_blocks)
+        eigenvalues = np.tile(eigenvalues, self.num_blocks)
+        vectors = np.kron(np.eye(self.num_blocks), vectors)  # (2 P, P), block-diagonal
+        self.lambda_re = self.param("lambda_re", lambda _: jnp.asarray(eigenvalues.real, jnp.float32))
+        self.lambda_im = self.param("lambda_im", lambda _: jnp.asarray(eigenvalues.imag, jnp.float32))
+        limits = np.log(self.dt_min), np.log(self.dt_max)
+        self.log_dt = self.param("log_dt", lambda key: jax.random.uniform(key, (full // 2,), jnp.float32, *limits))
+        # Drawn for all 2 P states, then transformed to the basis of the eigenvectors kept.
+        into, out = nn.initializers.lecun_normal(), nn.initializers.normal(full**-0.5, jnp.complex64)
+        self.B = self.param("B", lambda key: as_pair(into(key, (features, full)) @ vectors.conj()))
+        self.C = self.param("C", lambda key: as_pair(2**0.5 * vectors.T @ out(key, (full, features))))
+        self.d = self.param("d", nn.initializers.normal(1.0), (features,))
+        self.output = GatedLinearUnit(features)
+
+    @nn.nowrap
+    def initialize_carry(self, rng, input_shape):
+        return jnp.zeros((*input_shape[:-1], self.full_state_size // 2), complex)
+
+    def __call__(self, carry, x):
+        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
+        return carry, ys[0]
+
+    def sequence(self, carry, xs, starts):
+        if xs.shape[-1] != self.features:  # d * u needs as many inputs as features
+            xs = self.embed(xs)
+        if self.norm:
+            xs = self.normalise(xs)
+        eigenvalues = jax.lax.complex(jnp.minimum(self.lambda_re, -1e-4), self.lambda_im)
+        exponent = eigenvalues * jnp.exp(self.log_dt)
+        inputs = jnp.expm1(exponent) / eigenvalues * jax.lax.complex(xs @ self.B[0], xs @ self.B[1])
+        hs = linear_scan(jnp.exp(exponent), inputs, carry, starts, self.initial_carry_like(xs), self.impl)
+        ys = 2.0 * (hs.real @ self.C[0] - hs.imag @ self.C[1]) + self.d * xs
+        return hs[-1], self.output(ys) if self.glu else ys
+
+
+@cache
+def hippo(size):
+    """HiPPO-LegS' normal part: eigenvalues (size / 2,) with negative imaginary part, eigenvectors (size, size / 2)."""
+    n = np.arange(size)
+    lower = np.tril(0.5 * np.sqrt(np.outer(2 * n + 1, 2 * n + 1)), -1)
+    imaginary, vectors = np.linalg.eigh(-1j * (lower.T - lower))  # the matrix is this skew part minus 1/2 I
+    half = size // 2
+    return -0.5 + 1j * imaginary[:half], vectors[:, :half]
+
+
+def as_pair(z):
+    """A complex array as a real one with a leading axis of 2: real and imaginary part."""
+    return jnp.stack([z.real, z.imag])
