@@ -113,7 +113,7 @@ def test_nothing_before_a_start_matters_after_it(name):
     _, other = sequence(cell, params, other_carry, xs.at[:20].add(1e3), starts)
     np.testing.assert_array_equal(ys[20:], other[20:])
     if name != "none":
-        assert jnp.abs(ys[:20] - other[:20]).max() > 1e-3
+        assert (jnp.abs(ys[:20] - other[:20]) > 1e-3).any()
 
     jacobian = jax.jacobian(lambda xs: sequence(cell, params, carry, xs, starts)[1][20:])(xs)
     assert (jacobian[..., :20, :, :] == 0).all()
