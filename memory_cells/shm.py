@@ -11,8 +11,8 @@ With x layer-normalised and m = `memory_size`:
 theta_l is a random row of a learned table. What is random must come out the same when acting and when learning, so the
 row is drawn by the number of the episode's step, which the carry counts.
 A product of many C is 1 in expectation only: it is close to 0 most of the time and rarely huge, and so are M and the
-gradients (measured: 1e6 and 1e9 after 8192 random inputs). The clip, at 100 in the authors' code for partially
-observed tasks and not in the paper's equations, bounds both.
+gradients. The clip, at 100 in the authors' code for partially observed tasks and not in the paper's equations, bounds
+both (8192 equal inputs to a fresh cell: gradients of 1 with the clip, of 1e27 without).
 Carry: M (B, m, m) and the episode's step (B,), both zeros. Cost per step: m^2 hyperbolic tangents and a dozen m^2
 operations per environment. Sequences: see `calibrated_memory`.
 """
@@ -27,7 +27,7 @@ from memory_cells.linear_scan import check_impl, linear_scan
 from memory_cells.masked_rnn import MemoryCell, reset
 
 CHUNK = 32  # steps; a product of as many C is at most 2^32: no overflow in the parallel form
-LAST_STEP = 2**20  # then the count starts again, before float32 runs out of integers
+COUNT_LIMIT = 2**20  # where the count begins again, before float32 runs out of integers
 
 
 class SHM(MemoryCell):
@@ -83,14 +83,14 @@ class SHM(MemoryCell):
             mean_weights(self.query(xs)),
         )
         memory, reads = calibrated_memory(memory, inputs, starts, self.clip, self.impl)
-        return (memory, (steps[-1] + 1) % LAST_STEP), self.output(reads)
+        return (memory, (steps[-1] + 1) % COUNT_LIMIT), self.output(reads)
 
 
 def episode_steps(count, starts):
     """The number of each step within its episode (T, B), where `count` (B,) continues the carried episode."""
     time = jnp.arange(len(starts))[:, None]
     start = jax.lax.cummax(jnp.where(starts, time, -1))
-    return jnp.where(start < 0, count + time, time - start)
+    return jnp.where(start < 0, count + time, time - start) % COUNT_LIMIT
 
 
 def random_rows(steps, num_rows):

@@ -121,6 +121,8 @@ def test_shm_rows_are_a_function_of_the_episodes_step():
     counts = np.bincount(rows, minlength=128)
     assert len(counts) == 128 and counts.min() > 10 and counts.max() < 60  # 32 expected, standard deviation 5.6
     assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.05
+    late = shm.episode_steps(jnp.array([2.0**20 - 2]), jnp.zeros((4, 1), bool))
+    np.testing.assert_array_equal(late[:, 0], [2**20 - 2, 2**20 - 1, 0, 1])
 
 
 def test_shm_stays_bounded():
