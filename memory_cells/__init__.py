@@ -10,6 +10,7 @@ script and every test in `tests/test_memory_cells.py` takes it from there.
 import dataclasses
 
 from experiment import check_options, did_you_mean
+from memory_cells.dnc import DNC
 from memory_cells.ffm import FFM
 from memory_cells.gru import GRU
 from memory_cells.lru import LRU
@@ -20,6 +21,7 @@ from memory_cells.mingru import MinGRU
 from memory_cells.none import NoMemory
 from memory_cells.rtu import RTU
 from memory_cells.s5 import S5
+from memory_cells.shm import SHM
 from memory_cells.slstm import SLSTM
 
 __all__ = ["CELLS", "MaskedRNN", "MemoryCell", "detach", "make_cell", "take"]
@@ -28,13 +30,15 @@ CELLS: dict[str, type[MemoryCell]] = {
     "gru": GRU,
     "lstm": LSTM,
     "slstm": SLSTM,
-    "none": NoMemory,
+    "s5": S5,
+    "shm": SHM,
+    "dnc": DNC,
+    "ffm": FFM,
     "lru": LRU,
     "mingru": MinGRU,
-    "s5": S5,
-    "ffm": FFM,
-    "rtu": RTU,
     "mamba": Mamba,
+    "rtu": RTU,
+    "none": NoMemory,
 }
 
 

@@ -22,9 +22,11 @@ class GRU(MemoryCell):
     Attributes:
       features: H, the size of the state and of the output.
       retain_bias: initial b_z; 1 makes a fresh cell forget more slowly.
+      learned_carry: learn the h that an episode starts with.
     """
 
     retain_bias: float = 0.0
+    learned_carry: bool = False
 
     def setup(self):
         self.input_r = nn.Dense(self.features)
@@ -33,6 +35,8 @@ class GRU(MemoryCell):
         shape = (self.features, self.features)
         self.hidden = {name: self.param(f"hidden_{name}", nn.initializers.orthogonal(), shape) for name in "rzn"}
         self.hidden_bias = self.param("hidden_bias_n", nn.initializers.zeros, (self.features,))
+        if self.learned_carry:
+            self.initial_offset = self.param("initial_h", nn.initializers.zeros, (self.features,))
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):

@@ -23,9 +23,11 @@ class LSTM(MemoryCell):
     Attributes:
       features: H, the size of the state and of the output.
       forget_bias: initial b_f.
+      learned_carry: learn the c and h that an episode starts with.
     """
 
     forget_bias: float = 1.0
+    learned_carry: bool = False
 
     def setup(self):
         self.input_i = nn.Dense(self.features)
@@ -34,6 +36,9 @@ class LSTM(MemoryCell):
         self.input_o = nn.Dense(self.features)
         shape = (self.features, self.features)
         self.hidden = {name: self.param(f"hidden_{name}", nn.initializers.orthogonal(), shape) for name in "ifgo"}
+        if self.learned_carry:
+            zeros = nn.initializers.zeros
+            self.initial_offset = tuple(self.param(f"initial_{name}", zeros, (self.features,)) for name in "ch")
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):

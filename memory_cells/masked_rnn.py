@@ -26,14 +26,20 @@ class MemoryCell(nn.RNNCellBase):
     A subclass writes `initialize_carry` and `__call__`; `sequence` then works. A cell that knows a faster way through
     a whole sequence overrides `sequence`, and must give the same numbers.
 
+    A cell can offer to learn the carry that an episode starts with: a field `learned_carry: bool = False`, and in
+    `setup`, if it is set, `self.initial_offset`: the parameters, zeros at first, in the structure of the carry (0.0 for
+    a leaf that is not learned). They come in only where an episode starts, so that what holds the carry between calls
+    stays free of parameters.
+
     Attributes:
       features: H, the size of the output.
     """
 
     features: int
+    learned_carry = False
 
     def initialize_carry(self, rng, input_shape):
-        """The carry at an episode's start, for `input_shape` = (B, D). Every leaf has leading axis B; no parameters."""
+        """The carry before anything is read, for `input_shape` = (B, D): leaves have leading axis B, no parameters."""
         raise NotImplementedError
 
     def __call__(self, carry, x):
@@ -46,7 +52,8 @@ class MemoryCell(nn.RNNCellBase):
 
     def initial_carry_like(self, xs):
         """The carry at an episode's start, for the environments of `xs` (T, B, D)."""
-        return self.initialize_carry(jax.random.key(0), xs.shape[1:])
+        initial = self.initialize_carry(jax.random.key(0), xs.shape[1:])
+        return jax.tree.map(jnp.add, initial, self.initial_offset) if self.learned_carry else initial
 
     @property
     def num_feature_axes(self) -> int:
@@ -78,6 +85,10 @@ class Stack(MemoryCell):
     def initialize_carry(self, rng, input_shape):
         shapes = [input_shape] + [(*input_shape[:-1], cell.features) for cell in self.cells]
         return tuple(cell.initialize_carry(rng, shape) for cell, shape in zip(self.cells, shapes, strict=False))
+
+    def initial_carry_like(self, xs):
+        inputs = [xs] + [jax.ShapeDtypeStruct((*xs.shape[:-1], cell.features), xs.dtype) for cell in self.cells]
+        return tuple(cell.initial_carry_like(x) for cell, x in zip(self.cells, inputs, strict=False))
 
     def __call__(self, carry, x):
         carries = []
@@ -151,7 +162,7 @@ class MaskedRNN(nn.Module):
 
     @nn.nowrap
     def initialize_carry(self, input_shape):
-        """The carry at an episode's start, for `input_shape` = (B, D)."""
+        """The carry before anything is read, for `input_shape` = (B, D)."""
         return self.cell.initialize_carry(jax.random.key(0), input_shape)
 
 

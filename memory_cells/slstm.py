@@ -13,7 +13,8 @@ W, R are block-diagonal over heads (memories mix within a head). The layer is th
 feed-forward parts, as `sLSTMLayer` of the authors' package `xlstm`.
 Carry: (c, n, m, h), each (B, H), and the convolution's last inputs (B, K - 1, H). m starts at -1e30, not 0: then the
 first step gives m' = i~ exactly, for each environment by itself, and n' >= 1 whatever the input; a zero there gives nan
-when one environment is reset while others run.
+when one environment is reset while others run. A learned start instead has n = 1 and learns c, m and h: as if something
+of value c had been read with log input gate m.
 Cost per step: 8 H^2 (1 + 1 / heads) floating-point operations per environment; sequences are sequential.
 """
 
@@ -33,10 +34,12 @@ class SLSTM(MemoryCell):
       features: H, the size of the states and of the output; a multiple of `num_heads`.
       num_heads: independent blocks of the recurrent weights.
       conv_width: K, the steps the gates' convolution sees; 0 leaves it out.
+      learned_carry: learn the c, m and h that an episode starts with.
     """
 
     num_heads: int = 4
     conv_width: int = 4
+    learned_carry: bool = False
 
     def __post_init__(self):
         if self.num_heads < 1 or self.features % self.num_heads:
@@ -54,13 +57,17 @@ class SLSTM(MemoryCell):
         shape = (self.num_heads, width, width)
         self.hidden = {name: self.param(f"hidden_{name}", nn.initializers.zeros, shape) for name in "ifzo"}
         self.norm_scale = self.param("norm_scale", nn.initializers.ones, (self.features,))
+        if self.learned_carry:
+            c, m, h = (self.param(f"initial_{name}", nn.initializers.zeros, (self.features,)) for name in "cmh")
+            self.initial_offset = (c, 0.0, m, h), 0.0 if self.conv_width else ()
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
         zeros = jnp.zeros((*batch, self.features))
         buffer = jnp.zeros((*batch, self.conv_width - 1, self.features)) if self.conv_width else ()
-        return (zeros, zeros, jnp.full_like(zeros, -1e30), zeros), buffer
+        n, m = (1.0, 0.0) if self.learned_carry else (0.0, -1e30)
+        return (zeros, jnp.full_like(zeros, n), jnp.full_like(zeros, m), zeros), buffer
 
     def __call__(self, carry, x):
         carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))

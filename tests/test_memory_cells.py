@@ -16,11 +16,14 @@ from memory_cells.masked_rnn import MemoryCell, reset
 ORACLES = Path(__file__).parent / "oracles"
 T, B, D, H = 40, 3, 8, 8
 MEMORIES = [*CELLS, "gru x2"]
+LEARNED = [f"{name} x1 learned" for name, cell in CELLS.items() if "learned_carry" in cell.__dataclass_fields__]
+LEARNED += ["lstm x2 learned"]
 
 
 def build(name):
-    kind, _, layers = name.partition(" x")
-    return make_cell(kind, H, int(layers or 1))
+    kind, _, rest = name.partition(" x")
+    layers, _, learned = rest.partition(" ")
+    return make_cell(kind, H, int(layers or 1), **({"learned_carry": True} if learned else {}))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -87,7 +90,7 @@ def plain_scan(project, step, params, carry, xs, starts, initial):
     return jax.lax.scan(body, carry, (xs, starts))
 
 
-@pytest.mark.parametrize("name", ["gru", "lstm", "slstm", "gru x2"])
+@pytest.mark.parametrize("name", ["gru", "lstm x1 learned", "slstm", "slstm x1 learned", "gru x2"])
 def test_gradients_of_recurrent_scan_are_those_of_a_plain_scan(name, monkeypatch):
     cell, params, carry, xs, starts = setup(name)
 
@@ -113,7 +116,7 @@ def test_nothing_before_a_start_matters_after_it(name):
     _, other = sequence(cell, params, other_carry, xs.at[:20].add(1e3), starts)
     np.testing.assert_array_equal(ys[20:], other[20:])
     if name != "none":
-        assert jnp.abs(ys[:20] - other[:20]).max() > 1e-3
+        assert (jnp.abs(ys[:20] - other[:20]) > 1e-3).any()
 
     jacobian = jax.jacobian(lambda xs: sequence(cell, params, carry, xs, starts)[1][20:])(xs)
     assert (jacobian[..., :20, :, :] == 0).all()
@@ -141,6 +144,42 @@ def test_carry_at_a_start_is_the_initial_carry(name):
     initial = cell.initialize_carry(jax.random.key(0), (B, D))
     expected = sequence(cell, params, initial, xs[:1], jnp.zeros((1, B), bool))
     assert_close(sequence(cell, params, carry, xs[:1], everywhere), expected, 1e-6)
+
+
+def initial_leaves(tree):
+    """The leaves of learned initial carries among parameters."""
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if path[-1].key.startswith("initial_")]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_learned_carry_comes_in_where_an_episode_starts(name):
+    cell, params, carry, xs, _ = setup(name)
+    from_step = cell.init(jax.random.key(0), carry, xs[0])
+    assert jax.tree.structure(params) == jax.tree.structure(from_step)
+    assert all((leaf == 0).all() for leaf in initial_leaves(from_step))
+
+    never = jnp.zeros((T, B), bool)
+    once = never.at[0].set(True)
+    initial_carry = partial(cell.apply, method="initial_carry_like")
+    expected = sequence(cell, params, initial_carry(params, xs), xs, never)
+    assert_close(sequence(cell, params, carry, xs, once), expected)
+    memory = MaskedRNN(cell)
+    masked = memory.apply({"params": {"cell": params["params"]}}, carry, xs, once, valid=jnp.ones((T, B), bool))
+    assert_close(masked, expected)
+
+    @jax.jit
+    def gradient(params, starts):
+        return initial_leaves(
+            jax.grad(lambda params: (sequence(cell, params, carry, xs, starts)[1] ** 2).sum())(params)
+        )
+
+    def loss_by_carry(params, other_params):
+        return (sequence(cell, other_params, initial_carry(params, xs), xs, never)[1] ** 2).sum()
+
+    assert initial_leaves(params) and all((leaf == 0).all() for leaf in gradient(params, never))
+    expected = initial_leaves(jax.grad(loss_by_carry)(params, params))
+    assert all((leaf != 0).any() for leaf in expected)
+    assert_close(gradient(params, once), expected, 1e-4)
 
 
 @pytest.mark.parametrize("name", MEMORIES)
@@ -315,7 +354,7 @@ def test_slstm_forget_bias_starts_as_the_authors_do():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("slstmm", 8), r"unknown cell 'slstmm' \(did you mean 'slstm'\?\); valid cells: gru, lstm, slstm, none"),
+        (("slstmm", 8), r"unknown cell 'slstmm' \(did you mean 'slstm'\?\); valid cells: gru, lstm, "),
         (("gru", 8, 1, {"retain_bais": 1.0}), r"has no option 'retain_bais' \(did you mean 'retain_bias'\?\)"),
         (("none", 8, 1, {"heads": 1}), "cell 'none' has no option 'heads'; it has none"),
         (("slstm", 10), "multiple of num_heads, got 10 and 4"),

@@ -1,0 +1,199 @@
+"""How long a pass over a sequence takes and how much memory it needs: every memory, every `impl` it has.
+
+    python benchmark/cells.py
+    python benchmark/cells.py --cells gru mlstm --steps 64 512 8192 --envs 1 256
+    python benchmark/cells.py --peer memorax --peer-python /path/to/python
+
+A pass reads T steps of B environments with resets, D = H inputs; its gradient is that of the mean squared output by
+parameters and inputs. Compiling is timed for the gradient; memory is what XLA sets aside for its intermediate values.
+Milliseconds are medians of repetitions that take turns among the systems of a row's cell and sizes. The peer runs in an
+environment of its own (`pip install memorax==1.0.1 "gymnax<1"`); its cells get the sizes that are the defaults of ours.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+
+def ours(name, impl, hidden_size, xs, starts):
+    import jax
+
+    from memory_cells import make_cell
+
+    cell = make_cell(name, hidden_size, **({"impl": impl} if impl else {}))
+    carry = cell.initialize_carry(None, xs.shape[1:])
+    params = cell.init(jax.random.key(0), carry, xs[:2], starts[:2], method="sequence")
+    return params, lambda params, xs: cell.apply(params, carry, xs, starts, method="sequence")[1]
+
+
+MEMORAX = {  # flax.linen, memorax's sequence models, H
+    "gru": lambda nn, m, h: m.RNN(nn.GRUCell(h)),
+    "lstm": lambda nn, m, h: m.RNN(nn.OptimizedLSTMCell(h)),
+    "slstm": lambda nn, m, h: m.RNN(m.sLSTMCell(h, h, num_heads=4)),
+    "mlstm": lambda nn, m, h: m.Memoroid(m.mLSTMCell(h, h, num_heads=4)),
+    "shm": lambda nn, m, h: m.RNN(m.SHMCell(32, h)),
+    "s5": lambda nn, m, h: m.Memoroid(m.S5Cell(h, h)),
+    "lru": lambda nn, m, h: m.Memoroid(m.LRUCell(h, h)),
+    "mingru": lambda nn, m, h: m.Memoroid(m.MinGRUCell(h)),
+    "ffm": lambda nn, m, h: m.Memoroid(m.FFMCell(h, 32, 4)),
+    "mamba": lambda nn, m, h: m.Memoroid(m.MambaCell(h)),
+    "linear_attention": lambda nn, m, h: m.Memoroid(
+        m.LinearAttentionCell(h // 4, 4, nn.initializers.lecun_normal(), nn.initializers.zeros, "float32")
+    ),
+}
+
+
+def memorax(name, _, hidden_size, xs, starts):
+    import flax.linen as nn
+    import jax
+    from memorax.networks import sequence_models
+
+    model = MEMORAX[name](nn, sequence_models, hidden_size)
+    mask = starts.T  # it is batch-major
+    params = model.init(jax.random.key(0), xs[:2].swapaxes(0, 1), mask[:, :2])
+    return params, lambda params, xs: model.apply(params, xs.swapaxes(0, 1), mask)[1]
+
+
+LIBRARIES = {"ours": ours, "memorax": memorax}
+
+
+def compile_passes(library, name, impl, hidden_size, steps, envs):
+    """Functions without arguments for both passes, seconds to compile the gradient, and its memory in MiB."""
+    import jax
+
+    key = jax.random.key(0)
+    xs, starts = jax.random.normal(key, (steps, envs, hidden_size)), jax.random.bernoulli(key, 0.02, (steps, envs))
+    params, outputs = LIBRARIES[library](name, impl, hidden_size, xs, starts)
+    loss = lambda params, xs: (outputs(params, xs) ** 2).mean()  # noqa: E731
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    start = time.perf_counter()
+    gradient = gradient.lower(params, xs).compile()
+    seconds = time.perf_counter() - start
+    memory = gradient.memory_analysis().temp_size_in_bytes / 2**20
+    forward = jax.jit(outputs).lower(params, xs).compile()
+    passes = [lambda run=run: jax.block_until_ready(run(params, xs)) for run in (forward, gradient)]
+    return passes, seconds, memory
+
+
+def worker(library):
+    """Answer requests from standard input, a line each: a list of arguments compiles, a number runs that system."""
+    systems = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if isinstance(request, list):
+                number, *arguments = request
+                systems[number], seconds, memory = compile_passes(library, *arguments)
+                answer = {"compile": seconds, "memory": memory}
+            elif request is None:
+                answer = systems.clear()
+            else:
+                answer = []
+                for run in systems[request]:
+                    start = time.perf_counter()
+                    run()
+                    answer.append(1e3 * (time.perf_counter() - start))
+        except Exception as error:  # this cell at this size, not the table
+            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:60]}
+        print(json.dumps(answer), flush=True)
+
+
+class Worker:
+    """A library in a process of its own."""
+
+    def __init__(self, python, library):
+        command = [python, __file__, "--worker", library]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def ask(self, request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: {' '.join(self.process.args)} ended")
+        return json.loads(line)
+
+
+def measure(workers, systems, args, steps, envs):
+    """One result per system (library, cell, impl): numbers, or the reason why there are none."""
+    results = []
+    for number, (library, name, impl) in enumerate(systems):
+        result = workers[library].ask([number, name, impl, args.hidden_size, steps, envs])
+        if result.get("memory", 0) > 1024 * args.limit:
+            result["error"] = f"over the limit of {args.limit:g} GiB"
+        results.append(result | {"forward": [], "gradient": []})
+    for repeat in range(args.repeats + 1):
+        for number, (library, _, _) in enumerate(systems):
+            if "error" in results[number]:
+                continue
+            times = workers[library].ask(number)
+            if isinstance(times, dict):
+                results[number] |= times
+            elif repeat:  # the first run only warms up
+                results[number]["forward"].append(times[0])
+                results[number]["gradient"].append(times[1])
+    for process in workers.values():
+        process.ask(None)
+    return results
+
+
+def columns(result):
+    """Forward, gradient, compile and memory of a result, as text."""
+    measured = [f"{result[key]:.1f}" if key in result else "" for key in ("compile", "memory")]
+    if "error" in result:
+        return [result["error"], "", *measured]
+    return [f"{statistics.median(result[key]):.1f}" for key in ("forward", "gradient")] + measured
+
+
+def main():
+    from memory_cells import CELLS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS, metavar="CELL")
+    parser.add_argument("--steps", nargs="+", type=int, default=[64, 1024], metavar="T")
+    parser.add_argument("--envs", nargs="+", type=int, default=[16], metavar="B")
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=8.0, help="GiB; what needs more memory is compiled, but not run")
+    parser.add_argument("--peer", choices=[name for name in LIBRARIES if name != "ours"])
+    parser.add_argument("--peer-python", help="the interpreter that has the peer")
+    args = parser.parse_args()
+    if bool(args.peer) != bool(args.peer_python):
+        parser.error("--peer and --peer-python go together")
+
+    workers = {"ours": Worker(sys.executable, "ours")}
+    head = ["cell", "impl", "T", "B", "forward ms", "forward + gradient ms", "compile s", "memory MiB"]
+    if args.peer:
+        workers[args.peer] = Worker(args.peer_python, args.peer)
+        head += [f"{args.peer}: forward ms", "forward + gradient ms", "compile s", "memory MiB", "times ours"]
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    for steps in args.steps:
+        for envs in args.envs:
+            for name in args.cells:
+                impls = ("scan", "parallel") if "impl" in CELLS[name].__dataclass_fields__ else ("",)
+                systems = [("ours", name, impl) for impl in impls]
+                has_peer = args.peer and name in MEMORAX
+                systems += [(args.peer, name, "")] if has_peer else []
+                results = measure(workers, systems, args, steps, envs)
+                peer = results.pop() if has_peer else None
+                for impl, result in zip(impls, results, strict=True):
+                    row = [name, impl, str(steps), str(envs), *columns(result)]
+                    if peer:
+                        both = peer["gradient"] and result["gradient"]
+                        ratio = (
+                            statistics.median(peer["gradient"]) / statistics.median(result["gradient"]) if both else 0
+                        )
+                        row += [*columns(peer), f"{ratio:.2f}" if both else ""]
+                    print("| " + " | ".join(row + [""] * (len(head) - len(row))) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2])
+    else:
+        main()
