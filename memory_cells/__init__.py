@@ -13,12 +13,19 @@ from experiment import check_options, did_you_mean
 from memory_cells.gru import GRU
 from memory_cells.lstm import LSTM
 from memory_cells.masked_rnn import MaskedRNN, MemoryCell, Stack, detach, take
+from memory_cells.mlstm import MLSTM
 from memory_cells.none import NoMemory
 from memory_cells.slstm import SLSTM
 
 __all__ = ["CELLS", "MaskedRNN", "MemoryCell", "detach", "make_cell", "take"]
 
-CELLS: dict[str, type[MemoryCell]] = {"gru": GRU, "lstm": LSTM, "slstm": SLSTM, "none": NoMemory}
+CELLS: dict[str, type[MemoryCell]] = {
+    "gru": GRU,
+    "lstm": LSTM,
+    "slstm": SLSTM,
+    "mlstm": MLSTM,
+    "none": NoMemory,
+}
 
 
 def make_cell(name: str, hidden_size: int, num_layers: int = 1, /, **options) -> MemoryCell:
