@@ -10,11 +10,15 @@ script and every test in `tests/test_memory_cells.py` takes it from there.
 import dataclasses
 
 from experiment import check_options, did_you_mean
+from memory_cells.deltanet import DeltaNet
+from memory_cells.gated_deltanet import GatedDeltaNet
 from memory_cells.gru import GRU
+from memory_cells.linear_attention import LinearAttention
 from memory_cells.lstm import LSTM
 from memory_cells.masked_rnn import MaskedRNN, MemoryCell, Stack, detach, take
 from memory_cells.mlstm import MLSTM
 from memory_cells.none import NoMemory
+from memory_cells.retnet import RetNet
 from memory_cells.slstm import SLSTM
 
 __all__ = ["CELLS", "MaskedRNN", "MemoryCell", "detach", "make_cell", "take"]
@@ -24,6 +28,10 @@ CELLS: dict[str, type[MemoryCell]] = {
     "lstm": LSTM,
     "slstm": SLSTM,
     "mlstm": MLSTM,
+    "linear_attention": LinearAttention,
+    "retnet": RetNet,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
     "none": NoMemory,
 }
 

@@ -22,11 +22,11 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memory_cells.causal_conv import causal_conv
 from memory_cells.chunkwise import gated_memory
 from memory_cells.heads import check_heads, merge_heads, split_heads
 from memory_cells.masked_rnn import MemoryCell
-from memory_cells.slstm import multiply_heads, uniform
+from memory_cells.short_conv import ShortConv, conv_buffer
+from memory_cells.slstm import multiply_heads
 
 BLOCK = 4  # channels that are mixed by the projections to q, k and v
 
@@ -58,28 +58,24 @@ class MLSTM(MemoryCell):
 
     def setup(self):
         inner = self.inner
-        weight_init = nn.initializers.normal((2 / (5 * self.features)) ** 0.5)
+        weight_init = small_init(self.features)
         self.up = nn.Dense(2 * inner, use_bias=False, kernel_init=weight_init)
         blocks = (inner // BLOCK, BLOCK, BLOCK)
         self.kernels = {name: self.param(f"kernel_{name}", weight_init, blocks) for name in "qkv"}
-        if self.conv_width:
-            self.conv_kernel = self.param("conv_kernel", uniform(0.5), (self.conv_width, inner))
-            self.conv_bias = self.param("conv_bias", uniform(0.5), (inner,))
+        self.conv = ShortConv(self.conv_width)
         zeros = nn.initializers.zeros
         self.input_gate = nn.Dense(self.num_heads, kernel_init=zeros, bias_init=nn.initializers.normal(0.1))
         self.forget_gate = nn.Dense(self.num_heads, kernel_init=zeros, bias_init=spread(3.0, 6.0))
         self.norm = nn.LayerNorm(epsilon=1e-5, use_bias=False, use_scale=False, use_fast_variance=False)
         self.norm_scale = self.param("norm_scale", nn.initializers.ones, (inner,))
         self.skip = self.param("skip", nn.initializers.ones, (inner,))
-        down_init = nn.initializers.normal(2 / (self.num_blocks * self.features**0.5))
-        self.down = nn.Dense(self.features, use_bias=False, kernel_init=down_init)
+        self.down = nn.Dense(self.features, use_bias=False, kernel_init=wang_init(self.features, self.num_blocks))
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         batch, width = input_shape[:-1], self.inner // self.num_heads
         memory = jnp.zeros((*batch, self.num_heads, width, width + 1))
-        buffer = jnp.zeros((*batch, self.conv_width - 1, self.inner)) if self.conv_width else ()
-        return (memory, jnp.zeros((*batch, self.num_heads))), buffer
+        return (memory, jnp.zeros((*batch, self.num_heads))), conv_buffer(self.conv_width, batch, self.inner)
 
     def __call__(self, carry, x):
         carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
@@ -88,10 +84,8 @@ class MLSTM(MemoryCell):
     def sequence(self, carry, xs, starts):
         memory, buffer = carry
         a, z = jnp.split(self.up(xs), 2, axis=-1)
-        c = a
-        if self.conv_width:
-            buffer, c = causal_conv(self.conv_kernel, buffer, a, starts)
-            c = nn.silu(c + self.conv_bias)
+        buffer, c = self.conv(buffer, a, starts)
+        c = nn.silu(c) if self.conv_width else c
         q, k, v = (multiply_heads(self.kernels[name], inputs) for name, inputs in zip("qkv", (c, c, a), strict=True))
         gate_inputs = jnp.concatenate([q, k, v], axis=-1)
         log_i, log_f = self.input_gate(gate_inputs), nn.log_sigmoid(self.forget_gate(gate_inputs))
@@ -99,6 +93,16 @@ class MLSTM(MemoryCell):
         memory, hs = gated_memory(memory, q, k / k.shape[-1] ** 0.5, v, log_f, log_i, starts, self.impl)
         hs = self.norm_scale * merge_heads(self.norm(hs)) + self.skip * c
         return (memory, buffer), self.down(hs * nn.silu(z))
+
+
+def small_init(features):
+    """Normal, as the authors initialise what leads into a layer of a stream of `features`."""
+    return nn.initializers.normal((2 / (5 * features)) ** 0.5)
+
+
+def wang_init(features, num_blocks):
+    """Normal, as the authors initialise what leads out of a layer: smaller in deeper networks."""
+    return nn.initializers.normal(2 / (num_blocks * features**0.5))
 
 
 def round_up(size, multiple):
