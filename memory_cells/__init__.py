@@ -20,6 +20,7 @@ from memory_cells.mlstm import MLSTM
 from memory_cells.none import NoMemory
 from memory_cells.retnet import RetNet
 from memory_cells.slstm import SLSTM
+from memory_cells.xlstm import XLSTM
 
 __all__ = ["CELLS", "MaskedRNN", "MemoryCell", "detach", "make_cell", "take"]
 
@@ -28,6 +29,7 @@ CELLS: dict[str, type[MemoryCell]] = {
     "lstm": LSTM,
     "slstm": SLSTM,
     "mlstm": MLSTM,
+    "xlstm": XLSTM,
     "linear_attention": LinearAttention,
     "retnet": RetNet,
     "deltanet": DeltaNet,

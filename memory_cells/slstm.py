@@ -33,10 +33,12 @@ class SLSTM(MemoryCell):
       features: H, the size of the states and of the output; a multiple of `num_heads`.
       num_heads: independent blocks of the recurrent weights.
       conv_width: K, the steps the gates' convolution sees; 0 leaves it out.
+      depth: where in a stack the layer stands, from 0, the first, to 1, the last; late ones start with longer memories.
     """
 
     num_heads: int = 4
     conv_width: int = 4
+    depth: float = 0.0
 
     def __post_init__(self):
         if self.num_heads < 1 or self.features % self.num_heads:
@@ -45,11 +47,13 @@ class SLSTM(MemoryCell):
             )
         if self.conv_width < 2 and self.conv_width != 0:
             raise ValueError(f"slstm needs conv_width to be 0 or at least 2, got {self.conv_width}")
+        if not 0 <= self.depth <= 1:
+            raise ValueError(f"slstm needs depth to be between 0 and 1, got {self.depth}")
         super().__post_init__()
 
     def setup(self):
         width = self.features // self.num_heads
-        self.inputs = GateInputs(self.features, self.num_heads, self.conv_width)
+        self.inputs = GateInputs(self.features, self.num_heads, self.conv_width, self.depth)
         # Zero as in the authors' code: a fresh cell is a gated sum over time; mixing is learned.
         shape = (self.num_heads, width, width)
         self.hidden = {name: self.param(f"hidden_{name}", nn.initializers.zeros, shape) for name in "ifzo"}
@@ -85,6 +89,7 @@ class GateInputs(nn.Module):
     features: int
     num_heads: int
     conv_width: int
+    depth: float
 
     @nn.compact
     def __call__(self, buffer, xs, starts):
@@ -102,7 +107,7 @@ class GateInputs(nn.Module):
         gates = []
         for name, inputs in zip("ifzo", (convolved, convolved, xs, xs), strict=True):
             kernel = self.param(f"kernel_{name}", weight_init, (self.num_heads, width, width))
-            bias_init = forget_bias_init(width) if name == "f" else nn.initializers.zeros
+            bias_init = forget_bias_init(width, self.depth) if name == "f" else nn.initializers.zeros
             bias = self.param(f"bias_{name}", bias_init, (self.features,))
             gates.append(multiply_heads(kernel, inputs) + bias)
         return buffer, tuple(gates)
@@ -113,9 +118,9 @@ def uniform(limit):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-def forget_bias_init(width):
+def forget_bias_init(width, depth):
     """From +5 (keeps for 150 steps) down to -7 (forgets at once) over a head's units, as in the authors' code."""
-    slope = (jnp.arange(width) / max(width - 1, 1)) ** 0.3
+    slope = (jnp.arange(width) / max(width - 1, 1)) ** (0.3 + 1.3 * depth)
     return lambda key, shape, dtype=jnp.float32: jnp.tile(5.0 - 12.0 * slope, shape[0] // width).astype(dtype)
 
 

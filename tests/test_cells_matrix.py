@@ -12,7 +12,7 @@ from memory_cells import make_cell
 from memory_cells.chunkwise import delta_memory, gated_memory, linear_memory, unit_lower_inverse
 
 ORACLES = Path(__file__).parent / "oracles"
-CELLS = ["mlstm"]
+CELLS = ["mlstm", "xlstm", "linear_attention", "retnet", "deltanet", "gated_deltanet"]
 
 
 def time_major(x):
@@ -66,7 +66,7 @@ def reference(rule, inputs, starts):
             if rule == "linear":
                 memory = np.exp(row[3]) * memory + np.outer(k, v)
                 ys[t, b, h] = memory.T @ q
-            elif rule == "delta":  # Gated DeltaNet (2412.06464), equation 10, transposed
+            elif rule == "delta":  # Gated DeltaNet (2412.06464), section 3.1, transposed
                 beta, decay = row[3], np.exp(row[4])
                 memory = decay * (np.eye(len(k)) - beta * np.outer(k, k)) @ memory + beta * np.outer(k, v)
                 ys[t, b, h] = memory.T @ q
@@ -156,7 +156,7 @@ def test_unit_lower_inverse(size):
 # --- The cells -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [name for name in CELLS if name != "xlstm"])  # which has mlstm's
 def test_chunks_have_the_gradients_of_single_steps(name):
     rng = np.random.default_rng(0)
     xs, starts = jnp.asarray(rng.normal(size=(41, 2, 8)), jnp.float32), jnp.asarray(rng.random((41, 2)) < 0.1)
@@ -175,6 +175,178 @@ def test_chunks_have_the_gradients_of_single_steps(name):
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=2e-5 * scale, rtol=1e-3), actual, expected)
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(expected[0]))
+
+
+@partial(jax.jit, static_argnums=0)
+def sequence(cell, params, carry, xs, starts):
+    return cell.apply(params, carry, xs, starts, method="sequence")
+
+
+def run(cell, params, xs, starts=None):
+    """From the initial carry; xs (T, B, D)."""
+    starts = jnp.zeros(xs.shape[:2], bool) if starts is None else starts
+    return sequence(cell, params, cell.initialize_carry(jax.random.key(0), xs.shape[1:]), xs, starts)[1]
+
+
+def test_xlstm_equals_the_authors():
+    """PyPI xlstm 2.0.6, xLSTMBlockStack of an mLSTM and an sLSTM block, E = 32, 4 heads, vanilla backends."""
+    z = np.load(ORACLES / "xlstm_stack.npz")
+    dense = lambda name: {"kernel": z[name].T}  # noqa: E731
+    scale = lambda name: 1.0 + z[name]  # noqa: E731
+    blocks = lambda name: z[name].swapaxes(1, 2)  # noqa: E731
+
+    prefix = "blocks.0.xlstm."
+    mlstm = {"up": dense(prefix + "proj_up.weight"), "down": dense(prefix + "proj_down.weight")}
+    mlstm |= {f"kernel_{name}": blocks(f"{prefix}{name}_proj.weight") for name in "qkv"}
+    conv = prefix + "conv1d.conv."
+    mlstm["conv"] = {"kernel": z[conv + "weight"][:, 0].T, "bias": z[conv + "bias"]}
+    for ours, theirs in (("input_gate", "igate"), ("forget_gate", "fgate")):
+        gate = f"{prefix}mlstm_cell.{theirs}."
+        mlstm[ours] = {"kernel": z[gate + "weight"].T, "bias": z[gate + "bias"]}
+    mlstm |= {"norm_scale": scale(prefix + "mlstm_cell.outnorm.weight"), "skip": z[prefix + "learnable_skip"]}
+
+    prefix = "blocks.1.xlstm."
+    conv = prefix + "conv1d.conv."
+    inputs = {"conv_kernel": z[conv + "weight"][:, 0].T, "conv_bias": z[conv + "bias"]}
+    slstm = {"norm_scale": scale(prefix + "group_norm.weight"), "inputs": inputs}
+    recurrent = z[prefix + "slstm_cell._recurrent_kernel_"].reshape(4, 4, 8, 8)  # head, gate, out, in
+    biases = z[prefix + "slstm_cell._bias_"].reshape(4, 32)
+    # Their attribute fgate feeds the input gate's slot and igate the forget gate's.
+    for slot, (name, theirs) in enumerate(zip("ifzo", ("fgate", "igate", "zgate", "ogate"), strict=True)):
+        inputs |= {f"kernel_{name}": blocks(f"{prefix}{theirs}.weight"), f"bias_{name}": biases[slot]}
+        slstm[f"hidden_{name}"] = recurrent[:, slot].swapaxes(1, 2)
+
+    gate, up = np.split(z["blocks.1.ffn.proj_up.weight"].T, 2, axis=1)
+    ffn = {"norm": {"scale": scale("blocks.1.ffn_norm.weight")}, "gate": {"kernel": gate}, "up": {"kernel": up}}
+    params = {
+        "layers_0": mlstm,
+        "layers_1": slstm,
+        "norms_0": {"scale": scale("blocks.0.xlstm_norm.weight")},
+        "norms_1": {"scale": scale("blocks.1.xlstm_norm.weight")},
+        "ffns_1": ffn | {"down": dense("blocks.1.ffn.proj_down.weight")},
+        "output_norm": {"scale": scale("post_blocks_norm.weight")},
+    }
+    ys = run(make_cell("xlstm", 32), {"params": params}, time_major(z["x"]))
+    np.testing.assert_allclose(ys.swapaxes(0, 1), z["y"], atol=3e-6)
+
+
+def test_retnet_equals_the_papers_equations():
+    """Retention in its recurrent form (2307.08621, section 2), in float64, with complex numbers for the rotation."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        xs, starts = rng.normal(size=(40, 2, 8)), rng.random((40, 2)) < 0.1
+        cell = make_cell("retnet", 8, num_heads=2, conv_width=0)
+        params = jax.jit(cell.init)(jax.random.key(0), cell.initialize_carry(None, (2, 8)), jnp.asarray(xs[0]))
+        params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+        ys = run(cell, params, jnp.asarray(xs), jnp.asarray(starts))
+        kernel = {name: np.asarray(params["params"][name]["kernel"]) for name in ("qkv", "gate", "output")}
+
+    as_complex = lambda x: x[:2] + 1j * x[2:]  # noqa: E731
+    theta = 10000.0 ** (-np.arange(2) / 2)
+    for b in range(2):
+        for t, x in enumerate(xs[:, b]):
+            q, k, v = np.split(x @ kernel["qkv"], 3)
+            reads = []
+            for head, rows in enumerate((slice(0, 4), slice(4, 8))):
+                first = max([s for s in range(t + 1) if starts[s, b]], default=0)
+                read = 0.0
+                for s in range(first, t + 1):
+                    past_k, past_v = (np.split(xs[s, b] @ kernel["qkv"], 3)[i][rows] for i in (1, 2))
+                    turned = as_complex(q[rows]) * np.exp(1j * theta * (t - s))
+                    weight = (turned * as_complex(past_k).conj()).sum().real / 2
+                    read = read + (1 - 2.0 ** (-5 - head)) ** (t - s) * weight * past_v
+                reads.append((read - read.mean()) / np.sqrt(read.var() + 1e-5))
+            gate = x @ kernel["gate"]
+            expected = (gate / (1 + np.exp(-gate)) * np.concatenate(reads)) @ kernel["output"]
+            np.testing.assert_allclose(ys[t, b], expected, rtol=1e-9, atol=1e-10)
+
+
+def initialised(name, seed=0, **options):
+    """A cell of 8 features, its parameters, the initial carry of 2 environments and 12 inputs."""
+    cell, xs = make_cell(name, 8, **options), jax.random.normal(jax.random.key(seed + 1), (12, 2, 8))
+    carry = cell.initialize_carry(jax.random.key(0), xs.shape[1:])
+    return cell, jax.jit(cell.init)(jax.random.key(seed), carry, xs[0]), carry, xs
+
+
+def test_retnet_knows_distances_only():
+    """An episode that began 1000 steps ago with nothing stored is as good as a new one."""
+    cell, params, (memory, count, buffer), xs = initialised("retnet")
+    starts = jnp.zeros((12, 2), bool)
+    (_, last, _), late = sequence(cell, params, (memory, count + 1000, buffer), xs, starts)
+    np.testing.assert_allclose(late, run(cell, params, xs), atol=1e-4)
+    assert (last == 1012).all()
+    (_, last, _), _ = sequence(cell, params, (memory, count + 1000, buffer), xs, starts.at[4, 1].set(True))
+    np.testing.assert_array_equal(last, [1012, 8])
+
+
+def test_linear_attention_reads_means():
+    """The same input at every step, from the 4th step on also behind the convolution: the same output, however long."""
+    cell, params, _, xs = initialised("linear_attention", conv_width=0)
+    ys = run(cell, params, jnp.broadcast_to(xs[0], (200, 2, 8)))
+    np.testing.assert_allclose(ys, jnp.broadcast_to(ys[0], ys.shape), atol=1e-5)
+
+
+def test_delta_rule_replaces():
+    """Strength 1: writing twice under a key leaves the second value; other orthogonal keys are untouched."""
+    keys, values = jnp.eye(4)[jnp.array([0, 1, 2, 1, 3, 0, 1, 2, 3])], jax.random.normal(jax.random.key(0), (9, 5))
+    beta = jnp.array([1, 1, 1, 1, 1, 0, 0, 0, 0.0])  # the last four steps only read
+    add_axes = lambda x: x[:, None, None]  # noqa: E731
+    args = [add_axes(x) for x in (keys, keys, values, beta)]
+    for impl in ("scan", "parallel"):
+        _, ys = delta_memory(jnp.zeros((1, 1, 4, 5)), *args, None, jnp.zeros((9, 1), bool), impl)
+        np.testing.assert_allclose(ys[5:, 0, 0], values[jnp.array([0, 3, 2, 4])], atol=1e-6)
+        np.testing.assert_allclose(ys[3, 0, 0], values[3], atol=1e-6)
+
+
+def test_deltanet_of_strength_two_can_reflect():
+    """beta = 2 turns what is stored under a key into its negative; beta = 1 can at most clear it."""
+    key, value = jnp.eye(4)[:1], jnp.ones((1, 4))
+    state = (key.T @ value)[None, None]
+    as_step = lambda x: x[:, None, None]  # noqa: E731
+    starts = jnp.zeros((1, 1), bool)
+    read = lambda beta: delta_memory(  # noqa: E731
+        state, as_step(key), as_step(key), as_step(0 * value), jnp.full((1, 1, 1), beta), None, starts
+    )[1]
+    np.testing.assert_allclose(read(2.0), -jnp.ones((1, 1, 1, 4)))
+    np.testing.assert_allclose(read(1.0), jnp.zeros((1, 1, 1, 4)))
+    for name in ("deltanet", "gated_deltanet"):
+        with pytest.raises(ValueError, match=f"{name} needs beta_scale to be 1 or 2, got 3"):
+            make_cell(name, 8, beta_scale=3)
+
+
+def test_mlstm_does_not_depend_on_its_stabiliser():
+    """The same memory under another m: only what guards the division against zero is different."""
+    cell, params, carry, xs = initialised("mlstm")
+    starts = jnp.zeros((12, 2), bool)
+    carry, _ = sequence(cell, params, carry, 3 * xs, starts)
+    (memory, m), buffer = carry
+    shifted = (memory * jnp.exp(-3.0), m + 3.0), buffer
+    _, expected = sequence(cell, params, carry, xs, starts)
+    np.testing.assert_allclose(sequence(cell, params, shifted, xs, starts)[1], expected, atol=1e-4)
+
+
+def test_gates_start_as_the_authors_do():
+    params = initialised("xlstm")[1]["params"]
+    np.testing.assert_allclose(params["layers_0"]["forget_gate"]["bias"], np.linspace(3, 6, 4), rtol=1e-6)
+    assert (params["layers_0"]["forget_gate"]["kernel"] == 0).all() and (params["layers_0"]["skip"] == 1).all()
+    expected = np.tile(5 - 12 * np.array([0.0, 1.0]) ** 1.6, 4)
+    np.testing.assert_allclose(params["layers_1"]["inputs"]["bias_f"], expected, rtol=1e-6)
+    params = initialised("gated_deltanet")[1]["params"]
+    assert (params["log_A"] > np.log(0.01)).all() and (params["log_A"] < np.log(16)).all()
+    steps = jax.nn.softplus(params["alpha"]["bias"])
+    assert (steps > 0.99e-3).all() and (steps < 1.01e-1).all()
+
+
+def test_xlstm_refuses():
+    for options, message in (
+        ({"pattern": "msx"}, "word of the letters m and s, got 'msx'"),
+        ({"pattern": ""}, "word of the letters m and s, got ''"),
+        ({"ffn_factor": 0.0}, "ffn_factor to be greater than 0, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_cell("xlstm", 8, **options)
+    with pytest.raises(ValueError, match="hidden_size / num_heads to be even, got 12 and 4"):
+        make_cell("retnet", 12)
 
 
 @pytest.mark.parametrize(
