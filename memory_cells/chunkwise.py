@@ -27,7 +27,8 @@ import numpy as np
 
 from memory_cells.masked_rnn import reset
 
-CHUNK = 32  # steps at most
+CHUNK = 32  # steps at most; measured on CPU, where 16 and 64 are slower
+DELTA_CHUNK = 16  # the triangular system costs C^2 per step
 
 
 def linear_memory(state, q, k, v, log_decay, starts, impl="auto"):
@@ -38,17 +39,17 @@ def linear_memory(state, q, k, v, log_decay, starts, impl="auto"):
       q: queries (T, B, heads, dk); k: keys, likewise; v: values (T, B, heads, dv).
       log_decay: log a (T, B, heads), or None for a = 1.
       starts: (T, B) bool, the memory is set to zero before step t.
-      impl: "scan" steps; "parallel" and "auto" go in chunks, which is faster everywhere.
+      impl: "scan" steps; "parallel" and "auto" go in chunks: on CPU 2 to 6 times faster, gradient included.
 
     Returns:
       S after the last step, and ys (T, B, heads, dv).
     """
-    return _run(_linear_step, _linear_chunk, state, (q, k, v, log_decay), starts, impl)
+    return _run(_linear_step, _linear_chunk, state, (q, k, v, log_decay), starts, impl, CHUNK)
 
 
 def delta_memory(state, q, k, v, beta, log_decay, starts, impl="auto"):
     """S' = a S + beta k (v - a S^T k)^T, y = S'^T q; as `linear_memory`, with write strengths beta (T, B, heads)."""
-    return _run(_delta_step, _delta_chunk, state, (q, k, v, beta, log_decay), starts, impl)
+    return _run(_delta_step, _delta_chunk, state, (q, k, v, beta, log_decay), starts, impl, DELTA_CHUNK)
 
 
 def gated_memory(carry, q, k, v, log_f, log_i, starts, impl="auto"):
@@ -62,15 +63,17 @@ def gated_memory(carry, q, k, v, log_f, log_i, starts, impl="auto"):
       The carry after the last step, and ys (T, B, heads, dv).
     """
     v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-    return _run(_gated_step, _gated_chunk, carry, (q, k, v, log_f, log_i), starts, impl)
+    return _run(_gated_step, _gated_chunk, carry, (q, k, v, log_f, log_i), starts, impl, CHUNK)
 
 
-@partial(jax.jit, static_argnames=("step", "chunk", "impl"))  # for callers outside jit: one program, not fifty
-def _run(step, chunk, carry, inputs, starts, impl):
+@partial(
+    jax.jit, static_argnames=("step", "chunk", "impl", "length")
+)  # for callers outside jit: one program, not fifty
+def _run(step, chunk, carry, inputs, starts, impl, length):
     """Through the sequence in single steps or in chunks.
 
     step: (carry, inputs of one step (B, heads, ...)) -> carry, y.
-    chunk: (carry, inputs (B, heads, C, ...), starts (B, C)) -> carry, ys (B, heads, C, dv).
+    chunk: (carry, inputs (B, heads, C, ...), starts (B, C)) -> carry, ys (B, heads, C, dv), C at most `length`.
     """
 
     def one(carry, x):
@@ -90,7 +93,7 @@ def _run(step, chunk, carry, inputs, starts, impl):
         return carry, y[None]
     if impl == "scan":
         return jax.lax.scan(one, carry, xs)
-    num_chunks = -(-steps // CHUNK)
+    num_chunks = -(-steps // length)
     if num_chunks == 1:
         return many(carry, xs)
     whole = steps - steps % num_chunks  # chunks of one length; fewer than num_chunks steps are left over
@@ -209,12 +212,30 @@ def _transpose(a):
 
 @jax.custom_jvp
 def unit_lower_inverse(a):
-    """(I + a)^-1 for strictly lower triangular a (..., C, C), with log2 C pairs of matrix products.
+    """(I + a)^-1 for strictly lower triangular a (..., C, C), with matrix products only.
 
-    The inverse of diagonal blocks of size s gives that of size 2 s: the corner below the diagonal is -Y a X, with X and
-    Y the inverses of the two halves. As stable as forward substitution, which the product of all I + (-a)^(2^j) is not,
-    and on CPU 5 times faster than jax.scipy.linalg.solve_triangular at C = 32.
+    With X and Y the inverses of the two diagonal halves, the corner below the diagonal is -Y a X. As stable as forward
+    substitution, which the product of all I + (-a)^(2^j) is not.
     """
+    size = a.shape[-1]
+    if size % 2 or size <= 8:
+        return _inverse_by_masks(a)
+    half = size // 2
+    x, y = unit_lower_inverse(jnp.stack([a[..., :half, :half], a[..., half:, half:]]))
+    corner = -y @ a[..., half:, :half] @ x
+    return jnp.concatenate(
+        [jnp.concatenate([x, jnp.zeros_like(x)], axis=-1), jnp.concatenate([corner, y], axis=-1)], axis=-2
+    )
+
+
+@unit_lower_inverse.defjvp
+def _(primals, tangents):
+    inverse = unit_lower_inverse(*primals)
+    return inverse, -inverse @ tangents[0] @ inverse
+
+
+def _inverse_by_masks(a):
+    """The same from the diagonal outwards, all blocks of a size at once: fewer operations, more arithmetic."""
 
     def corners(size):
         block = np.arange(a.shape[-1]) // size
@@ -225,9 +246,3 @@ def unit_lower_inverse(a):
         inverse = inverse - inverse @ corners(size) @ inverse
         size *= 2
     return inverse
-
-
-@unit_lower_inverse.defjvp
-def _(primals, tangents):
-    inverse = unit_lower_inverse(*primals)
-    return inverse, -inverse @ tangents[0] @ inverse
