@@ -10,19 +10,25 @@ script and every test in `tests/test_memory_cells.py` takes it from there.
 import dataclasses
 
 from experiment import check_options, did_you_mean
+from memory_cells.deltanet import DeltaNet
 from memory_cells.dnc import DNC
 from memory_cells.ffm import FFM
+from memory_cells.gated_deltanet import GatedDeltaNet
 from memory_cells.gru import GRU
+from memory_cells.linear_attention import LinearAttention
 from memory_cells.lru import LRU
 from memory_cells.lstm import LSTM
 from memory_cells.mamba import Mamba
 from memory_cells.masked_rnn import MaskedRNN, MemoryCell, Stack, detach, take
 from memory_cells.mingru import MinGRU
+from memory_cells.mlstm import MLSTM
 from memory_cells.none import NoMemory
+from memory_cells.retnet import RetNet
 from memory_cells.rtu import RTU
 from memory_cells.s5 import S5
 from memory_cells.shm import SHM
 from memory_cells.slstm import SLSTM
+from memory_cells.xlstm import XLSTM
 
 __all__ = ["CELLS", "MaskedRNN", "MemoryCell", "detach", "make_cell", "take"]
 
@@ -30,6 +36,8 @@ CELLS: dict[str, type[MemoryCell]] = {
     "gru": GRU,
     "lstm": LSTM,
     "slstm": SLSTM,
+    "mlstm": MLSTM,
+    "xlstm": XLSTM,
     "s5": S5,
     "shm": SHM,
     "dnc": DNC,
@@ -37,6 +45,10 @@ CELLS: dict[str, type[MemoryCell]] = {
     "lru": LRU,
     "mingru": MinGRU,
     "mamba": Mamba,
+    "linear_attention": LinearAttention,
+    "retnet": RetNet,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
     "rtu": RTU,
     "none": NoMemory,
 }

@@ -21,7 +21,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.linear_scan import check_impl, linear_scan
+from memory_cells.checks import check_impl
+from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import MemoryCell
 
 

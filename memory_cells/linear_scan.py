@@ -17,18 +17,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-IMPLS = ("auto", "scan", "parallel")
-
-
-def check_impl(owner, impl):
-    """Refuse an `impl` that is not one of `IMPLS`.
-
-    Raises:
-      ValueError: names the value and the valid ones.
-    """
-    if impl not in IMPLS:
-        raise ValueError(f"{owner} needs impl to be one of {', '.join(IMPLS)}, got {impl!r}")
-
 
 def linear_scan(a, b, carry, starts, initial, impl="auto"):
     """All states of h_t = a_t * h_(t-1) + b_t with resets.
@@ -110,6 +98,7 @@ def _tree(a, b, carry, starts, initial, reverse):
         a_left, b_left = left
         a_right, b_right = right
         # Selected: zero times inf or nan is nan, and a broken episode must not outlive its end.
-        return a_left * a_right, jnp.where(a_right == 0, b_right, a_right * b_left + b_right)
+        forgets = a_right == 0
+        return jnp.where(forgets, 0, a_left * a_right), jnp.where(forgets, b_right, a_right * b_left + b_right)
 
     return jax.lax.associative_scan(combine, (a, b), reverse=reverse)[1]

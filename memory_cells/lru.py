@@ -22,8 +22,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memory_cells.checks import check_impl
 from memory_cells.gated_linear_unit import GatedLinearUnit
-from memory_cells.linear_scan import check_impl, linear_scan
+from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import MemoryCell
 
 
@@ -39,6 +40,7 @@ class LRU(MemoryCell):
       norm: normalise the input; without it u = x.
       glu: end with the gated linear unit; without it y = s.
       impl: "auto", "scan" or "parallel"; see `linear_scan`.
+      learned_carry: learn the h that an episode starts with.
     """
 
     state_size: int = 0
@@ -48,6 +50,7 @@ class LRU(MemoryCell):
     norm: bool = True
     glu: bool = True
     impl: str = "auto"
+    learned_carry: bool = False
 
     def __post_init__(self):
         check_impl("lru", self.impl)
@@ -68,6 +71,8 @@ class LRU(MemoryCell):
         self.C = self.param("C", out, (2, states, features))
         self.d = self.param("d", nn.initializers.normal(1.0), (features,))
         self.output = GatedLinearUnit(features)
+        if self.learned_carry:
+            self.initial_offset = jax.lax.complex(*self.param("initial_h", nn.initializers.zeros, (2, states)))
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):

@@ -20,7 +20,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.linear_scan import check_impl, linear_scan
+from memory_cells.checks import check_impl
+from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import MemoryCell
 from memory_cells.short_conv import ShortConv
 
@@ -76,6 +77,7 @@ class Mamba(MemoryCell):
         h, buffer = carry
         initial, _ = self.initial_carry_like(xs)
         buffer, us = self.conv(buffer, self.input(xs), starts)
+        us = nn.silu(us)
         dt = nn.softplus(self.dt_out(self.dt_in(us)))
         inputs = dt, dt * us, self.write(us), self.read(us), starts
         h, ys = selective_scan(-jnp.exp(self.A_log), h, inputs, initial, self.chunk_size, self.impl)

@@ -166,6 +166,13 @@ class MaskedRNN(nn.Module):
         return self.cell.initialize_carry(jax.random.key(0), input_shape)
 
 
+def episode_steps(count, starts):
+    """The number of each step within its episode (T, B), where `count` (B,) continues the carried episode."""
+    time = jnp.arange(len(starts))[:, None]
+    start = jax.lax.cummax(jnp.where(starts, time, -1))
+    return jnp.where(start < 0, count + time, time - start)
+
+
 def take(carry, envs):
     """The carries of the environments `envs` (an index array): what a minibatch of whole environments needs."""
     return jax.tree.map(lambda leaf: leaf[envs], carry)

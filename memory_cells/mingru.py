@@ -16,9 +16,10 @@ per environment; sequences in parallel or in a loop, see `linear_scan.py`.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memory_cells.linear_scan import check_impl, linear_scan
+from memory_cells.checks import check_conv_width, check_impl
+from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import MemoryCell
-from memory_cells.short_conv import ShortConv, check_conv_width
+from memory_cells.short_conv import ShortConv, conv_buffer
 
 
 class MinGRU(MemoryCell):
@@ -28,10 +29,12 @@ class MinGRU(MemoryCell):
       features: H, the size of the state and of the output.
       conv_width: K, the steps the convolution sees; 0 leaves it out, with u = x.
       impl: "auto", "scan" or "parallel"; see `linear_scan`.
+      learned_carry: learn the h that an episode starts with.
     """
 
     conv_width: int = 4
     impl: str = "auto"
+    learned_carry: bool = False
 
     def __post_init__(self):
         check_impl("mingru", self.impl)
@@ -42,12 +45,14 @@ class MinGRU(MemoryCell):
         self.conv = ShortConv(self.conv_width)
         self.input_z = nn.Dense(self.features, use_bias=False)
         self.input_n = nn.Dense(self.features, use_bias=False)
+        if self.learned_carry:
+            h = self.param("initial_h", nn.initializers.zeros, (self.features,))
+            self.initial_offset = h, 0.0 if self.conv_width else ()
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         *batch, inputs = input_shape
-        buffer = jnp.zeros((*batch, self.conv_width - 1, inputs)) if self.conv_width else ()
-        return jnp.zeros((*batch, self.features)), buffer
+        return jnp.zeros((*batch, self.features)), conv_buffer(self.conv_width, batch, inputs)
 
     def __call__(self, carry, x):
         carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
@@ -56,8 +61,8 @@ class MinGRU(MemoryCell):
     def sequence(self, carry, xs, starts):
         h, buffer = carry
         initial, _ = self.initial_carry_like(xs)
-        if self.conv_width:
-            buffer, xs = self.conv(buffer, xs, starts)
+        buffer, xs = self.conv(buffer, xs, starts)
+        xs = nn.silu(xs) if self.conv_width else xs
         z, n = nn.sigmoid(self.input_z(xs)), positive(self.input_n(xs))
         hs = linear_scan(1.0 - z, z * n, h, starts, initial, self.impl)
         return (hs[-1], buffer), hs

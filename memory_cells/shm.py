@@ -23,8 +23,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.linear_scan import check_impl, linear_scan
-from memory_cells.masked_rnn import MemoryCell, reset
+from memory_cells.checks import check_impl
+from memory_cells.linear_scan import linear_scan
+from memory_cells.masked_rnn import MemoryCell, episode_steps, reset
 
 CHUNK = 32  # steps; a product of as many C is at most 2^32: no overflow in the parallel form
 COUNT_LIMIT = 2**20  # where the count begins again, before float32 runs out of integers
@@ -73,7 +74,7 @@ class SHM(MemoryCell):
 
     def sequence(self, carry, xs, starts):
         memory, count = carry
-        steps = episode_steps(count, starts)
+        steps = episode_steps(count, starts) % COUNT_LIMIT
         xs = self.norm(xs)
         inputs = (
             self.theta[random_rows(steps, self.num_theta)],
@@ -84,13 +85,6 @@ class SHM(MemoryCell):
         )
         memory, reads = calibrated_memory(memory, inputs, starts, self.clip, self.impl)
         return (memory, (steps[-1] + 1) % COUNT_LIMIT), self.output(reads)
-
-
-def episode_steps(count, starts):
-    """The number of each step within its episode (T, B), where `count` (B,) continues the carried episode."""
-    time = jnp.arange(len(starts))[:, None]
-    start = jax.lax.cummax(jnp.where(starts, time, -1))
-    return jnp.where(start < 0, count + time, time - start) % COUNT_LIMIT
 
 
 def random_rows(steps, num_rows):

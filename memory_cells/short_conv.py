@@ -1,37 +1,35 @@
-"""The short convolution in front of a linear recurrence, with its parameters: u = silu(conv(x) + b).
+"""A learned causal convolution over the last few steps, one filter per channel: what linear recurrences read through.
 
-Such a recurrence adds up its inputs; the convolution lets a gate see a symbol together with those just before it.
+Without it they hardly tell one step from the next: copying the input of 4 steps ago, for instance, is out of reach.
 """
 
 import flax.linen as nn
-import jax
+import jax.numpy as jnp
 
 from memory_cells.causal_conv import causal_conv
-
-
-def check_conv_width(owner, width):
-    """Refuse a width that is no convolution and does not mean to leave it out either.
-
-    Raises:
-      ValueError: names the value and the valid ones.
-    """
-    if width < 2 and width != 0:
-        raise ValueError(f"{owner} needs conv_width to be 0 or at least 2, got {width}")
+from memory_cells.slstm import uniform
 
 
 class ShortConv(nn.Module):
-    """buffer (B, K - 1, D), xs (T, B, D), starts (T, B) -> buffer, us (T, B, D); see `causal_conv`.
+    """(buffer (B, K - 1, D), xs (T, B, D), starts (T, B)) -> buffer, ys (T, B, D); see the module's docstring.
 
     Attributes:
-      width: K, the steps it sees, the current one included.
+      width: K; 0 leaves xs as they are.
+      use_bias: add a bias per channel.
     """
 
     width: int
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, buffer, xs, starts):
-        # Uniform in +-1/sqrt(K), as PyTorch does and with it the authors of all cells that have such a convolution.
-        init = lambda key, shape: jax.random.uniform(key, shape, minval=-1, maxval=1) * self.width**-0.5  # noqa: E731
-        kernel = self.param("kernel", init, (self.width, xs.shape[-1]))
-        buffer, us = causal_conv(kernel, buffer, xs, starts)
-        return buffer, nn.silu(us + self.param("bias", init, (xs.shape[-1],)))
+        if not self.width:
+            return buffer, xs
+        init, channels = uniform(self.width**-0.5), xs.shape[-1]
+        buffer, ys = causal_conv(self.param("kernel", init, (self.width, channels)), buffer, xs, starts)
+        return buffer, ys + self.param("bias", init, (channels,)) if self.use_bias else ys
+
+
+def conv_buffer(width, batch, channels):
+    """The buffer at an episode's start: zeros; nothing where there is no convolution."""
+    return jnp.zeros((*batch, width - 1, channels)) if width else ()

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from memory_cells.causal_conv import causal_conv
+from memory_cells.checks import check_conv_width, check_num_heads
 from memory_cells.masked_rnn import MemoryCell
 from memory_cells.recurrent_scan import recurrent_scan
 
@@ -35,24 +36,24 @@ class SLSTM(MemoryCell):
       num_heads: independent blocks of the recurrent weights.
       conv_width: K, the steps the gates' convolution sees; 0 leaves it out.
       learned_carry: learn the c, m and h that an episode starts with.
+      depth: where in a stack the layer stands, from 0, the first, to 1, the last; late ones start with longer memories.
     """
 
     num_heads: int = 4
     conv_width: int = 4
     learned_carry: bool = False
+    depth: float = 0.0
 
     def __post_init__(self):
-        if self.num_heads < 1 or self.features % self.num_heads:
-            raise ValueError(
-                f"slstm needs hidden_size to be a multiple of num_heads, got {self.features} and {self.num_heads}"
-            )
-        if self.conv_width < 2 and self.conv_width != 0:
-            raise ValueError(f"slstm needs conv_width to be 0 or at least 2, got {self.conv_width}")
+        check_num_heads("slstm", self.features, self.num_heads)
+        check_conv_width("slstm", self.conv_width)
+        if not 0 <= self.depth <= 1:
+            raise ValueError(f"slstm needs depth to be between 0 and 1, got {self.depth}")
         super().__post_init__()
 
     def setup(self):
         width = self.features // self.num_heads
-        self.inputs = GateInputs(self.features, self.num_heads, self.conv_width)
+        self.inputs = GateInputs(self.features, self.num_heads, self.conv_width, self.depth)
         # Zero as in the authors' code: a fresh cell is a gated sum over time; mixing is learned.
         shape = (self.num_heads, width, width)
         self.hidden = {name: self.param(f"hidden_{name}", nn.initializers.zeros, shape) for name in "ifzo"}
@@ -92,6 +93,7 @@ class GateInputs(nn.Module):
     features: int
     num_heads: int
     conv_width: int
+    depth: float
 
     @nn.compact
     def __call__(self, buffer, xs, starts):
@@ -109,7 +111,7 @@ class GateInputs(nn.Module):
         gates = []
         for name, inputs in zip("ifzo", (convolved, convolved, xs, xs), strict=True):
             kernel = self.param(f"kernel_{name}", weight_init, (self.num_heads, width, width))
-            bias_init = forget_bias_init(width) if name == "f" else nn.initializers.zeros
+            bias_init = forget_bias_init(width, self.depth) if name == "f" else nn.initializers.zeros
             bias = self.param(f"bias_{name}", bias_init, (self.features,))
             gates.append(multiply_heads(kernel, inputs) + bias)
         return buffer, tuple(gates)
@@ -120,9 +122,9 @@ def uniform(limit):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-def forget_bias_init(width):
+def forget_bias_init(width, depth):
     """From +5 (keeps for 150 steps) down to -7 (forgets at once) over a head's units, as in the authors' code."""
-    slope = (jnp.arange(width) / max(width - 1, 1)) ** 0.3
+    slope = (jnp.arange(width) / max(width - 1, 1)) ** (0.3 + 1.3 * depth)
     return lambda key, shape, dtype=jnp.float32: jnp.tile(5.0 - 12.0 * slope, shape[0] // width).astype(dtype)
 
 

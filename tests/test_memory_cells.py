@@ -354,7 +354,7 @@ def test_slstm_forget_bias_starts_as_the_authors_do():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("slstmm", 8), r"unknown cell 'slstmm' \(did you mean 'slstm'\?\); valid cells: gru, lstm, "),
+        (("slstmm", 8), r"unknown cell 'slstmm' \(did you mean 'slstm'\?\); valid cells: gru, lstm, slstm, "),
         (("gru", 8, 1, {"retain_bais": 1.0}), r"has no option 'retain_bais' \(did you mean 'retain_bias'\?\)"),
         (("none", 8, 1, {"heads": 1}), "cell 'none' has no option 'heads'; it has none"),
         (("slstm", 10), "multiple of num_heads, got 10 and 4"),

@@ -1,0 +1,33 @@
+"""Options that several memories have, checked in the same words."""
+
+IMPLS = ("auto", "scan", "parallel")
+
+
+def check_impl(owner, impl):
+    """Refuse a form of the recurrence that is not one of `IMPLS`.
+
+    Raises:
+      ValueError: names the value and what is valid.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"{owner} needs impl to be one of {', '.join(IMPLS)}, got {impl!r}")
+
+
+def check_conv_width(owner, width):
+    """Refuse a width that is no convolution and does not mean to leave it out either.
+
+    Raises:
+      ValueError: names the value and what is valid.
+    """
+    if width < 2 and width != 0:
+        raise ValueError(f"{owner} needs conv_width to be 0 or at least 2, got {width}")
+
+
+def check_num_heads(owner, features, num_heads):
+    """Refuse a number of heads that does not divide the features among them.
+
+    Raises:
+      ValueError: names the values and what is valid.
+    """
+    if num_heads < 1 or features % num_heads:
+        raise ValueError(f"{owner} needs hidden_size to be a multiple of num_heads, got {features} and {num_heads}")

@@ -1,0 +1,93 @@
+"""Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464): the delta rule with a decay that can clear the memory.
+
+    q, k, v = silu(conv(W x)),  q, k of unit length           as in DeltaNet (see `deltanet.py`)
+    beta  = beta_scale * sigmoid(W_beta x)                    write strength, one per head
+    alpha = exp(-A * softplus(W_alpha x + b))                 decay, one per head, A > 0 learned
+    S' = alpha S + beta k (v - alpha S^T k)^T                 first forgets, then replaces (section 3.1)
+    y  = W_o (norm(S'^T q / sqrt(d)) * silu(W_g x))           root mean square norm of each head
+
+A starts uniformly between 0.01 and 16 and softplus(b) between 0.001 and 0.1, as in Mamba-2: at first heads forget
+within a few steps up to many thousands.
+Carry: S (B, heads, d, d), and the convolution's last inputs (B, K - 1, 3 H), zeros. Cost per step: 10 H^2 + 6 H d
+floating-point operations per environment; sequences are parallel within chunks (see `chunkwise.py`).
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memory_cells.checks import check_conv_width, check_impl, check_num_heads
+from memory_cells.chunkwise import delta_memory
+from memory_cells.deltanet import check_beta_scale, l2_normalise
+from memory_cells.heads import merge_heads, split_heads
+from memory_cells.masked_rnn import MemoryCell
+from memory_cells.short_conv import ShortConv, conv_buffer
+
+
+class GatedDeltaNet(MemoryCell):
+    """Gated DeltaNet layer; see the module's docstring.
+
+    Attributes:
+      features: H, the size of the output; a multiple of `num_heads`.
+      num_heads: independent memories.
+      conv_width: K, the steps that queries, keys and values see; 0 leaves the convolution out.
+      beta_scale: upper limit of the write strength, 1 or 2.
+      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
+    """
+
+    num_heads: int = 4
+    conv_width: int = 4
+    beta_scale: int = 1
+    impl: str = "auto"
+
+    def __post_init__(self):
+        check_num_heads("gated_deltanet", self.features, self.num_heads)
+        check_conv_width("gated_deltanet", self.conv_width)
+        check_impl("gated_deltanet", self.impl)
+        check_beta_scale("gated_deltanet", self)
+        super().__post_init__()
+
+    def setup(self):
+        self.qkv = nn.Dense(3 * self.features, use_bias=False)
+        self.conv = ShortConv(self.conv_width, use_bias=False)
+        self.beta = nn.Dense(self.num_heads, use_bias=False)
+        self.alpha = nn.Dense(self.num_heads, bias_init=log_uniform_softplus(1e-3, 1e-1))
+        self.log_A = self.param("log_A", log_of_uniform, (self.num_heads,))
+        self.gate = nn.Dense(self.features, use_bias=False)
+        self.norm = nn.RMSNorm(epsilon=1e-5)
+        self.output = nn.Dense(self.features, use_bias=False)
+
+    @nn.nowrap
+    def initialize_carry(self, rng, input_shape):
+        batch, width = input_shape[:-1], self.features // self.num_heads
+        memory = jnp.zeros((*batch, self.num_heads, width, width))
+        return memory, conv_buffer(self.conv_width, batch, 3 * self.features)
+
+    def __call__(self, carry, x):
+        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
+        return carry, ys[0]
+
+    def sequence(self, carry, xs, starts):
+        memory, buffer = carry
+        buffer, qkv = self.conv(buffer, self.qkv(xs), starts)
+        q, k, v = (split_heads(x, self.num_heads) for x in jnp.split(nn.silu(qkv), 3, axis=-1))
+        q, k = l2_normalise(q) / q.shape[-1] ** 0.5, l2_normalise(k)
+        beta = self.beta_scale * nn.sigmoid(self.beta(xs))
+        log_decay = -jnp.exp(self.log_A) * nn.softplus(self.alpha(xs))
+        memory, reads = delta_memory(memory, q, k, v, beta, log_decay, starts, self.impl)
+        return (memory, buffer), self.output(merge_heads(self.norm(reads)) * nn.silu(self.gate(xs)))
+
+
+def log_of_uniform(key, shape, dtype=jnp.float32):
+    """log A, for A uniform between 0.01 and 16; the authors' 0 would be -inf."""
+    return jnp.log(jax.random.uniform(key, shape, dtype, 0.01, 16.0))
+
+
+def log_uniform_softplus(low, high):
+    """b, for softplus(b) log-uniform between `low` and `high`."""
+
+    def init(key, shape, dtype=jnp.float32):
+        y = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(low), jnp.log(high)))
+        return y + jnp.log(-jnp.expm1(-y))  # the inverse of softplus
+
+    return init

@@ -1,0 +1,117 @@
+"""mLSTM: the matrix-memory LSTM with exponential gates of xLSTM (Beck et al. 2024, arXiv 2405.04517, section 2.3).
+
+    a, z = W_up x                                   two branches of I = 2 H channels
+    c = silu(conv(a))                               causal convolution over time
+    q = W_q c,  k = W_k c,  v = W_v a               block-diagonal, blocks of 4 channels
+    i~, f~ = W_i [q, k, v] + b_i, W_f [q, k, v] + b_f                          one of each per head
+    m' = max(logsigmoid(f~) + m, i~)                stabiliser (eq. 15)
+    i  = exp(i~ - m')               f = exp(logsigmoid(f~) + m - m')           (eqs. 16, 17)
+    C' = f C + i v k^T / sqrt(d)    n' = f n + i k / sqrt(d)                   memory and normaliser (eqs. 19, 20)
+    h  = C' q / max(|n' . q|, exp(-m'))             read, per head of d channels (eq. 21)
+    y  = W_down((norm(h) + s * c) * silu(z))        normalised within each head; s a learned skip
+
+The layer is the paper's figure 11 without the residual connection and the layer norm before it (`xlstm` has both), as
+`mLSTMLayer` of the authors' package `xlstm`. No gate sees h: unlike sLSTM it is parallel over time.
+Carry: C^T with n as its last column (B, heads, d, d + 1), m (B, heads), all zeros, and the convolution's last inputs
+(B, K - 1, I). Cost per step: 6 H I + 4 I d floating-point operations per environment, and those of `chunkwise.py`,
+which makes sequences parallel within chunks.
+"""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from memory_cells.checks import check_conv_width, check_impl, check_num_heads
+from memory_cells.chunkwise import gated_memory
+from memory_cells.heads import merge_heads, split_heads
+from memory_cells.masked_rnn import MemoryCell
+from memory_cells.short_conv import ShortConv, conv_buffer
+from memory_cells.slstm import multiply_heads
+
+BLOCK = 4  # channels that are mixed by the projections to q, k and v
+
+
+class MLSTM(MemoryCell):
+    """mLSTM layer; see the module's docstring.
+
+    Attributes:
+      features: H, the size of the output; a multiple of `num_heads`.
+      num_heads: independent matrix memories.
+      conv_width: K, the steps that queries and keys see through the convolution; 0 leaves it out.
+      num_blocks: blocks of the network that this is one of; its output starts as much smaller.
+      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
+    """
+
+    num_heads: int = 4
+    conv_width: int = 4
+    num_blocks: int = 1
+    impl: str = "auto"
+
+    def __post_init__(self):
+        check_num_heads("mlstm", self.features, self.num_heads)
+        check_conv_width("mlstm", self.conv_width)
+        check_impl("mlstm", self.impl)
+        super().__post_init__()
+
+    @property
+    def inner(self):
+        """I: twice the features, rounded up to a multiple of 64 as in the authors' code."""
+        return round_up(2 * self.features, 64 * self.num_heads // math.gcd(64, self.num_heads))
+
+    def setup(self):
+        inner = self.inner
+        weight_init = small_init(self.features)
+        self.up = nn.Dense(2 * inner, use_bias=False, kernel_init=weight_init)
+        blocks = (inner // BLOCK, BLOCK, BLOCK)
+        self.kernels = {name: self.param(f"kernel_{name}", weight_init, blocks) for name in "qkv"}
+        self.conv = ShortConv(self.conv_width)
+        zeros = nn.initializers.zeros
+        self.input_gate = nn.Dense(self.num_heads, kernel_init=zeros, bias_init=nn.initializers.normal(0.1))
+        self.forget_gate = nn.Dense(self.num_heads, kernel_init=zeros, bias_init=spread(3.0, 6.0))
+        self.norm = nn.LayerNorm(epsilon=1e-5, use_bias=False, use_scale=False, use_fast_variance=False)
+        self.norm_scale = self.param("norm_scale", nn.initializers.ones, (inner,))
+        self.skip = self.param("skip", nn.initializers.ones, (inner,))
+        self.down = nn.Dense(self.features, use_bias=False, kernel_init=wang_init(self.features, self.num_blocks))
+
+    @nn.nowrap
+    def initialize_carry(self, rng, input_shape):
+        batch, width = input_shape[:-1], self.inner // self.num_heads
+        memory = jnp.zeros((*batch, self.num_heads, width, width + 1))
+        return (memory, jnp.zeros((*batch, self.num_heads))), conv_buffer(self.conv_width, batch, self.inner)
+
+    def __call__(self, carry, x):
+        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
+        return carry, ys[0]
+
+    def sequence(self, carry, xs, starts):
+        memory, buffer = carry
+        a, z = jnp.split(self.up(xs), 2, axis=-1)
+        buffer, c = self.conv(buffer, a, starts)
+        c = nn.silu(c) if self.conv_width else c
+        q, k, v = (multiply_heads(self.kernels[name], inputs) for name, inputs in zip("qkv", (c, c, a), strict=True))
+        gate_inputs = jnp.concatenate([q, k, v], axis=-1)
+        log_i, log_f = self.input_gate(gate_inputs), nn.log_sigmoid(self.forget_gate(gate_inputs))
+        q, k, v = (split_heads(x, self.num_heads) for x in (q, k, v))
+        memory, hs = gated_memory(memory, q, k / k.shape[-1] ** 0.5, v, log_f, log_i, starts, self.impl)
+        hs = self.norm_scale * merge_heads(self.norm(hs)) + self.skip * c
+        return (memory, buffer), self.down(hs * nn.silu(z))
+
+
+def small_init(features):
+    """Normal, as the authors initialise what leads into a layer of a stream of `features`."""
+    return nn.initializers.normal((2 / (5 * features)) ** 0.5)
+
+
+def wang_init(features, num_blocks):
+    """Normal, as the authors initialise what leads out of a layer: smaller in deeper networks."""
+    return nn.initializers.normal(2 / (num_blocks * features**0.5))
+
+
+def round_up(size, multiple):
+    return -(-size // multiple) * multiple
+
+
+def spread(first, last):
+    """From `first` to `last` in equal steps."""
+    return lambda key, shape, dtype=jnp.float32: jnp.linspace(first, last, *shape, dtype=dtype)
