@@ -10,7 +10,9 @@ script and every test in `tests/test_memory_cells.py` takes it from there.
 import dataclasses
 
 from experiment import check_options, did_you_mean
+from memory_cells.gpt2 import GPT2
 from memory_cells.gru import GRU
+from memory_cells.gtrxl import GTrXL
 from memory_cells.lstm import LSTM
 from memory_cells.masked_rnn import MaskedRNN, MemoryCell, Stack, detach, take
 from memory_cells.none import NoMemory
@@ -18,7 +20,14 @@ from memory_cells.slstm import SLSTM
 
 __all__ = ["CELLS", "MaskedRNN", "MemoryCell", "detach", "make_cell", "take"]
 
-CELLS: dict[str, type[MemoryCell]] = {"gru": GRU, "lstm": LSTM, "slstm": SLSTM, "none": NoMemory}
+CELLS: dict[str, type[MemoryCell]] = {
+    "gru": GRU,
+    "lstm": LSTM,
+    "slstm": SLSTM,
+    "gtrxl": GTrXL,
+    "gpt2": GPT2,
+    "none": NoMemory,
+}
 
 
 def make_cell(name: str, hidden_size: int, num_layers: int = 1, /, **options) -> MemoryCell:
