@@ -8,7 +8,7 @@ A step sees itself and the C - 1 steps before it in its episode. Positions are c
 forms. "learned" is GPT-2's own: the n-th step of an episode gets the n-th row of a table, and all steps beyond the
 table its last row, where order within the window is lost. "rotary" (Su et al. 2021, arXiv 2104.09864) turns queries and
 keys by their time, which scores only see as the time between them; it holds in episodes of any length.
-Carry: per block the keys and values of the last C - 1 steps, each (B, C - 1, heads, H / heads), and the steps read of
+Carry: per block the keys and values of the last C - 1 steps, each (B, heads, C - 1, H / heads), and the steps read of
 the episode (B,). Keys are kept as they were before turning: turned by their place in the window they meet small angles,
 however old the episode. L blocks reach back L * (C - 1) steps.
 Cost: see `band_attention.py`, and 24 H^2 floating-point operations per step and block.
@@ -64,7 +64,7 @@ class GPT2(MemoryCell):
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
-        rows = jnp.zeros((*batch, self.context_length - 1, self.num_heads, self.features // self.num_heads))
+        rows = jnp.zeros((*batch, self.num_heads, self.context_length - 1, self.features // self.num_heads))
         return ((rows, rows),) * self.num_blocks, jnp.zeros(batch)
 
     def __call__(self, carry, x):
@@ -75,22 +75,23 @@ class GPT2(MemoryCell):
     def sequence(self, carry, xs, starts):
         caches, age = carry
         began = start_times(age, starts)
+        xs = xs.swapaxes(0, 1)  # (B, T, D), as band attention wants it
         if xs.shape[-1] != self.features:
             xs = nn.Dense(self.features, name="embed")(xs)
         if self.positions == "learned":
             table = self.param("positions", nn.initializers.normal(0.02), (self.num_positions, self.features))
-            position = (jnp.arange(len(xs))[:, None] - began).astype(int)
+            position = (jnp.arange(len(starts)) - began).astype(int)
             xs += table[jnp.minimum(position, self.num_positions - 1)]
         new_caches = []
         for index, cache in enumerate(caches):
             block = Block(self.num_heads, self.num_blocks, self.positions == "rotary", name=f"block_{index}")
             cache, xs = block(cache, xs, began)
             new_caches.append(cache)
-        return (tuple(new_caches), len(starts) - began[-1]), LayerNorm(name="norm")(xs)
+        return (tuple(new_caches), len(starts) - began[:, -1]), LayerNorm(name="norm")(xs).swapaxes(0, 1)
 
 
 class Block(nn.Module):
-    """Attention and mlp: cache, xs (T, B, H) and start times (T, B) -> cache, ys (T, B, H)."""
+    """Attention and mlp: cache, xs (B, T, H) and start times (B, T) -> cache, ys (B, T, H)."""
 
     num_heads: int
     num_blocks: int
@@ -106,25 +107,23 @@ class Block(nn.Module):
 
         normed = LayerNorm(name="attention_norm")(xs)
         queries, keys, values = (
-            dense((self.num_heads, head_size), name=name)(normed) for name in ("query", "key", "value")
+            dense((self.num_heads, head_size), name=name)(normed).swapaxes(1, 2) for name in ("query", "key", "value")
         )
-        rows = tuple(append(old, new, began) for old, new in zip(cache, (keys, values), strict=True))
-        cache = tuple(newest(row, began) for row in rows)
-        keys, values = rows
+        keys, values = (append(old, new, began) for old, new in zip(cache, (keys, values), strict=True))
+        cache = newest(keys, began), newest(values, began)
         if self.rotary:
-            queries, keys = rotate(queries, first=len(keys) - len(queries)), rotate(keys, first=0)
+            queries, keys = rotate(queries, first=cache[0].shape[-2]), rotate(keys, first=0)
         attended = band_attention(queries * head_size**-0.5, keys, values, began)
-        xs += dense_out(features, axis=(-2, -1), name="out")(attended)
+        xs += dense_out(features, axis=(1, 3), name="out")(attended)
 
         hidden = dense(4 * features, name="mlp_in")(LayerNorm(name="mlp_norm")(xs))
         return cache, xs + dense_out(features, name="mlp_out")(nn.gelu(hidden, approximate=True))
 
 
 def rotate(x, first):
-    """x (T, ..., d), pairs of its last axis turned by the times first, first + 1, ... at d / 2 frequencies."""
-    times, half = first + np.arange(len(x)), x.shape[-1] // 2
+    """x (..., T, d), pairs of its last axis turned by the times first, first + 1, ... at d / 2 frequencies."""
+    times, half = first + np.arange(x.shape[-2]), x.shape[-1] // 2
     angles = times[:, None] * 10000.0 ** (-np.arange(half) / half)  # numpy: exact also for large times and float32 x
-    angles = angles.reshape(len(x), *(1,) * (x.ndim - 2), half)
     cos, sin = jnp.asarray(np.cos(angles), x.dtype), jnp.asarray(np.sin(angles), x.dtype)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

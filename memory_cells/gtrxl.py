@@ -75,6 +75,7 @@ class GTrXL(MemoryCell):
     def sequence(self, carry, xs, starts):
         memories, age = carry
         began = start_times(age, starts)
+        xs = xs.swapaxes(0, 1)  # (B, T, D), as band attention wants it
         if xs.shape[-1] != self.features:
             xs = nn.Dense(self.features, name="embed")(xs)
         new_memories = []
@@ -82,11 +83,11 @@ class GTrXL(MemoryCell):
             rows = append(memory, xs, began)
             new_memories.append(newest(rows, began))
             xs = Block(self.num_heads, self.gate_bias, self.mlp_factor, name=f"block_{index}")(rows, began)
-        return (tuple(new_memories), len(starts) - began[-1]), xs
+        return (tuple(new_memories), len(starts) - began[:, -1]), xs.swapaxes(0, 1)
 
 
 class Block(nn.Module):
-    """Gated attention, gated mlp: rows (M + T, B, H), memory first, and start times (T, B) -> (T, B, H)."""
+    """Gated attention, gated mlp: rows (B, M + T, H), memory first, and start times (B, T) -> (B, T, H)."""
 
     num_heads: int
     gate_bias: float
@@ -94,7 +95,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, rows, began):
-        features, xs = rows.shape[-1], rows[-len(began) :]
+        features, xs = rows.shape[-1], rows[:, -began.shape[1] :]
         attention = RelativeAttention(self.num_heads, features // self.num_heads, name="attention")
         attended = attention(LayerNorm(name="attention_norm")(rows), began)
         xs = Gate(self.gate_bias, name="attention_gate")(xs, nn.relu(attended))
@@ -103,26 +104,29 @@ class Block(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Transformer-XL's attention: rows (M + T, B, H), memory first, and start times (T, B) -> (T, B, H)."""
+    """Transformer-XL's attention: rows (B, M + T, H), memory first, and start times (B, T) -> (B, T, H)."""
 
     num_heads: int
     head_size: int
 
     @nn.compact
     def __call__(self, rows, began):
-        steps, heads = len(began), (self.num_heads, self.head_size)
-        to_heads = partial(nn.DenseGeneral, heads, use_bias=False)
-        queries = to_heads(name="query")(rows[-steps:])
-        keys, values = to_heads(name="key")(rows), to_heads(name="value")(rows)
-        distances = np.arange(len(rows) - steps, -1, -1)
-        positions = to_heads(name="position")(jnp.asarray(sinusoids(distances, rows.shape[-1]), rows.dtype))
+        heads, (_, num_rows, features), steps = (self.num_heads, self.head_size), rows.shape, began.shape[1]
 
-        content_bias = self.param("content_bias", nn.initializers.normal(0.02), heads)
-        position_bias = self.param("position_bias", nn.initializers.normal(0.02), heads)
+        def project(name, rows):
+            """(..., rows, H) -> (..., heads, rows, d)"""
+            return nn.DenseGeneral(heads, use_bias=False, name=name)(rows).swapaxes(-2, -3)
+
+        queries, keys, values = project("query", rows[:, -steps:]), project("key", rows), project("value", rows)
+        distances = np.arange(num_rows - steps, -1, -1)
+        positions = project("position", jnp.asarray(sinusoids(distances, features), rows.dtype))  # (heads, M + 1, d)
+
+        content_bias = self.param("content_bias", nn.initializers.normal(0.02), heads)[:, None]
+        position_bias = self.param("position_bias", nn.initializers.normal(0.02), heads)[:, None]
         scale = self.head_size**-0.5
-        by_distance = jnp.einsum("tbhd,mhd->tbhm", scale * (queries + position_bias), positions)
+        by_distance = jnp.einsum("bhtd,hmd->bhtm", scale * (queries + position_bias), positions)
         ys = band_attention(scale * (queries + content_bias), keys, values, began, by_distance)
-        return nn.DenseGeneral(rows.shape[-1], axis=(-2, -1), use_bias=False, name="out")(ys)
+        return nn.DenseGeneral(features, axis=(1, 3), use_bias=False, name="out")(ys)
 
 
 class Gate(nn.Module):
