@@ -19,7 +19,10 @@ MIN_CHUNK = 32  # steps; smaller chunks waste less on steps outside of the windo
 
 
 def start_times(age, starts):
-    """When the episode of every step began: age (B,) and starts (T, B) bool -> (B, T), negative before the sequence."""
+    """When the episode of every step began: age (B,) and starts (T, B) bool -> (B, T), negative before the sequence.
+
+    The age counts in floating point, so that one may differentiate with respect to the whole of a carry.
+    """
     latest = jax.lax.cummax(jnp.where(starts.T, jnp.arange(len(starts)), -1), axis=1)
     return jnp.where(latest >= 0, latest, -age[:, None])
 

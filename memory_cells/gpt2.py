@@ -80,7 +80,7 @@ class GPT2(MemoryCell):
             xs = nn.Dense(self.features, name="embed")(xs)
         if self.positions == "learned":
             table = self.param("positions", nn.initializers.normal(0.02), (self.num_positions, self.features))
-            position = (jnp.arange(len(starts)) - began).astype(int)
+            position = (jnp.arange(len(starts)) - began).astype(jnp.int32)
             xs += table[jnp.minimum(position, self.num_positions - 1)]
         new_caches = []
         for index, cache in enumerate(caches):
@@ -106,13 +106,17 @@ class Block(nn.Module):
         dense_out = partial(nn.DenseGeneral, kernel_init=nn.initializers.normal(0.02 / (2 * self.num_blocks) ** 0.5))
 
         normed = LayerNorm(name="attention_norm")(xs)
-        queries, keys, values = (
-            dense((self.num_heads, head_size), name=name)(normed).swapaxes(1, 2) for name in ("query", "key", "value")
-        )
-        keys, values = (append(old, new, began) for old, new in zip(cache, (keys, values), strict=True))
+
+        def project(name):
+            """(B, heads, T, H / heads)"""
+            return dense((self.num_heads, head_size), name=name)(normed).swapaxes(1, 2)
+
+        queries, (cached_keys, cached_values) = project("query"), cache
+        keys, values = append(cached_keys, project("key"), began), append(cached_values, project("value"), began)
         cache = newest(keys, began), newest(values, began)
         if self.rotary:
-            queries, keys = rotate(queries, first=cache[0].shape[-2]), rotate(keys, first=0)
+            first = keys.shape[-2] - queries.shape[-2]  # times from the oldest key on
+            queries, keys = rotate(queries, first), rotate(keys, 0)
         attended = band_attention(queries * head_size**-0.5, keys, values, began)
         xs += dense_out(features, axis=(1, 3), name="out")(attended)
 

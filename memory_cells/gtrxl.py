@@ -14,8 +14,8 @@ A block, with x_t its input, s running over t and the M steps before it in the s
 Attention is that of Transformer-XL (Dai et al. 2019, arXiv 1901.02860, section 3.3): relative, by the sinusoids p of
 the distance t - s. b_g > 0 starts every block close to the identity, so that a fresh agent is reactive and learns to
 remember from there; the paper's section 3 has the reasons.
-The paper stops the gradient at the memory. Here that is the caller's choice, by `detach`: within a sequence all steps
-are learned from, however it is cut.
+The paper stops the gradient at the memory. Here that is the caller's choice, by `detach`; otherwise gradients flow
+through the window as through any other state, the same in one sequence as step by step.
 Carry: per block its last M inputs (B, M, H), and the steps read of the episode (B,). L blocks reach back L * M steps.
 Cost: see `band_attention.py`, and per step and block 2 H^2 (16 + 2 F) floating-point operations for an mlp of F H
 units; the memory's keys and values cost 4 H^2 M per call.
