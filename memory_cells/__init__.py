@@ -14,7 +14,9 @@ from memory_cells.deltanet import DeltaNet
 from memory_cells.dnc import DNC
 from memory_cells.ffm import FFM
 from memory_cells.gated_deltanet import GatedDeltaNet
+from memory_cells.gpt2 import GPT2
 from memory_cells.gru import GRU
+from memory_cells.gtrxl import GTrXL
 from memory_cells.linear_attention import LinearAttention
 from memory_cells.lru import LRU
 from memory_cells.lstm import LSTM
@@ -38,6 +40,8 @@ CELLS: dict[str, type[MemoryCell]] = {
     "slstm": SLSTM,
     "mlstm": MLSTM,
     "xlstm": XLSTM,
+    "gtrxl": GTrXL,
+    "gpt2": GPT2,
     "s5": S5,
     "shm": SHM,
     "dnc": DNC,

@@ -37,6 +37,7 @@ class FFM(MemoryCell):
       max_period: longest initial period.
       spacing: "linear" or "log": how the periods lie between them.
       impl: "auto", "scan" or "parallel"; see `linear_scan`.
+      learned_carry: learn the memory that an episode starts with.
     """
 
     memory_size: int = 32
@@ -45,6 +46,7 @@ class FFM(MemoryCell):
     max_period: float = 1024.0
     spacing: str = "log"
     impl: str = "auto"
+    learned_carry: bool = False
 
     def __post_init__(self):
         check_impl("ffm", self.impl)
@@ -67,6 +69,9 @@ class FFM(MemoryCell):
         self.normalise = nn.LayerNorm(epsilon=1e-5, use_bias=False, use_scale=False, use_fast_variance=False)
         self.a = self.param("a", self._a_init)
         self.b = self.param("b", self._b_init)
+        if self.learned_carry:
+            pair = self.param("initial_memory", nn.initializers.zeros, (2, self.memory_size, self.context_size))
+            self.initial_offset = jax.lax.complex(*pair)
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):

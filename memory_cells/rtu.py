@@ -41,6 +41,7 @@ class RTU(MemoryCell):
       r_max: largest initial r.
       max_phase: largest initial phi, in radians per step.
       impl: "auto", "scan" or "parallel"; see `linear_scan`. The nonlinear one has no parallel form.
+      learned_carry: learn the h that an episode starts with.
     """
 
     nonlinear: bool = True
@@ -49,6 +50,7 @@ class RTU(MemoryCell):
     r_max: float = 0.999
     max_phase: float = 3.14
     impl: str = "auto"
+    learned_carry: bool = False
 
     def __post_init__(self):
         check_impl("rtu", self.impl)
@@ -67,6 +69,8 @@ class RTU(MemoryCell):
         self.input_2 = nn.Dense(states, use_bias=False)
         self.nu = self.param("nu", log_rate_init(self.r_min, self.r_max), (states,))
         self.theta = self.param("theta", log_phase_init(self.max_phase), (states,))
+        if self.learned_carry:
+            self.initial_offset = tuple(self.param("initial_h", nn.initializers.zeros, (2, states)))
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):

@@ -1,0 +1,133 @@
+"""GPT-2 (Radford et al. 2019, "Language models are unsupervised multitask learners") over a rolling window.
+
+    x = x + W_o attention(norm(x)) + b_o                      softmax attention with scores q . k / sqrt(H / heads)
+    x = x + W_2 gelu(W_1 norm(x) + b_1) + b_2                 per block, gelu in its tanh form
+    y = norm(x)                                               after the last block
+
+A step sees itself and the C - 1 steps before it in its episode. Positions are counted within the episode, and have two
+forms. "learned" is GPT-2's own: the n-th step of an episode gets the n-th row of a table, and all steps beyond the
+table its last row, where order within the window is lost. "rotary" (Su et al. 2021, arXiv 2104.09864) turns queries and
+keys by their time, which scores only see as the time between them; it holds in episodes of any length.
+Carry: per block the keys and values of the last C - 1 steps, each (B, heads, C - 1, H / heads), and the steps read of
+the episode (B,). Keys are kept as they were before turning: turned by their place in the window they meet small angles,
+however old the episode. L blocks reach back L * (C - 1) steps.
+Cost: see `band_attention.py`, and 24 H^2 floating-point operations per step and block.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from memory_cells.band_attention import append, band_attention, newest, start_times
+from memory_cells.masked_rnn import MemoryCell
+
+LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+
+
+class GPT2(MemoryCell):
+    """GPT-2 over a rolling window; see the module's docstring.
+
+    Attributes:
+      features: H, the size of the stream through the blocks and of the output; a multiple of `num_heads`.
+      num_heads: parts of H that attend by themselves.
+      num_blocks: L, attention and mlp on top of each other.
+      context_length: C, the steps that a step sees in each block, itself included.
+      positions: "rotary" or "learned".
+      num_positions: rows of the table of learned positions.
+    """
+
+    num_heads: int = 4
+    num_blocks: int = 2
+    context_length: int = 64
+    positions: str = "rotary"
+    num_positions: int = 1024
+
+    def __post_init__(self):
+        if self.num_heads < 1 or self.features % self.num_heads:
+            raise ValueError(
+                f"gpt2 needs hidden_size to be a multiple of num_heads, got {self.features} and {self.num_heads}"
+            )
+        if self.positions not in ("rotary", "learned"):
+            raise ValueError(f"gpt2 needs positions to be 'rotary' or 'learned', got {self.positions!r}")
+        if self.positions == "rotary" and self.features // self.num_heads % 2:
+            raise ValueError(
+                "gpt2 with rotary positions needs hidden_size to be an even multiple of num_heads, "
+                f"got {self.features} and {self.num_heads}"
+            )
+        for name, least in (("num_blocks", 1), ("context_length", 2), ("num_positions", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"gpt2 needs {name} to be at least {least}, got {getattr(self, name)}")
+        super().__post_init__()
+
+    @nn.nowrap
+    def initialize_carry(self, rng, input_shape):
+        batch = input_shape[:-1]
+        rows = jnp.zeros((*batch, self.num_heads, self.context_length - 1, self.features // self.num_heads))
+        return ((rows, rows),) * self.num_blocks, jnp.zeros(batch)
+
+    def __call__(self, carry, x):
+        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
+        return carry, ys[0]
+
+    @nn.compact
+    def sequence(self, carry, xs, starts):
+        caches, age = carry
+        began = start_times(age, starts)
+        xs = xs.swapaxes(0, 1)  # (B, T, D), as band attention wants it
+        if xs.shape[-1] != self.features:
+            xs = nn.Dense(self.features, name="embed")(xs)
+        if self.positions == "learned":
+            table = self.param("positions", nn.initializers.normal(0.02), (self.num_positions, self.features))
+            position = (jnp.arange(len(starts)) - began).astype(jnp.int32)
+            xs += table[jnp.minimum(position, self.num_positions - 1)]
+        new_caches = []
+        for index, cache in enumerate(caches):
+            block = Block(self.num_heads, self.num_blocks, self.positions == "rotary", name=f"block_{index}")
+            cache, xs = block(cache, xs, began)
+            new_caches.append(cache)
+        return (tuple(new_caches), len(starts) - began[:, -1]), LayerNorm(name="norm")(xs).swapaxes(0, 1)
+
+
+class Block(nn.Module):
+    """Attention and mlp: cache, xs (B, T, H) and start times (B, T) -> cache, ys (B, T, H)."""
+
+    num_heads: int
+    num_blocks: int
+    rotary: bool
+
+    @nn.compact
+    def __call__(self, cache, xs, began):
+        features = xs.shape[-1]
+        head_size = features // self.num_heads
+        dense = partial(nn.DenseGeneral, kernel_init=nn.initializers.normal(0.02))
+        # The stream is the sum of 2 L layers' outputs: each starts smaller by the root of that.
+        dense_out = partial(nn.DenseGeneral, kernel_init=nn.initializers.normal(0.02 / (2 * self.num_blocks) ** 0.5))
+
+        normed = LayerNorm(name="attention_norm")(xs)
+
+        def project(name):
+            """(B, heads, T, H / heads)"""
+            return dense((self.num_heads, head_size), name=name)(normed).swapaxes(1, 2)
+
+        queries, (cached_keys, cached_values) = project("query"), cache
+        keys, values = append(cached_keys, project("key"), began), append(cached_values, project("value"), began)
+        cache = newest(keys, began), newest(values, began)
+        if self.rotary:
+            first = keys.shape[-2] - queries.shape[-2]  # times from the oldest key on
+            queries, keys = rotate(queries, first), rotate(keys, 0)
+        attended = band_attention(queries * head_size**-0.5, keys, values, began)
+        xs += dense_out(features, axis=(1, 3), name="out")(attended)
+
+        hidden = dense(4 * features, name="mlp_in")(LayerNorm(name="mlp_norm")(xs))
+        return cache, xs + dense_out(features, name="mlp_out")(nn.gelu(hidden, approximate=True))
+
+
+def rotate(x, first):
+    """x (..., T, d), pairs of its last axis turned by the times first, first + 1, ... at d / 2 frequencies."""
+    times, half = first + np.arange(x.shape[-2]), x.shape[-1] // 2
+    angles = times[:, None] * 10000.0 ** (-np.arange(half) / half)  # numpy: exact also for large times and float32 x
+    cos, sin = jnp.asarray(np.cos(angles), x.dtype), jnp.asarray(np.sin(angles), x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
