@@ -29,7 +29,7 @@ def ours(script, **fields):
     def run(updates):
         nonlocal state
         state, _ = jax.block_until_ready(script.train_chunk(state, env, updates))
-        return updates * config.batch_size
+        return updates * config.steps_per_update
 
     return run
 

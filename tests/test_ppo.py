@@ -159,7 +159,7 @@ def test_the_loss_sees_what_the_rollout_saw(cell, shared_torso):
     """Unrolling the batch from the carry before the rollout gives its log-probabilities and values again."""
     config = small(rppo, env="test::Counting", cell=cell, shared_torso=shared_torso)
     env, state = start(config, rppo)
-    state, _ = rppo.train(state, env, Logger(), 2 * config.batch_size)  # a used carry, trained parameters
+    state, _ = rppo.train(state, env, Logger(), 2 * config.steps_per_update)  # a used carry, trained parameters
     state = one_seed(state)
     after, batch = rppo.rollout(state, env)
     assert not batch.start[0].all() and batch.start.any()  # the rollout begins and ends within episodes
@@ -220,7 +220,7 @@ def test_first_ratio_is_one(script, changes):
     config = small(script, env="test::Counting", **changes)
     env, state = start(config, script)
     for _ in range(3):
-        state, report = script.train(state, env, Logger(), config.batch_size)
+        state, report = script.train(state, env, Logger(), config.steps_per_update)
         assert report["losses/first_ratio_error"].max() < 1e-5
         assert np.isfinite(report["losses/policy_loss"]).all() and report["losses/entropy"].min() > 0
         assert report["losses/explained_variance"].max() <= 1.0
@@ -243,7 +243,7 @@ def test_minibatches_are_whole_environments(monkeypatch):
     config = small(rppo, env="test::Counting", cell="none", num_minibatches=4, gamma=0.98)  # compiled here only
     env, state = start(config, rppo)
     first_numbers = state.inputs.obs[..., 0].mean()
-    _, report = rppo.train(state, env, Logger(), config.batch_size)
+    _, report = rppo.train(state, env, Logger(), config.steps_per_update)
     assert report["test/in_order"] == 1.0
     np.testing.assert_allclose(report["test/number"], first_numbers, rtol=1e-5)  # an epoch sees all, each once
 
@@ -260,7 +260,7 @@ def test_minibatches_of_steps_cover_the_batch(monkeypatch):
     env, state = start(config, ppo)
     _, batch = ppo.rollout(one_seed(state), env)
     _, returns = ppo.gae(batch.reward, batch.value, batch.next_value, batch.terminated, batch.done, config)
-    _, report = ppo.train(state, env, Logger(), config.batch_size)
+    _, report = ppo.train(state, env, Logger(), config.steps_per_update)
     np.testing.assert_allclose(report["test/returns"], returns.mean(), rtol=1e-4)
     np.testing.assert_allclose(report["test/squares"], (returns**2).mean(), rtol=1e-4)
 
@@ -270,7 +270,7 @@ def test_same_seed_same_run_and_other_seed_other_run(script):
     def metrics(seed):
         config = small(script, seed=seed)
         env, state = start(config, script)
-        return script.train(state, env, Logger(), 4 * config.batch_size)
+        return script.train(state, env, Logger(), 4 * config.steps_per_update)
 
     (state, report), (same_state, same_report), (_, other_report) = metrics(0), metrics(0), metrics(1)
     jax.tree.map(np.testing.assert_array_equal, state.params, same_state.params)
@@ -295,11 +295,11 @@ def test_a_seed_among_several_is_the_run_of_that_seed(script):
 def test_a_shorter_last_chunk_is_the_same_training(script):
     config = small(script, log_every=4)
     env, state = start(config, script)
-    whole, _ = script.train(state, env, Logger(), 6 * config.batch_size)
+    whole, _ = script.train(state, env, Logger(), 6 * config.steps_per_update)
     config = small(script, log_every=3)
     env, state = start(config, script)
-    parts, _ = script.train(state, env, Logger(), 3 * config.batch_size)
-    parts, _ = script.train(parts, env, Logger(), 3 * config.batch_size)
+    parts, _ = script.train(state, env, Logger(), 3 * config.steps_per_update)
+    parts, _ = script.train(parts, env, Logger(), 3 * config.steps_per_update)
     jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
     assert whole.updates == parts.updates == 6
 
@@ -324,23 +324,23 @@ def test_the_learning_rate_falls_to_zero_and_with_it_the_steps(script):
     env, state = start(config, script)
     rates = []
     for _ in range(4):
-        state, report = script.train(state, env, Logger(), config.batch_size)
+        state, report = script.train(state, env, Logger(), config.steps_per_update)
         rates.append(float(report["charts/learning_rate"][0]))
     np.testing.assert_allclose(rates, config.learning_rate * np.array([1.0, 0.75, 0.5, 0.25]), rtol=1e-5)
     before = copy(state.params)
-    state, _ = script.train(state, env, Logger(), config.batch_size)  # past the end: nothing left to step with
+    state, _ = script.train(state, env, Logger(), config.steps_per_update)  # past the end: nothing left to step with
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
     constant = replace(config, anneal_lr=False)
     env, state = start(constant, script)
     for _ in range(2):
-        state, report = script.train(state, env, Logger(), config.batch_size)
+        state, report = script.train(state, env, Logger(), config.steps_per_update)
     np.testing.assert_allclose(report["charts/learning_rate"], config.learning_rate, rtol=1e-6)
 
 
 def test_episode_metrics_are_those_of_the_episodes():
     config = small(ppo, env="test::Counting")
     env, state = start(config, ppo)
-    _, report = ppo.train(state, env, Logger(), config.batch_size)
+    _, report = ppo.train(state, env, Logger(), config.steps_per_update)
     assert report["charts/episodic_return"] == report["charts/episodic_length"] == 7.0
     assert report["charts/episodes"] == 8 * (16 // 7)
 
@@ -350,7 +350,7 @@ def test_episode_metrics_are_those_of_the_episodes():
 def test_images_matrices_and_integers_are_observations_too(script, id):
     config = small(script, env=id, num_steps=4, total_steps=32, **({"cell": "none"} if script is rppo else {}))
     env, state = start(config, script)
-    state, report = script.train(state, env, Logger(), config.batch_size)
+    state, report = script.train(state, env, Logger(), config.steps_per_update)
     assert np.isfinite(report["losses/value_loss"]).all()
     kernels = {leaf.ndim for leaf in jax.tree.leaves(state.params)}
     assert (5 in kernels) == ("MinAtar" in id)  # a convolution's kernel, with the seed axis
