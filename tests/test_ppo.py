@@ -153,13 +153,14 @@ def test_next_values_are_of_the_true_next_observation(script):
     np.testing.assert_allclose(batch.next_value[batch.done], expected[batch.done], atol=1e-5)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("shared_torso", [True, False])
+@pytest.mark.parametrize(("cell", "shared_torso"), [*((cell, False) for cell in CELLS), ("gru", True)])
 def test_the_loss_sees_what_the_rollout_saw(cell, shared_torso):
     """Unrolling the batch from the carry before the rollout gives its log-probabilities and values again."""
     config = small(rppo, env="test::Counting", cell=cell, shared_torso=shared_torso)
     env, state = start(config, rppo)
-    state, _ = rppo.train(state, env, Logger(), 2 * config.steps_per_update)  # a used carry, trained parameters
+    for _ in range(2):  # for a used carry and trained parameters
+        state, report = rppo.train(state, env, Logger(), config.steps_per_update)
+        assert report["losses/first_ratio_error"].max() < 1e-4
     state = one_seed(state)
     after, batch = rppo.rollout(state, env)
     assert not batch.start[0].all() and batch.start.any()  # the rollout begins and ends within episodes
@@ -171,7 +172,7 @@ def test_the_loss_sees_what_the_rollout_saw(cell, shared_torso):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, after.carry)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["gru", "slstm", "gtrxl", "gated_deltanet"])
 def test_the_network_forgets_at_a_start(cell):
     config = small(rppo, cell=cell)
     _, state = start(config, rppo)
@@ -212,8 +213,7 @@ def test_previous_action_and_reward_can_be_left_out(read):
 
 @pytest.mark.parametrize(
     ("script", "changes"),
-    [(ppo, {}), (ppo, {"shared_torso": True})]
-    + [(rppo, {"cell": cell}) for cell in CELLS]
+    [(ppo, {}), (ppo, {"shared_torso": True}), (rppo, {}), (rppo, {"cell": "slstm"})]
     + [(rppo, {"shared_torso": True, "num_layers": 2, "bptt": 4})],
 )
 def test_first_ratio_is_one(script, changes):
@@ -283,10 +283,10 @@ def test_same_seed_same_run_and_other_seed_other_run(script):
 def test_a_seed_among_several_is_the_run_of_that_seed(script):
     several = small(script, num_seeds=3)
     env, state = start(several, script)
-    state, _ = script.train(state, env, Logger(), 2 * several.batch_size)
+    state, _ = script.train(state, env, Logger(), 2 * several.steps_per_update)
     single = small(script, seed=2)
     env, alone = start(single, script)
-    alone, _ = script.train(alone, env, Logger(), 2 * single.batch_size)
+    alone, _ = script.train(alone, env, Logger(), 2 * single.steps_per_update)
     third = jax.tree.map(lambda x: x[2], state.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), third, one_seed(alone).params)
 
