@@ -2,6 +2,7 @@
 
     python benchmark/learning.py            # train what is missing under runs/learning, then report
     python benchmark/learning.py --report   # report what is there
+    python benchmark/learning.py --cells    # the same for every memory on MemoryChain: a table, three seeds
 
 Each run is the command shown, with --num-seeds 5 --eval-every 25000 and its own --run-dir.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from loggers import load
+from memory_cells import CELLS
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "learning"
@@ -44,13 +46,19 @@ RESULTS = {  # panel of the figure: {label: command}
 COLORS = {"PPO": "C7", "RPPO, no memory": "C7", "RPPO, GRU": "C0", "RPPO, LSTM": "C2", "RPPO, sLSTM": "C1"}
 
 
+# every memory; hidden size 64 in one torso, so that all of them are done in an hour or two
+MEMORY = "--env gymnax::MemoryChain-bsuite --env-kwargs memory_length 10 --total-steps 300_000"
+CELL_COMMANDS = [f"rppo.py {MEMORY} --cell {cell} --hidden-size 64 --shared-torso" for cell in CELLS if cell != "none"]
+
+
 def run_dir(command):
     return RUNS / command.replace("--", "").replace("::", "-").replace(" ", "_").replace(".py", "")
 
 
-def train(command):
+def train(command, num_seeds=5):
+    shutil.rmtree(run_dir(command), ignore_errors=True)  # what an interrupted run left
     script, *args = command.split()
-    extra = ["--num-seeds", "5", "--eval-every", "25_000", "--run-dir", str(run_dir(command))]
+    extra = ["--num-seeds", str(num_seeds), "--eval-every", "25_000", "--run-dir", str(run_dir(command))]
     subprocess.run([sys.executable, str(ROOT / "algorithms" / script), *args, *extra], check=True)
 
 
@@ -66,6 +74,18 @@ def evaluations(command):
     points = [(r["step"], r["eval/episodic_return"]) for r in records if "eval/episodic_return" in r]
     steps, returns = zip(*points, strict=True)
     return np.array(steps), np.array(returns)
+
+
+def report_cells():
+    print(
+        "| `--cell` | steps | greedy return, median of 3 seeds | the seeds | steps per second |\n|---|---|---|---|---|"
+    )
+    for command in filter(is_complete, CELL_COMMANDS):
+        steps, returns = evaluations(command)
+        speed = np.median(load(run_dir(command)).values("charts/SPS"))
+        seeds = ", ".join(f"{value:.2f}" for value in sorted(returns[-1]))
+        cell = command.split("--cell ")[1].split()[0]
+        print(f"| `{cell}` | {steps[-1]:,} | {np.median(returns[-1]):.2f} | {seeds} | {speed:,.0f} |")
 
 
 def report():
@@ -101,13 +121,14 @@ def draw(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="do not train")
+    parser.add_argument("--cells", action="store_true", help="every memory on MemoryChain instead")
     args = parser.parse_args()
-    if not args.report:
-        for commands in RESULTS.values():
-            for command in commands.values():
-                if not is_complete(command):
-                    shutil.rmtree(run_dir(command), ignore_errors=True)  # what an interrupted run left
-                    train(command)
+    commands = CELL_COMMANDS if args.cells else [c for commands in RESULTS.values() for c in commands.values()]
+    for command in commands:
+        if not args.report and not is_complete(command):
+            train(command, num_seeds=3 if args.cells else 5)
+    if args.cells:
+        return report_cells()
     report()
     draw(ROOT / "benchmark" / "learning.png")
 
