@@ -228,7 +228,7 @@ def update(state, env):
         params, opt_state = learner
         minibatch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[steps], (batch, advantages, returns))
         gradients, parts = jax.grad(ppo_loss, has_aux=True)(params, network, config, *minibatch)
-        parts["losses/grad_norm"] = optax.global_norm(gradients)
+        parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, opt_state, params)
         return (optax.apply_updates(params, changes), opt_state), parts
 

@@ -1,5 +1,6 @@
 """Shared by all tests: a compilation cache, and small environments that can be proven things about."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -66,6 +67,16 @@ TASKS = {"Constant": constant_task, "Counting": counting_task, "Coin": coin_task
 
 # `make("test::Constant")` and so on, through the same door as every library.
 envs.NAMESPACES["test"] = (lambda: list(TASKS), lambda env_id, **options: TASKS[env_id](**options))
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs():
+    """Every compiled program maps memory, of which a Linux process may have 65,530 pieces; past that XLA crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
