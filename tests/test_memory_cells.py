@@ -224,13 +224,17 @@ def test_shapes_dtypes_and_parameters(name, inputs):
 
 
 @pytest.mark.parametrize("name", MEMORIES)
-def test_long_sequences_have_bounded_gradients(name):
+@pytest.mark.parametrize("length", [1024, pytest.param(8192, marks=pytest.mark.slow)])
+def test_long_sequences_have_bounded_gradients(name, length):
     cell, params, carry, _, _ = setup(name)
     params = init(cell, jax.random.key(0), carry, jnp.zeros((B, D)))
-    xs = jax.random.normal(jax.random.key(1), (1024, B, D))
-    loss = lambda params, xs: sequence(cell, params, carry, xs, jnp.zeros((1024, B), bool))[1].mean()  # noqa: E731
+    xs = jax.random.normal(jax.random.key(1), (length, B, D))
+    starts = jnp.zeros((length, B), bool)
+    loss = lambda params, xs: sequence(cell, params, carry, xs, starts)[1].mean()  # noqa: E731
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, xs)
     assert all(jnp.isfinite(leaf).all() and jnp.abs(leaf).max() < 1e4 for leaf in jax.tree.leaves(gradients))
+    last, _ = sequence(cell, params, carry, xs, starts)
+    assert all(jnp.abs(leaf).max() < 1e5 for leaf in jax.tree.leaves(last))
 
 
 # --- MaskedRNN -------------------------------------------------------------------------------------------------------
