@@ -50,7 +50,7 @@ def make_batch(task, key):
     return jnp.concatenate([jax.nn.one_hot(symbols, SYMBOLS), starts[..., None]], axis=-1), starts, targets
 
 
-def learn(cell, task, most=700, **options):
+def learn(cell, task, most=1000, **options):
     """Updates until the task is learned (None if it never is), and the accuracy over the last 20."""
     network = Network(MaskedRNN(make_cell(cell, FEATURES, **options)))
     key, init_key = jax.random.split(jax.random.key(0))
@@ -88,7 +88,7 @@ def main():
         began, results = time.perf_counter(), []
         for task in TASKS:
             updates, accuracy = learn(cell, task)
-            results.append(f"{updates}" if updates else f"{accuracy:.0%} at 700")
+            results.append(f"{updates}" if updates else f"{accuracy:.0%} at 1000")
         print(f"| `{cell}` | {' | '.join(results)} | {time.perf_counter() - began:.0f} |", flush=True)
 
 
