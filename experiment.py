@@ -354,12 +354,12 @@ def check_versions(run_dir: Path, here: dict) -> None:
     """
     began = json.loads((run_dir / CONFIG_FILE).read_text())
     for name, digest in here["sources"].items():
-        if began["sources"].get(name) != digest:
-            commit = began["git"]["commit"]
+        if began.get("sources", {}).get(name) != digest:
+            commit = began.get("git", {}).get("commit")
             hint = f"; it was made at commit {commit[:10]}" if commit else ""
             raise UsageError(f"{str(run_dir)!r} was begun with another version of {name}{hint}")
     for name in NUMERICAL_PACKAGES:
-        was, now = began["packages"].get(name), here["packages"].get(name)
+        was, now = began.get("packages", {}).get(name), here["packages"].get(name)
         if was != now:
             raise UsageError(
                 f"{str(run_dir)!r} was begun with {name} {was}, not {now}: install that, or start a new run"
@@ -398,7 +398,8 @@ class Run:
             like = jax.eval_shape(lambda: init(config, seed_keys(config)))
             self.state, self.saved_step, notes = self.checkpoints.restore(like)
         else:
-            if config.resume and any(GREEDY in record for record in read_metrics(self.dir / METRICS_FILE)):
+            evaluations = sum(GREEDY in record for record in read_metrics(self.dir / METRICS_FILE))
+            if config.resume and evaluations > 1:  # one may have been killed before its checkpoint was written
                 raise UsageError(f"the checkpoints of {config.resume!r} are gone, there is nothing to go on from")
             self.state = init(config, seed_keys(config))
         forget_after(self.dir / METRICS_FILE, notes["metrics_bytes"])

@@ -167,15 +167,17 @@ def test_resuming_is_as_if_nothing_had_happened(script, stop_after, tmp_path, mo
 
 
 def test_a_run_without_a_checkpoint_starts_again(tmp_path):
-    config = replace(CONFIG, run_dir=str(tmp_path / "run"), log=("file",))
+    config = replace(CONFIG, run_dir=str(tmp_path / "run"), log=("file",), total_steps=2 * CONFIG.steps_per_update)
+    config = replace(config, eval_every=CONFIG.steps_per_update)
     open_run_dir(config)[1].release()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "time": 1}\n{"st')
+    # Killed after it had logged its first evaluation, before it had written its first checkpoint.
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 32, "time": 1, "eval/episodic_return": [1]}\n{"st')
     ppo.main(replace(config, resume=config.run_dir))
-    assert [line["step"] for line in records(config.run_dir)] == [config.total_steps] * 2
+    assert [line["step"] for line in records(config.run_dir)] == [32, 32, 64, 64]
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(UsageError, match="the checkpoints of .* are gone, there is nothing to go on from"):
         ppo.main(replace(config, resume=config.run_dir))
-    assert len(records(config.run_dir)) == 2  # and they are still there
+    assert len(records(config.run_dir)) == 4  # and they are still there
 
 
 # --- Faults ----------------------------------------------------------------------------------------------------------
