@@ -132,9 +132,9 @@ def test_tensorboard_has_no_gaps_or_doubles_after_going_on(tmp_path):
     assert tensorboard_scalars(tmp_path)[1]["losses/x"] == [(100, 1.0), (200, 2.0), (300, 30.0), (400, 40.0)]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_tensorboard_gives_up_quietly_when_the_disk_is_full(tmp_path, capfd):
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], check=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
     try:
         logger = make_logger(Config(("tensorboard", "file")), tmp_path)
         logger.log(METRICS, 1)
