@@ -164,6 +164,8 @@ def use_compilation_cache(folder: str) -> None:
     """Let jax keep compiled programs in `folder`, unless the environment already names one."""
     import jax
 
+    if not (folder or os.environ.get("JAX_COMPILATION_CACHE_DIR")):
+        return
     if jax.__version_info__ < (0, 10) and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":
         # It prints pages about every program that comes from the cache, and must be told not to before it is imported.
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"

@@ -518,8 +518,8 @@ class History:
             if "/" in name:
                 self.series[name].append((self.step, np.atleast_1d(np.asarray(value, float))))
 
-    def poll(self, until: float = math.inf) -> bool:
-        """Read what is new in the run's file, up to `until` seconds of training; whether there was anything."""
+    def poll(self, until: float = math.inf) -> None:
+        """Read what is new in the run's file, up to `until` seconds of training."""
         path = self.run_dir / METRICS_FILE
         if path.exists() and path.stat().st_size < self.bytes:  # the run went back to a checkpoint
             self.series.clear()
@@ -528,7 +528,6 @@ class History:
         for record in records:
             self.bytes += record.pop("bytes")
             self.add(record)
-        return bool(records)
 
     def values(self, name):
         """Of the reports, of about 400 evenly spaced ones if there are more: (reports, seeds)."""

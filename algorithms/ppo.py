@@ -234,9 +234,8 @@ def update(state, env):
 
     def epoch(learner, key):
         # Minibatches of single steps: without memory it does not matter where in an episode a step was taken.
-        order = jnp.argsort(
-            jax.random.bits(key, (config.steps_per_update,))
-        )  # one sort; jax.random.permutation takes two
+        random_bits = jax.random.bits(key, (config.steps_per_update,))
+        order = jnp.argsort(random_bits)  # one sort; jax.random.permutation takes two
         minibatches = order.reshape(config.num_minibatches, -1)
         return jax.lax.scan(gradient_step, learner, minibatches)
 

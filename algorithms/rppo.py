@@ -276,7 +276,8 @@ def update(state, env):
 
     def epoch(learner, key):
         # Minibatches of whole environments: the memory reads their steps in order, from the carry they began with.
-        order = jnp.argsort(jax.random.bits(key, (config.num_envs,)))  # one sort; jax.random.permutation takes two
+        random_bits = jax.random.bits(key, (config.num_envs,))
+        order = jnp.argsort(random_bits)  # one sort; jax.random.permutation takes two
         minibatches = order.reshape(config.num_minibatches, -1)
         return jax.lax.scan(gradient_step, learner, minibatches)
 

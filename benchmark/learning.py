@@ -63,9 +63,10 @@ def train(command, num_seeds=5):
 
 
 def is_complete(command):
-    return (run_dir(command) / "config.json").exists() and (run := load(run_dir(command))).step >= run.about[
-        "final_step"
-    ]
+    if not (run_dir(command) / "config.json").exists():
+        return False
+    run = load(run_dir(command))
+    return run.step >= run.about["final_step"]
 
 
 def evaluations(command):

@@ -15,6 +15,8 @@ Here the environment comes first and time last but one, as a memory keeps it: a 
 import jax
 import jax.numpy as jnp
 
+from memory_cells.masked_rnn import episode_steps
+
 MIN_CHUNK = 32  # steps; smaller chunks waste less on steps outside of the window, but make more and smaller products
 
 
@@ -23,8 +25,7 @@ def start_times(age, starts):
 
     The age counts in floating point, so that one may differentiate with respect to the whole of a carry.
     """
-    latest = jax.lax.cummax(jnp.where(starts.T, jnp.arange(len(starts)), -1), axis=1)
-    return jnp.where(latest >= 0, latest, -age[:, None])
+    return (jnp.arange(len(starts))[:, None] - episode_steps(age, starts)).T
 
 
 def append(memory, xs, began):

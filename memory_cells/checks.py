@@ -31,3 +31,14 @@ def check_num_heads(owner, features, num_heads):
     """
     if num_heads < 1 or features % num_heads:
         raise ValueError(f"{owner} needs hidden_size to be a multiple of num_heads, got {features} and {num_heads}")
+
+
+def check_at_least(owner, cell, **least):
+    """Refuse attributes of `cell` that are less than the number given for them.
+
+    Raises:
+      ValueError: names the attribute, its value and what is valid.
+    """
+    for name, limit in least.items():
+        if getattr(cell, name) < limit:
+            raise ValueError(f"{owner} needs {name} to be at least {limit}, got {getattr(cell, name)}")

@@ -28,7 +28,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.masked_rnn import MemoryCell, reset
+from memory_cells.checks import check_at_least
+from memory_cells.masked_rnn import SequenceCell, reset
 
 EPSILON = 1e-6  # as in the authors' code: keeps norms differentiable at an empty slot, and usages above 0
 
@@ -62,7 +63,7 @@ class Interface(NamedTuple):
     read_modes: jax.Array  # (B, R, 3)
 
 
-class DNC(MemoryCell):
+class DNC(SequenceCell):
     """Differentiable neural computer; see the module's docstring.
 
     Attributes:
@@ -81,9 +82,7 @@ class DNC(MemoryCell):
     forget_bias: float = 1.0
 
     def __post_init__(self):
-        for name in ("controller_size", "num_slots", "slot_size", "num_reads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"dnc needs {name} to be at least 1, got {getattr(self, name)}")
+        check_at_least("dnc", self, controller_size=1, num_slots=1, slot_size=1, num_reads=1)
         super().__post_init__()
 
     def setup(self):
@@ -112,10 +111,6 @@ class DNC(MemoryCell):
             (reads, slots),
         )
         return State(*(jnp.zeros((*input_shape[:-1], *shape)) for shape in shapes))
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
         params = tuple(self.hidden[g] for g in "ifgo"), self.interface_kernel, self.interface_bias

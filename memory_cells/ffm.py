@@ -23,10 +23,10 @@ import jax.numpy as jnp
 
 from memory_cells.checks import check_impl
 from memory_cells.linear_scan import linear_scan
-from memory_cells.masked_rnn import MemoryCell
+from memory_cells.masked_rnn import SequenceCell
 
 
-class FFM(MemoryCell):
+class FFM(SequenceCell):
     """Fast and forgetful memory; see the module's docstring.
 
     Attributes:
@@ -76,10 +76,6 @@ class FFM(MemoryCell):
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         return jnp.zeros((*input_shape[:-1], self.memory_size, self.context_size), complex)
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
         us = self.input(xs) * nn.sigmoid(self.input_gate(xs))

@@ -20,11 +20,11 @@ from memory_cells.checks import check_conv_width, check_impl, check_num_heads
 from memory_cells.chunkwise import delta_memory
 from memory_cells.deltanet import check_beta_scale, l2_normalise
 from memory_cells.heads import merge_heads, split_heads
-from memory_cells.masked_rnn import MemoryCell
+from memory_cells.masked_rnn import SequenceCell
 from memory_cells.short_conv import ShortConv, conv_buffer
 
 
-class GatedDeltaNet(MemoryCell):
+class GatedDeltaNet(SequenceCell):
     """Gated DeltaNet layer; see the module's docstring.
 
     Attributes:
@@ -62,10 +62,6 @@ class GatedDeltaNet(MemoryCell):
         batch, width = input_shape[:-1], self.features // self.num_heads
         memory = jnp.zeros((*batch, self.num_heads, width, width))
         return memory, conv_buffer(self.conv_width, batch, 3 * self.features)
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
         memory, buffer = carry

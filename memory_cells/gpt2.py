@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from memory_cells.band_attention import append, band_attention, newest, start_times
-from memory_cells.masked_rnn import MemoryCell
+from memory_cells.checks import check_at_least, check_num_heads
+from memory_cells.masked_rnn import SequenceCell
 
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
 
-class GPT2(MemoryCell):
+class GPT2(SequenceCell):
     """GPT-2 over a rolling window; see the module's docstring.
 
     Attributes:
@@ -45,10 +46,7 @@ class GPT2(MemoryCell):
     num_positions: int = 1024
 
     def __post_init__(self):
-        if self.num_heads < 1 or self.features % self.num_heads:
-            raise ValueError(
-                f"gpt2 needs hidden_size to be a multiple of num_heads, got {self.features} and {self.num_heads}"
-            )
+        check_num_heads("gpt2", self.features, self.num_heads)
         if self.positions not in ("rotary", "learned"):
             raise ValueError(f"gpt2 needs positions to be 'rotary' or 'learned', got {self.positions!r}")
         if self.positions == "rotary" and self.features // self.num_heads % 2:
@@ -56,9 +54,7 @@ class GPT2(MemoryCell):
                 "gpt2 with rotary positions needs hidden_size to be an even multiple of num_heads, "
                 f"got {self.features} and {self.num_heads}"
             )
-        for name, least in (("num_blocks", 1), ("context_length", 2), ("num_positions", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"gpt2 needs {name} to be at least {least}, got {getattr(self, name)}")
+        check_at_least("gpt2", self, num_blocks=1, context_length=2, num_positions=1)
         super().__post_init__()
 
     @nn.nowrap
@@ -66,10 +62,6 @@ class GPT2(MemoryCell):
         batch = input_shape[:-1]
         rows = jnp.zeros((*batch, self.num_heads, self.context_length - 1, self.features // self.num_heads))
         return ((rows, rows),) * self.num_blocks, jnp.zeros(batch)
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     @nn.compact
     def sequence(self, carry, xs, starts):

@@ -28,12 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from memory_cells.band_attention import append, band_attention, newest, start_times
-from memory_cells.masked_rnn import MemoryCell
+from memory_cells.checks import check_at_least, check_num_heads
+from memory_cells.masked_rnn import SequenceCell
 
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
 
-class GTrXL(MemoryCell):
+class GTrXL(SequenceCell):
     """Gated Transformer-XL; see the module's docstring.
 
     Attributes:
@@ -52,13 +53,8 @@ class GTrXL(MemoryCell):
     mlp_factor: int = 2
 
     def __post_init__(self):
-        if self.num_heads < 1 or self.features % self.num_heads:
-            raise ValueError(
-                f"gtrxl needs hidden_size to be a multiple of num_heads, got {self.features} and {self.num_heads}"
-            )
-        for name in ("num_blocks", "memory_length", "mlp_factor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"gtrxl needs {name} to be at least 1, got {getattr(self, name)}")
+        check_num_heads("gtrxl", self.features, self.num_heads)
+        check_at_least("gtrxl", self, num_blocks=1, memory_length=1, mlp_factor=1)
         super().__post_init__()
 
     @nn.nowrap
@@ -66,10 +62,6 @@ class GTrXL(MemoryCell):
         batch = input_shape[:-1]
         memory = jnp.zeros((*batch, self.memory_length, self.features))
         return (memory,) * self.num_blocks, jnp.zeros(batch)
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     @nn.compact
     def sequence(self, carry, xs, starts):

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
 from memory_cells.chunkwise import linear_memory
 from memory_cells.heads import merge_heads, split_heads
-from memory_cells.masked_rnn import MemoryCell
+from memory_cells.masked_rnn import SequenceCell
 from memory_cells.short_conv import ShortConv, conv_buffer
 
 
-class LinearAttention(MemoryCell):
+class LinearAttention(SequenceCell):
     """Linear attention; see the module's docstring.
 
     Attributes:
@@ -53,10 +53,6 @@ class LinearAttention(MemoryCell):
         return jnp.zeros((*batch, self.num_heads, width, width + 1)), conv_buffer(
             self.conv_width, batch, input_shape[-1]
         )
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
         memory, buffer = carry

@@ -25,10 +25,10 @@ import jax.numpy as jnp
 from memory_cells.checks import check_impl
 from memory_cells.gated_linear_unit import GatedLinearUnit
 from memory_cells.linear_scan import linear_scan
-from memory_cells.masked_rnn import MemoryCell
+from memory_cells.masked_rnn import SequenceCell
 
 
-class LRU(MemoryCell):
+class LRU(SequenceCell):
     """Linear recurrent unit; see the module's docstring.
 
     Attributes:
@@ -77,10 +77,6 @@ class LRU(MemoryCell):
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         return jnp.zeros((*input_shape[:-1], self.state_size or self.features), complex)
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
         if xs.shape[-1] != self.features:  # d * x needs as many inputs as features

@@ -20,13 +20,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_impl
+from memory_cells.checks import check_at_least, check_impl
 from memory_cells.linear_scan import linear_scan
-from memory_cells.masked_rnn import MemoryCell
-from memory_cells.short_conv import ShortConv
+from memory_cells.masked_rnn import SequenceCell
+from memory_cells.short_conv import ShortConv, conv_buffer
 
 
-class Mamba(MemoryCell):
+class Mamba(SequenceCell):
     """Mamba's mixer; see the module's docstring.
 
     Attributes:
@@ -48,9 +48,7 @@ class Mamba(MemoryCell):
 
     def __post_init__(self):
         check_impl("mamba", self.impl)
-        for name, least in dict(state_size=1, expand=1, dt_rank=0, conv_width=2, chunk_size=1).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"mamba needs {name} to be at least {least}, got {getattr(self, name)}")
+        check_at_least("mamba", self, state_size=1, expand=1, dt_rank=0, conv_width=2, chunk_size=1)
         super().__post_init__()
 
     def setup(self):
@@ -67,11 +65,7 @@ class Mamba(MemoryCell):
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         batch, channels = input_shape[:-1], self.expand * self.features
-        return jnp.zeros((*batch, channels, self.state_size)), jnp.zeros((*batch, self.conv_width - 1, channels))
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
+        return jnp.zeros((*batch, channels, self.state_size)), conv_buffer(self.conv_width, batch, channels)
 
     def sequence(self, carry, xs, starts):
         h, buffer = carry

@@ -60,6 +60,17 @@ class MemoryCell(nn.RNNCellBase):
         return 1
 
 
+class SequenceCell(MemoryCell):
+    """A cell that is written as a sequence: a subclass writes `sequence`, of which a step is one of length 1."""
+
+    def __call__(self, carry, x):
+        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
+        return carry, ys[0]
+
+    def sequence(self, carry, xs, starts):
+        raise NotImplementedError
+
+
 def scan_steps(cell, carry, xs, starts, valid=None):
     """Step `cell` through `xs`; where `valid` (T, B) is False the step is skipped: the carry stays, the output is 0."""
     initial = cell.initial_carry_like(xs)

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl
 from memory_cells.linear_scan import linear_scan
-from memory_cells.masked_rnn import MemoryCell
+from memory_cells.masked_rnn import SequenceCell
 from memory_cells.short_conv import ShortConv, conv_buffer
 
 
-class MinGRU(MemoryCell):
+class MinGRU(SequenceCell):
     """minGRU; see the module's docstring.
 
     Attributes:
@@ -53,10 +53,6 @@ class MinGRU(MemoryCell):
     def initialize_carry(self, rng, input_shape):
         *batch, inputs = input_shape
         return jnp.zeros((*batch, self.features)), conv_buffer(self.conv_width, batch, inputs)
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
         h, buffer = carry

@@ -25,14 +25,14 @@ import jax.numpy as jnp
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
 from memory_cells.chunkwise import gated_memory
 from memory_cells.heads import merge_heads, split_heads
-from memory_cells.masked_rnn import MemoryCell
+from memory_cells.masked_rnn import SequenceCell
 from memory_cells.short_conv import ShortConv, conv_buffer
 from memory_cells.slstm import multiply_heads
 
 BLOCK = 4  # channels that are mixed by the projections to q, k and v
 
 
-class MLSTM(MemoryCell):
+class MLSTM(SequenceCell):
     """mLSTM layer; see the module's docstring.
 
     Attributes:
@@ -79,10 +79,6 @@ class MLSTM(MemoryCell):
         batch, width = input_shape[:-1], self.inner // self.num_heads
         memory = jnp.zeros((*batch, self.num_heads, width, width + 1))
         return (memory, jnp.zeros((*batch, self.num_heads))), conv_buffer(self.conv_width, batch, self.inner)
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
         memory, buffer = carry

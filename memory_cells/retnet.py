@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
 from memory_cells.chunkwise import linear_memory
 from memory_cells.heads import merge_heads, split_heads
-from memory_cells.masked_rnn import MemoryCell, episode_steps
+from memory_cells.masked_rnn import SequenceCell, episode_steps
 from memory_cells.short_conv import ShortConv, conv_buffer
 
 
-class RetNet(MemoryCell):
+class RetNet(SequenceCell):
     """Multi-scale retention; see the module's docstring.
 
     Attributes:
@@ -60,10 +60,6 @@ class RetNet(MemoryCell):
         # The count is a float: every number of a carry can then be differentiated, selected and saved like the others.
         memory = jnp.zeros((*batch, self.num_heads, width, width))
         return memory, jnp.zeros(batch), conv_buffer(self.conv_width, batch, input_shape[-1])
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
         memory, count, buffer = carry

@@ -24,13 +24,13 @@ import jax.numpy as jnp
 from memory_cells.checks import check_impl
 from memory_cells.linear_scan import linear_scan
 from memory_cells.lru import check_ring, log_phase_init, log_rate_init
-from memory_cells.masked_rnn import MemoryCell
+from memory_cells.masked_rnn import SequenceCell
 from memory_cells.recurrent_scan import recurrent_scan
 
 ACTIVATIONS = {"tanh": jnp.tanh, "relu": nn.relu}
 
 
-class RTU(MemoryCell):
+class RTU(SequenceCell):
     """Recurrent trace unit; see the module's docstring.
 
     Attributes:
@@ -76,10 +76,6 @@ class RTU(MemoryCell):
     def initialize_carry(self, rng, input_shape):
         zeros = jnp.zeros((*input_shape[:-1], self.features // 2))
         return zeros, zeros
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
         initial, f = self.initial_carry_like(xs), ACTIVATIONS[self.activation]

@@ -25,10 +25,10 @@ import numpy as np
 from memory_cells.checks import check_impl
 from memory_cells.gated_linear_unit import GatedLinearUnit
 from memory_cells.linear_scan import linear_scan
-from memory_cells.masked_rnn import MemoryCell
+from memory_cells.masked_rnn import SequenceCell
 
 
-class S5(MemoryCell):
+class S5(SequenceCell):
     """S5 layer; see the module's docstring.
 
     Attributes:
@@ -88,10 +88,6 @@ class S5(MemoryCell):
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         return jnp.zeros((*input_shape[:-1], self.full_state_size // 2), complex)
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
         if xs.shape[-1] != self.features:  # d * u needs as many inputs as features

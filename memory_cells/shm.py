@@ -25,13 +25,13 @@ import jax.numpy as jnp
 
 from memory_cells.checks import check_impl
 from memory_cells.linear_scan import linear_scan
-from memory_cells.masked_rnn import MemoryCell, episode_steps, reset
+from memory_cells.masked_rnn import SequenceCell, episode_steps, reset
 
 CHUNK = 32  # steps; a product of as many C is at most 2^32: no overflow in the parallel form
 COUNT_LIMIT = 2**20  # where the count begins again, before float32 runs out of integers
 
 
-class SHM(MemoryCell):
+class SHM(SequenceCell):
     """Stable Hadamard memory; see the module's docstring.
 
     Attributes:
@@ -67,10 +67,6 @@ class SHM(MemoryCell):
         batch = input_shape[:-1]
         # The count is a float: every number of a carry can then be differentiated, selected and saved like the others.
         return jnp.zeros((*batch, self.memory_size, self.memory_size)), jnp.zeros(batch)
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
         memory, count = carry

@@ -24,11 +24,12 @@ import jax.numpy as jnp
 
 from memory_cells.causal_conv import causal_conv
 from memory_cells.checks import check_conv_width, check_num_heads
-from memory_cells.masked_rnn import MemoryCell
+from memory_cells.masked_rnn import SequenceCell
 from memory_cells.recurrent_scan import recurrent_scan
+from memory_cells.short_conv import conv_buffer, uniform
 
 
-class SLSTM(MemoryCell):
+class SLSTM(SequenceCell):
     """sLSTM layer; see the module's docstring.
 
     Attributes:
@@ -66,13 +67,9 @@ class SLSTM(MemoryCell):
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
         zeros = jnp.zeros((*batch, self.features))
-        buffer = jnp.zeros((*batch, self.conv_width - 1, self.features)) if self.conv_width else ()
+        buffer = conv_buffer(self.conv_width, batch, self.features)
         n, m = (1.0, 0.0) if self.learned_carry else (0.0, -1e30)
         return (zeros, jnp.full_like(zeros, n), jnp.full_like(zeros, m), zeros), buffer
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
         state, buffer = carry
@@ -115,11 +112,6 @@ class GateInputs(nn.Module):
             bias = self.param(f"bias_{name}", bias_init, (self.features,))
             gates.append(multiply_heads(kernel, inputs) + bias)
         return buffer, tuple(gates)
-
-
-def uniform(limit):
-    """Uniform in [-limit, limit]."""
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 def forget_bias_init(width, depth):

@@ -14,15 +14,14 @@ F = `ffn_factor` H. Sequences are parallel within chunks in m blocks, sequential
 import math
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.masked_rnn import MemoryCell
+from memory_cells.masked_rnn import SequenceCell
 from memory_cells.mlstm import MLSTM, small_init, wang_init
 from memory_cells.slstm import SLSTM
 
 
-class XLSTM(MemoryCell):
+class XLSTM(SequenceCell):
     """xLSTM stack; see the module's docstring.
 
     Attributes:
@@ -73,10 +72,6 @@ class XLSTM(MemoryCell):
     def initialize_carry(self, rng, input_shape):
         shape = (*input_shape[:-1], self.features)
         return tuple(layer.initialize_carry(rng, shape) for layer in self._layers(parent=None))
-
-    def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
-        return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
         if xs.shape[-1] != self.features:  # the residual stream needs as many inputs as features
