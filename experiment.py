@@ -87,7 +87,7 @@ HARMLESS |= {"compilation_cache"}
 EVALUATION = {"env_kwargs", "eval_episodes", "num_eval_envs"}
 
 # packages that decide what the numbers of a run are
-NUMERICAL_PACKAGES = ("jax", "jaxlib", "flax", "optax", "flashbax", "gymnax")
+NUMERICAL_PACKAGES = ("jax", "jaxlib", "flax", "optax", "flashbax", "gymnax", "brax", "mujoco", "craftax", "navix")
 
 # config fields with other bounds than "greater than 0"
 AT_LEAST_0 = ("seed", "ent_coef", "vf_coef", "bptt")

@@ -250,21 +250,31 @@ class Console:
         "entropy": ("losses/entropy", "{:.3f}"),
         "value loss": ("losses/value_loss", "{:.2g}"),
         "approx kl": ("losses/approx_kl", "{:.4f}"),
+        "epsilon": ("charts/epsilon", "{:.2f}"),
+        "alpha": ("losses/alpha", "{:.3f}"),
+        "td loss": ("losses/td_loss", "{:.2g}"),
+        "q value": ("losses/q_values", "{:.2f}"),
         "greedy return": (GREEDY, "{:.2f}"),
     }
+    ALWAYS = (
+        RETURN,
+        "charts/episodic_length",
+        GREEDY,
+    )  # a report may be without them; other columns are as in the first
 
     def __init__(self, config, final_step):
         self.final_step = final_step
         self.width = 14 if config.num_seeds == 1 else 19
-        self.started = False
+        self.columns = None
 
     def log(self, metrics, step):
         if "charts/compile_seconds" in metrics:
             print(f"compiled in {metrics['charts/compile_seconds']:.1f} s", flush=True)
-        cells = [self._cell(metrics.get(name), form) for name, form in self.COLUMNS.values()]
-        if any(cells) and not self.started:
-            self._print(f"{'step':>12}", list(self.COLUMNS))
-            self.started = True
+        if self.columns is None and not metrics.keys().isdisjoint(name for name, _ in self.COLUMNS.values()):
+            present = self.ALWAYS + tuple(metrics)
+            self.columns = {heading: column for heading, column in self.COLUMNS.items() if column[0] in present}
+            self._print(f"{'step':>12}", list(self.columns))
+        cells = [self._cell(metrics.get(name), form) for name, form in (self.columns or {}).values()]
         if any(cells):
             self._print(f"{step:>12,} {step / self.final_step:>4.0%}", cells)
 

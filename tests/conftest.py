@@ -1,6 +1,8 @@
 """Shared by all tests: a compilation cache, and small environments that can be proven things about."""
 
+import dataclasses
 import gc
+import importlib
 import os
 from pathlib import Path
 
@@ -49,6 +51,17 @@ def counting_task(terminal_every: int = 7) -> envs.Task:
     return envs.Task(reset, step, envs.Box(0.0, 1.0, (2,)), envs.Discrete(3), terminal_every)
 
 
+def steering_task(terminal_every: int = 7) -> envs.Task:
+    """As `counting_task`, with two continuous actions between -3 and 2, whose first entry is added to the reward."""
+    task = counting_task(terminal_every)
+
+    def step(key, state, action):
+        obs, state, reward, terminated, truncated = task.step(key, state, action)
+        return obs, state, reward + action[0], terminated, truncated
+
+    return dataclasses.replace(task, step=step, action_space=envs.Box(-3.0, 2.0, (2,)))
+
+
 def coin_task() -> envs.Task:
     """Episodes of 1 or 9 steps, equally likely, with return equal to length: a biased evaluation shows."""
 
@@ -62,7 +75,7 @@ def coin_task() -> envs.Task:
     return envs.Task(reset, step, envs.Box(0.0, 1.0, (1,)), envs.Discrete(2), 9)
 
 
-TASKS = {"Constant": constant_task, "Counting": counting_task, "Coin": coin_task}
+TASKS = {"Constant": constant_task, "Counting": counting_task, "Steering": steering_task, "Coin": coin_task}
 
 
 # `make("test::Constant")` and so on, through the same door as every library.
@@ -89,16 +102,34 @@ def rng():
 ALGORITHMS = Path(__file__).parent.parent / "algorithms"
 SCRIPTS = sorted(path.stem for path in ALGORITHMS.glob("[a-z]*.py"))
 
-# A small run on the command line, whatever the script, and a smaller one of its module.
-COMMAND_LINE = ("--num-envs", "4", "--num-steps", "8", "--num-minibatches", "2", "--hidden-size", "8")
-COMMAND_LINE += ("--eval-episodes", "4", "--num-eval-envs", "4", "--env-kwargs", "max_steps_in_episode", "50")
+# The sizes of a small run; a script takes those that it has.
 SMALL = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "hidden_size": 8, "eval_episodes": 4, "num_eval_envs": 4}
-SMALL |= {"env": "test::Counting", "env_kwargs": {"terminal_every": 5}, "total_steps": 32, "compilation_cache": ""}
+SMALL |= {"buffer_size": 256, "learning_starts": 32, "batch_size": 4, "gradient_steps": 2}
+SMALL |= {"sequence_length": 4, "burn_in": 2}
+REPLAY = [script for script in SCRIPTS if script.removeprefix("r") in ("dqn", "drqn", "sac", "sacd")]
+
+
+def small(module):
+    """What of SMALL a script has, whether its actions are continuous."""
+    config = module.Config()
+    names = {field.name for field in dataclasses.fields(config)}
+    sizes = {name: value for name, value in SMALL.items() if name in names}
+    return sizes, isinstance(config.make_env().action_space, envs.Box)
+
+
+def command_line(script):
+    """Arguments for a small run of `script`."""
+    sizes, continuous = small(importlib.import_module(f"algorithms.{script}"))
+    words = [word for name, value in sizes.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    env = "gymnax::Pendulum-v1" if continuous else "gymnax::CartPole-v1"
+    return (*words, "--env", env, "--env-kwargs", "max_steps_in_episode", "50")
 
 
 def tiny(module, **changes):
     """The config of a run of `module` that takes no time."""
-    return module.Config(**SMALL | changes)
+    sizes, continuous = small(module)
+    sizes |= {"env": "test::Steering" if continuous else "test::Counting", "env_kwargs": {"terminal_every": 5}}
+    return module.Config(**sizes | {"total_steps": 64, "compilation_cache": ""} | changes)
 
 
 def last_line(text):

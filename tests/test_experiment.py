@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import COMMAND_LINE, SCRIPTS, last_line, tiny
+from conftest import SCRIPTS, command_line, last_line, tiny
 
 from algorithms import ppo, rppo
 from checkpoints import Checkpoints
@@ -153,7 +153,7 @@ def test_resuming_is_as_if_nothing_had_happened(script, stop_after, tmp_path, mo
     assert f"go on from there with --resume {broken.run_dir}" in capsys.readouterr().err
     monkeypatch.setattr(Run, "next_chunk", next_chunk)
     with open(Path(broken.run_dir) / "metrics.jsonl", "a") as file:  # what a killed run wrote after its checkpoint
-        file.write('{"step": 999, "time": 9, "losses/policy_loss": [1, 1]}\n{"step": 10')
+        file.write('{"step": 999, "time": 9, "losses/grad_norm": [1, 1]}\n{"step": 10')
 
     module.main(replace(broken, resume=broken.run_dir))
     assert records(broken.run_dir) == records(whole.run_dir)
@@ -296,7 +296,7 @@ def start(script, *args):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_first(script, number, tmp_path):
     run_dir = tmp_path / "run"
-    args = (*COMMAND_LINE, "--total-steps", 100_000_000, "--run-dir", run_dir, "--log", "console", "file")
+    args = (*command_line(script), "--total-steps", 100_000_000, "--run-dir", run_dir, "--log", "console", "file")
     process = start(script, *args)
     for line in process.stdout:  # the heading, then reports: training is on
         if "%" in line:
