@@ -90,8 +90,8 @@ EVALUATION = {"env_kwargs", "eval_episodes", "num_eval_envs"}
 NUMERICAL_PACKAGES = ("jax", "jaxlib", "flax", "optax", "flashbax", "gymnax", "brax", "mujoco", "craftax", "navix")
 
 # config fields with other bounds than "greater than 0"
-AT_LEAST_0 = ("seed", "ent_coef", "vf_coef", "bptt")
-UP_TO_1 = ("gamma", "gae_lambda")
+AT_LEAST_0 = ("seed", "ent_coef", "vf_coef", "bptt", "learning_starts", "burn_in")
+UP_TO_1 = ("gamma", "gae_lambda", "tau", "start_e", "end_e", "exploration_fraction")
 
 
 def did_you_mean(name: str, valid) -> str:
@@ -195,6 +195,13 @@ def check_sizes(config):
             raise ValueError(f"{field.name} must be greater than 0, got {value}")
     if getattr(config, "bptt", 0) and config.num_steps % config.bptt:
         raise ValueError(f"bptt ({config.bptt}) must divide num_steps ({config.num_steps})")
+    if getattr(config, "learning_starts", 0) >= config.total_steps:
+        raise ValueError(
+            f"learning_starts ({config.learning_starts}) must be less than total_steps ({config.total_steps})"
+        )
+    if getattr(config, "buffer_size", config.steps_per_update) < config.steps_per_update:
+        update = f"the steps of one update ({config.steps_per_update})"
+        raise ValueError(f"buffer_size ({config.buffer_size}) is less than {update}")
     if config.seed + config.num_seeds > 2**31:
         raise ValueError(f"seed must be less than 2**31 - num_seeds, got {config.seed}")
     if config.total_steps < config.steps_per_update:
@@ -207,6 +214,25 @@ def check_sizes(config):
     for option in ("video", "best"):
         if getattr(config, option) and not config.evaluate:
             raise ValueError(f"{option} needs a trained agent: give the run's directory with evaluate")
+
+
+def check_buffer(config, init) -> None:
+    """Tell the size of a replay buffer, before it is made.
+
+    Raises:
+      UsageError: it is larger than the memory that is free.
+    """
+    import jax
+    import psutil
+
+    buffer = jax.eval_shape(lambda: init(config, seed_keys(config))).buffer
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffer))
+    memory = jax.devices()[0].memory_stats() or {"bytes_limit": psutil.virtual_memory().available}
+    if size > memory["bytes_limit"]:
+        free = f"there are {memory['bytes_limit'] / 2**30:,.1f} GiB"
+        raise UsageError(f"a replay buffer of buffer_size {config.buffer_size} takes {size / 2**30:,.1f} GiB, {free}")
+    if "console" in config.log:
+        print(f"replay buffer: {size / 2**20:,.1f} MiB", flush=True)
 
 
 def seed_keys(config):
@@ -392,6 +418,8 @@ class Run:
         from loggers import GREEDY, check_keys, make_logger, read_metrics
 
         check_keys(config)
+        if hasattr(config, "buffer_size"):
+            check_buffer(config, init)
         self.config, self.signal, self.episodes, self.handlers = config, None, None, {}
         self.dir, self.lock = open_run_dir(config)
         self.checkpoints = Checkpoints(self.dir, config.keep_checkpoints)

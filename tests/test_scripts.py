@@ -108,6 +108,12 @@ BAD = [
     (("--log", "wandb"), "wandb has no API key: run `wandb login`, set WANDB_API_KEY, or choose --wandb-mode offline"),
     (("--log", "neptune"), "neptune needs NEPTUNE_API_TOKEN: set it, or choose --neptune-mode offline"),
 ]
+BAD_REPLAY = [
+    (("--learning-starts", "200_000"), "learning_starts (200000) must be less than total_steps (200000)"),
+    (("--tau", "2"), "tau must be between 0 and 1, got 2.0"),
+    (("--num-envs", "64", "--buffer-size", "32"), "buffer_size (32) is less than the steps of one update (64)"),
+    (("--buffer-size", str(10**12)), "a replay buffer of buffer_size 1000000000000 takes 3"),
+]
 BAD_MEMORY = [
     (("--cell", "gruu"), "gruu"),
     (("--cell", "slstm", "--hidden-size", "30"), "hidden_size to be a multiple of num_heads, got 30 and 4"),
@@ -121,7 +127,9 @@ BAD_MEMORY = [
 
 @pytest.mark.parametrize(
     ("script", "args", "message"),
-    [("ppo", *case) for case in BAD] + [("rppo", *case) for case in BAD[-2:] + BAD_MEMORY],
+    [("ppo", *case) for case in BAD]
+    + [("rppo", *case) for case in BAD[-2:] + BAD_MEMORY]
+    + [("dqn", *case) for case in BAD_REPLAY],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(script, args, message, tmp_path):
@@ -139,7 +147,10 @@ def test_a_run_from_the_command_line(script, tmp_path):
     args = (*command_line(script), "--total-steps", "200", "--log-every", "2", "--eval-every", "96", "--num-seeds", "2")
     result = run(script, *args, "--run-dir", str(run_dir), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    compiled, *table, evaluation, saved = result.stdout.splitlines()
+    lines = result.stdout.splitlines()
+    if script in REPLAY:
+        assert re.fullmatch(r"replay buffer: [\d.]+ MiB", lines.pop(0))
+    compiled, *table, evaluation, saved = lines
     assert compiled.startswith("compiled in ") and saved == f"saved to {run_dir}"
     assert evaluation.startswith("greedy return over 4 episodes: median of 2 seeds ")
     assert len(table) == 1 + 4 - (script in REPLAY) + 2  # heading, reports at updates 2, 3, 5, 6, evaluations at 3, 6
