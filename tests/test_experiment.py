@@ -130,7 +130,7 @@ def test_configs_that_do_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("stop_after", [2, 3])  # updates: between two evaluations, and at one
+@pytest.mark.parametrize("stop_after", [5, 3])  # updates: between two evaluations, and at one
 def test_resuming_is_as_if_nothing_had_happened(script, stop_after, tmp_path, monkeypatch, capsys):
     """N updates + save + load + N updates equal 2 N updates bit for bit, and so do the logs."""
     module = importlib.import_module(f"algorithms.{script}")
