@@ -1,0 +1,110 @@
+"""Gymnasium's MuJoCo environments as functions of a state, instead of objects that have one.
+
+Everything that a step depends on is read from the simulator after it and given back to it before the next. Physics
+runs in MuJoCo's own threads, all environments at once; then Gymnasium's class computes observations and rewards, one
+after the other. Results are those of Gymnasium, to the last bit, whatever the number of environments and threads.
+
+Functions take and return numpy arrays with any leading axes, one row per environment.
+"""
+
+import functools
+import os
+import threading
+
+import gymnasium
+import mujoco
+import numpy as np
+from mujoco.batch import Batch
+
+STATE = mujoco.mjtState.mjSTATE_INTEGRATION  # all that mj_step reads, which is also what a Batch keeps
+MAX_ROWS = 256  # simulated at once: each takes up to some MB
+
+
+class HostMujoco:
+    """`reset` and `step` of one of Gymnasium's environments, for many at a time.
+
+    A state is the integration state of MuJoCo and the places of the bodies: some rewards compare them with those before
+    the step, which MuJoCo computes on its way, a substep late. It is handed out as pairs of uint32, which JAX carries
+    as they are; float64 it would round.
+
+    Attributes:
+      env: the environment, for its spaces and its model.
+      state_size: entries of a state of one environment.
+    """
+
+    def __init__(self, env: gymnasium.Env):
+        self.env = env.unwrapped
+        self.env._step_mujoco_simulation = self._take_simulated
+        self._model, self._data = self.env.model, self.env.data
+        self._xpos, self._xipos = self._data.xpos.reshape(-1), self._data.xipos.reshape(-1)  # views
+        size = mujoco.mj_stateSize(self._model, STATE)
+        self._parts = slice(size), slice(size, size + self._xpos.size), slice(size + self._xpos.size, None)
+        self.state_size = 2 * (size + 2 * self._xpos.size)
+        self._simulated = None  # batch and row that the environment's step is about
+        self._batch = functools.cache(self._batch)
+        self._lock = threading.Lock()  # programs that run at the same time call back at the same time
+
+    def reset(self, seed):
+        """Seeds (...) -> first obs (..., *obs) float32, states (..., state_size) uint32; equal seeds cost one."""
+        seed = np.asarray(seed)
+        seeds, row_of = np.unique(seed, return_inverse=True)
+        obs, states = self._empty(len(seeds))
+        with self._lock:
+            for row, value in enumerate(seeds):
+                obs[row] = self.env.reset(seed=int(value))[0]
+                integration, xpos, xipos = (states[row, part] for part in self._parts)
+                mujoco.mj_getState(self._model, self._data, integration, STATE)
+                xpos[:], xipos[:] = self._xpos, self._xipos
+        row_of = row_of.reshape(seed.shape)  # numpy 2.0 returns another shape than the others
+        return obs[row_of], states.view(np.uint32)[row_of]
+
+    def step(self, state, action):
+        """States and float32 actions -> obs float32, states, rewards (...) float32, terminated (...) bool."""
+        state, action = np.asarray(state), np.asarray(action)
+        before = state.reshape(-1, self.state_size).view(np.float64)
+        action = action.reshape(-1, *self.env.action_space.shape)
+        obs, after = self._empty(len(before))
+        reward, terminated = np.empty(len(before), np.float32), np.empty(len(before), bool)
+        arrays = before, action, obs, after, reward, terminated
+        with self._lock:
+            for first in range(0, len(before), MAX_ROWS):
+                self._step_rows(*(x[first : first + MAX_ROWS] for x in arrays))
+        results = obs, after.view(np.uint32), reward, terminated
+        return tuple(x.reshape(state.shape[:-1] + x.shape[1:]) for x in results)
+
+    def render(self, state):
+        """State (state_size,) -> image (height, width, 3) uint8; MuJoCo must find a way to draw."""
+        integration = np.asarray(state).view(np.float64)[self._parts[0]]
+        with self._lock:
+            mujoco.mj_setState(self._model, self._data, integration, STATE)
+            mujoco.mj_forward(self._model, self._data)
+            return self.env.render()
+
+    def _step_rows(self, before, action, obs, after, reward, terminated):
+        integration, xpos, xipos = (before[:, part] for part in self._parts)
+        batch = self._batch(len(before))
+        batch.state[:] = integration
+        batch.ctrl = action
+        batch.step(nstep=self.env.frame_skip)
+        results = batch.state, batch.xpos.reshape(xpos.shape), batch.xipos.reshape(xipos.shape)
+        np.concatenate(results, axis=1, out=after)
+        for row, (*now, act) in enumerate(zip(integration, xpos, xipos, action, strict=True)):
+            self._simulated = batch, row
+            mujoco.mj_setState(self._model, self._data, now[0], STATE)
+            self._xpos[:], self._xipos[:] = now[1:]
+            obs[row], reward[row], terminated[row], _, _ = self.env.step(act)
+
+    def _take_simulated(self, ctrl, n_frames):
+        """Stands in for `MujocoEnv._step_mujoco_simulation`: the physics of this step has been computed already."""
+        batch, row = self._simulated
+        batch.get_data(row, self._data)
+        mujoco.mj_rnePostConstraint(self._model, self._data)
+
+    def _batch(self, rows):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        # a thread takes longer to wake up than a few substeps of a small model
+        work = rows * self.env.frame_skip * self._model.nv
+        return Batch(self._model, rows, max(1, min(cores, rows, work // 50)), persistent=True)
+
+    def _empty(self, rows):
+        return np.empty((rows, *self.env.observation_space.shape), np.float32), np.empty((rows, self.state_size // 2))
