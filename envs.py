@@ -475,8 +475,6 @@ def gymnax_renderer(env_id, env, params) -> Callable | None:
 
 def import_library(module: str, env_id: str, install: str):
     """The module, silently; its absence is explained in one sentence."""
-    if "mujoco" not in sys.modules and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen; read when mujoco is imported
     try:
         with quiet():
             return importlib.import_module(module)
@@ -528,6 +526,24 @@ def take_max_steps(owner: str, options: dict, default: int) -> int:
     return max_steps
 
 
+def without_screen(render: Callable, owner: str) -> Callable:
+    """`render` of MuJoCo on a machine that need not have a screen; what it lacks it says in one sentence."""
+
+    def rendered(state):
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")
+        try:
+            with quiet():
+                return render(state)
+        except Exception as error:  # every way to get an OpenGL context has exceptions of its own
+            raise UsageError(
+                f"{owner} cannot be drawn here, MuJoCo gets no OpenGL context ({str(error).splitlines()[0]}); "
+                "the environment variable MUJOCO_GL chooses between egl, osmesa and glfw"
+            ) from None
+
+    return rendered
+
+
 # coordinates that the observation leaves out: the robot's place in the plane
 HIDDEN_COORDINATES = {"halfcheetah": 1, "hopper": 1, "walker2d": 1, "swimmer": 2, "ant": 2, "humanoid": 2}
 HIDDEN_COORDINATES["humanoidstandup"] = 2
@@ -548,7 +564,9 @@ def kinematic_masks(env_id: str, env, nq: int, nv: int, cinert: int, cvel: int) 
         kinds = "p" * 7 + "v" * 7 + "p" * 9  # joints; velocities; places of fingertip, object and goal
     else:
         hidden = HIDDEN_COORDINATES.get(robot, 0) * getattr(env, "_exclude_current_positions_from_observation", True)
-        kinds = "p" * (nq - hidden) + "v" * nv + "p" * cinert + "v" * cvel  # then forces
+        kinds = "p" * (nq - hidden) + "v" * nv  # then forces
+        if robot.startswith("humanoid"):
+            kinds += "p" * cinert + "v" * cvel  # then forces
     position, velocity = (tuple(i for i, kind in enumerate(kinds) if kind == letter) for letter in "pv")
     return {"position": position, "velocity": velocity}
 
@@ -588,41 +606,25 @@ def brax_task(env_id: str, **options) -> Task:
     @functools.cache
     def renderer():
         import mujoco
+        from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
-        return mujoco.Renderer(env.sys.mj_model, 240, 320), mujoco.MjData(env.sys.mj_model)
+        data = mujoco.MjData(env.sys.mj_model)
+        return data, MujocoRenderer(env.sys.mj_model, data, width=480, height=480)
 
     def render(state):
         import mujoco
 
-        model = env.sys.mj_model
-        draw, data = renderer()
+        data, draw = renderer()
         data.qpos[:] = state[0].q
-        mujoco.mj_forward(model, data)
-        draw.update_scene(data, camera=0 if model.ncam else -1)
-        return draw.render()
+        mujoco.mj_forward(env.sys.mj_model, data)
+        return draw.render("rgb_array")
 
     observations = jax.eval_shape(reset, jax.random.key(0))[0].shape
     bodies = env.sys.num_links()
     masks = kinematic_masks(env_id, env, env.sys.q_size(), env.sys.qd_size(), 10 * bodies, 6 * bodies)
     reset, step = limit_time(reset, step, max_steps)
     spaces = Box(-np.inf, np.inf, observations), Box(-1.0, 1.0, (env.action_size,))
-    return Task(reset, step, *spaces, max_steps, explain(render, owner), masks, costly_reset=True)
-
-
-def explain(render, owner):
-    """`render`, which says in one sentence what it lacks."""
-
-    def explained(state):
-        try:
-            with quiet():
-                return render(state)
-        except Exception as error:  # each of the ways to get an OpenGL context has its own
-            raise UsageError(
-                f"{owner} cannot be drawn here, MuJoCo gets no OpenGL context ({str(error).splitlines()[0]}); "
-                f"try MUJOCO_GL=egl or MUJOCO_GL=osmesa"
-            ) from None
-
-    return explained
+    return Task(reset, step, *spaces, max_steps, without_screen(render, owner), masks, costly_reset=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -673,15 +675,18 @@ def mujoco_task(env_id: str, **options) -> Task:
     low, high = env.action_space.low, env.action_space.high
     obs = jax.ShapeDtypeStruct(observation_space.shape, jnp.float32)
     physics = jax.ShapeDtypeStruct((host.state_size,), jnp.uint32)
-    reward, terminated = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), bool)
 
     def reset(key):
         seed = jax.random.bits(key, dtype=jnp.uint32)
         return jax.pure_callback(host.reset, (obs, physics), seed, vmap_method="broadcast_all")
 
     def step(state, action):
-        results = obs, physics, reward, terminated
-        return jax.pure_callback(host.step, results, state, action, vmap_method="broadcast_all")
+        given = jnp.concatenate([state, jax.lax.bitcast_convert_type(action, jnp.uint32)])
+        results = jax.ShapeDtypeStruct((host.state_size + obs.shape[0] + 2,), jnp.uint32)
+        results = jax.pure_callback(host.step, results, given, vmap_method="broadcast_all")
+        state, results = jnp.split(results, [host.state_size])
+        results = jax.lax.bitcast_convert_type(results, jnp.float32)
+        return results[:-2], state, results[-2], results[-1] > 0.5
 
     def render(state):
         return host.render(state[0])
@@ -692,7 +697,7 @@ def mujoco_task(env_id: str, **options) -> Task:
     masks = {name: tuple(i for i in entries if i < obs.shape[0]) for name, entries in masks.items()}
     reset, step = limit_time(reset, step, max_steps)
     action_space = Box(low, high, env.action_space.shape)
-    render = explain(render, owner)
+    render = without_screen(render, owner)
     return Task(reset, step, observation_space, action_space, max_steps, render, masks, costly_reset=True)
 
 

@@ -48,7 +48,8 @@ class HostMujoco:
         """Seeds (...) -> first obs (..., *obs) float32, states (..., state_size) uint32; equal seeds cost one."""
         seed = np.asarray(seed)
         seeds, row_of = np.unique(seed, return_inverse=True)
-        obs, states = self._empty(len(seeds))
+        obs = np.empty((len(seeds), *self.env.observation_space.shape), np.float32)
+        states = np.empty((len(seeds), self.state_size // 2))
         with self._lock:
             for row, value in enumerate(seeds):
                 obs[row] = self.env.reset(seed=int(value))[0]
@@ -58,19 +59,29 @@ class HostMujoco:
         row_of = row_of.reshape(seed.shape)  # numpy 2.0 returns another shape than the others
         return obs[row_of], states.view(np.uint32)[row_of]
 
-    def step(self, state, action):
-        """States and float32 actions -> obs float32, states, rewards (...) float32, terminated (...) bool."""
-        state, action = np.asarray(state), np.asarray(action)
-        before = state.reshape(-1, self.state_size).view(np.float64)
-        action = action.reshape(-1, *self.env.action_space.shape)
-        obs, after = self._empty(len(before))
-        reward, terminated = np.empty(len(before), np.float32), np.empty(len(before), bool)
-        arrays = before, action, obs, after, reward, terminated
+    def step(self, state_and_action):
+        """One array in, one array out: JAX takes some 30 microseconds to hand over each.
+
+        Args:
+          state_and_action: (..., state_size + actions) uint32, a state and the bits of an action in float32.
+
+        Returns:
+          (..., state_size + observations + 2) uint32: the next state, and the bits of observation, reward and
+          terminated (1.0 or 0.0) in float32.
+        """
+        given = np.asarray(state_and_action)
+        rows = given.reshape(-1, given.shape[-1])
+        before = np.ascontiguousarray(rows[:, : self.state_size]).view(np.float64)
+        action = rows[:, self.state_size :].view(np.float32)
+        after = np.empty_like(before)
+        size = self.env.observation_space.shape[0]
+        results = np.empty((len(rows), size + 2), np.float32)
+        arrays = before, action, after, results[:, :size], results[:, size], results[:, size + 1]
         with self._lock:
-            for first in range(0, len(before), MAX_ROWS):
+            for first in range(0, len(rows), MAX_ROWS):
                 self._step_rows(*(x[first : first + MAX_ROWS] for x in arrays))
-        results = obs, after.view(np.uint32), reward, terminated
-        return tuple(x.reshape(state.shape[:-1] + x.shape[1:]) for x in results)
+        result = np.concatenate([after.view(np.uint32), results.view(np.uint32)], axis=1)
+        return result.reshape(given.shape[:-1] + result.shape[1:])
 
     def render(self, state):
         """State (state_size,) -> image (height, width, 3) uint8; MuJoCo must find a way to draw."""
@@ -80,7 +91,7 @@ class HostMujoco:
             mujoco.mj_forward(self._model, self._data)
             return self.env.render()
 
-    def _step_rows(self, before, action, obs, after, reward, terminated):
+    def _step_rows(self, before, action, after, obs, reward, terminated):
         integration, xpos, xipos = (before[:, part] for part in self._parts)
         batch = self._batch(len(before))
         batch.state[:] = integration
@@ -105,6 +116,3 @@ class HostMujoco:
         # a thread takes longer to wake up than a few substeps of a small model
         work = rows * self.env.frame_skip * self._model.nv
         return Batch(self._model, rows, max(1, min(cores, rows, work // 50)), persistent=True)
-
-    def _empty(self, rows):
-        return np.empty((rows, *self.env.observation_space.shape), np.float32), np.empty((rows, self.state_size // 2))
