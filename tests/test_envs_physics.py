@@ -231,7 +231,7 @@ def test_brax_steps_are_those_of_brax():
 
     def step(carry, key):
         obs, state = carry
-        action = 0.3 * env.action_space.sample(key)
+        action = env.action_space.sample(key)
         next_obs, next_state, *rest = env.step(key, state, action)
         return (next_obs, next_state), (state.task[0], action, next_obs, *rest)
 
