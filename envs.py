@@ -540,11 +540,31 @@ def gymnax_renderer(env_id, env, params) -> Callable | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# popjaxrl
+
+
+def popjaxrl_ids() -> list[str]:
+    """The ids of popjaxrl.py."""
+    from popjaxrl import GAMES
+
+    return list(GAMES)
+
+
+def popjaxrl_task(env_id: str, **options) -> Task:
+    """A task of POPGym; they have no options."""
+    import popjaxrl
+
+    check_options(f"popjaxrl::{env_id}", options, {})
+    return popjaxrl.popjaxrl_task(env_id)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The factory
 
 # namespace -> (its ids, (id, **options) -> Task); libraries are imported when one of their ids is asked for
 NAMESPACES: dict[str, tuple[Callable[[], list[str]], Callable[..., Task]]] = {
     "gymnax": (gymnax_ids, gymnax_task),
+    "popjaxrl": (popjaxrl_ids, popjaxrl_task),
 }
 
 
@@ -575,19 +595,46 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
     return _make(id, (mask,) if isinstance(mask, str) else tuple(mask), tuple(sorted(options.items())))
 
 
+# Namespaces that take seconds to list their ids: asked only by name, or about what they are likely to have.
+SLOW_TO_LIST = {"navix": "MiniGrid", "popgym_arcade": "Arcade"}
+
+
+def known_ids(wanted: str, namespaces=()) -> dict[str, str]:
+    """Names that someone might have in mind, and the full ids they stand for; of all namespaces that are installed.
+
+    An id is also known without what libraries put before or after the name of a task: Catch is gymnax::Catch-bsuite.
+    """
+    known: dict[str, str] = {}
+    for namespace, (ids, _) in NAMESPACES.items():
+        if namespace not in (namespaces or NAMESPACES):
+            continue
+        if not namespaces and SLOW_TO_LIST.get(namespace, "") not in wanted:
+            continue
+        with contextlib.suppress(ImportError, ValueError):
+            for env_id in ids():
+                name = env_id.rpartition("/")[2]
+                for short in (f"{namespace}::{env_id}", env_id, name, name.rpartition("-")[0], name.partition("-")[2]):
+                    known.setdefault(short, f"{namespace}::{env_id}")
+    if "popjaxrl" in (namespaces or NAMESPACES):
+        from popjaxrl import LEVELS, POPGYM_NAMES
+
+        for theirs, ours in POPGYM_NAMES.items():
+            known |= {theirs + level: f"popjaxrl::{ours}{level}" for level in LEVELS}
+    return {name: full for name, full in known.items() if name}
+
+
 @functools.cache
 def _make(id, mask, options):
     namespace, separator, env_id = id.partition("::")
     if not separator:
-        known = [f"{name}::{known_id}" for name, (ids, _) in NAMESPACES.items() for known_id in ids()]
-        hint = did_you_mean(id, {name.partition("::")[2]: name for name in known}) or did_you_mean(id, known)
-        raise ValueError(f"environment {id!r} has no namespace{hint or ''}; write namespace::id, as in {known[0]}")
+        hint = did_you_mean(id, known_ids(id))
+        raise ValueError(f"environment {id!r} has no namespace{hint}; write namespace::id, as in gymnax::CartPole-v1")
     if namespace not in NAMESPACES:
-        valid = ", ".join(NAMESPACES)
-        raise ValueError(f"unknown environment namespace {namespace!r} in {id!r}; this version has: {valid}")
+        valid, hint = ", ".join(NAMESPACES), did_you_mean(env_id, known_ids(env_id))
+        raise ValueError(f"unknown environment namespace {namespace!r} in {id!r}{hint}; this version has: {valid}")
     ids, make_task = NAMESPACES[namespace]
     if env_id not in ids():
-        hint = did_you_mean(env_id, {known: f"{namespace}::{known}" for known in ids()})
+        hint = did_you_mean(env_id, known_ids(env_id, [namespace])) or did_you_mean(env_id, known_ids(env_id))
         raise ValueError(f"unknown environment {id!r}{hint}; valid ids of {namespace}: {', '.join(ids())}")
     own = {name: value for name, value in options if name not in COMMON_OPTIONS}
     given = {name: value for name, value in options if name in COMMON_OPTIONS}

@@ -180,8 +180,20 @@ def test_named_masks_are_positions_and_velocities():
     [
         ("CartPole-v1", {}, r"'CartPole-v1' has no namespace \(did you mean 'gymnax::CartPole-v1'\?\)"),
         ("gymnax:CartPole-v1", {}, r"has no namespace \(did you mean 'gymnax::CartPole-v1'\?\)"),
-        ("gym::CartPole-v1", {}, r"namespace 'gym' in 'gym::CartPole-v1'; this version has: gymnax"),
-        ("brax::ant", {}, r"namespace 'brax' in 'brax::ant'; this version has: gymnax"),
+        (
+            "gym::CartPole-v1",
+            {},
+            r"'gym' in 'gym::CartPole-v1' \(did you mean 'gymnax::CartPole-v1'\?\); .* has: gymnax",
+        ),
+        ("atari::Qbert", {}, r"namespace 'atari' in 'atari::Qbert'; this version has: gymnax"),
+        ("popjaxrl::Catch", {}, r"'popjaxrl::Catch' \(did you mean 'gymnax::Catch-bsuite'\?\); valid ids of popjaxrl"),
+        ("popgym_arcade::SpaceInvaders", {}, r"\(did you mean 'gymnax::SpaceInvaders-MinAtar'\?\)"),
+        ("RepeatFirstEasy", {}, r"\(did you mean 'popjaxrl::RepeatFirstEasy'\?\)"),
+        (
+            "popjaxrl::RepeatFirstEasy",
+            {"k": 3},
+            "popjaxrl::RepeatFirstEasy has no option 'k'; valid options: normalize",
+        ),
         (
             "gymnax::Cartpole-v1",
             {},
