@@ -13,10 +13,11 @@ import envs
 from envs import Box, Discrete, make
 
 GYMNAX = [f"gymnax::{env_id}" for env_id in envs.gymnax_ids()]
+POPJAXRL = [f"popjaxrl::{env_id}" for env_id in envs.popjaxrl_ids()]
 FAST = [id for id in GYMNAX if "MinAtar" not in id]
 
 
-@pytest.mark.parametrize("id", GYMNAX)
+@pytest.mark.parametrize("id", GYMNAX + POPJAXRL)
 def test_conformance(id):
     """Shapes and dtypes are those of the spaces, reset and step agree in structure, and nothing is weakly typed."""
     env = make(id)
