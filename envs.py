@@ -13,7 +13,9 @@ A step that ends an episode already returns the first observation of the next on
 `info["final_obs"]` is always the true next observation. Between steps that do not end an episode the two are equal.
 
 Where things are: a library supplies a `Task` (no auto-reset, its own dtypes); `Environment` does casting, time limits,
-auto-reset and episode bookkeeping for all of them, once. Observation masks turn a `Task` into another `Task`.
+auto-reset and episode bookkeeping for all of them, once. Masks and the wrappers of env_wrappers.py turn a `Task` into
+another `Task`. On the command line (env_cli.py) `python envs.py` lists namespaces, `python envs.py gymnax` the ids of
+one, and `python envs.py gymnax::CartPole-v1` tries an environment with random actions.
 To add a library: write a function `(env_id, **options) -> Task` and enter it in `NAMESPACES`.
 """
 
@@ -833,6 +835,25 @@ def playground_task(env_id: str, **options) -> Task:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# popjaxrl
+
+
+def popjaxrl_ids() -> list[str]:
+    """The ids of popjaxrl.py."""
+    from popjaxrl import GAMES
+
+    return list(GAMES)
+
+
+def popjaxrl_task(env_id: str, **options) -> Task:
+    """A task of POPGym; they have no options."""
+    import popjaxrl
+
+    check_options(f"popjaxrl::{env_id}", options, {})
+    return popjaxrl.popjaxrl_task(env_id)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The factory
 
 # namespace -> (its ids, (id, **options) -> Task); libraries are imported when one of their ids is asked for
@@ -840,16 +861,20 @@ NAMESPACES: dict[str, tuple[Callable[[], list[str]], Callable[..., Task]]] = {
     "gymnax": (gymnax_ids, gymnax_task),
     "brax": (lambda: list(BRAX), brax_task),
     "mujoco": (mujoco_ids, mujoco_task),
+    "popjaxrl": (popjaxrl_ids, popjaxrl_task),
 }
 
 
-# options of every environment, and their defaults
-COMMON_OPTIONS = {"normalize_obs": False, "normalize_reward": False, "reward_gamma": 0.99}
+def common_options() -> dict:
+    """Options of every environment, and their defaults."""
+    from env_wrappers import DEFAULTS
+
+    return DEFAULTS | {"normalize_obs": False, "normalize_reward": False, "reward_gamma": 0.99}
 
 
 def check_options(owner: str, options: dict, defaults: dict) -> None:
     """`experiment.check_options`, whose answer to an unknown option also names those that every environment has."""
-    experiment.check_options(owner, options, defaults | COMMON_OPTIONS)
+    experiment.check_options(owner, options, defaults | common_options())
 
 
 def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment:
@@ -861,6 +886,8 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
       id: namespace and the library's own id, e.g. "gymnax::CartPole-v1".
       mask: entries of the observation to hide, see `mask_observation`.
       **options: parameters of the task, e.g. memory_length=10 for gymnax::MemoryChain-bsuite, and for every task
+        sticky_actions, noise, mask_probability, flicker, delay, frame_stack, time_limit, rescale_actions: see
+          env_wrappers.py, also for the order in which they are applied;
         normalize_obs, normalize_reward: running normalisation, see `Normalized`;
         reward_gamma: discount per step of the return that normalize_reward looks at.
 
@@ -870,30 +897,67 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
     return _make(id, (mask,) if isinstance(mask, str) else tuple(mask), tuple(sorted(options.items())))
 
 
+# Namespaces that take seconds to list their ids: asked only by name, or about what they are likely to have.
+SLOW_TO_LIST = {"navix": "MiniGrid", "popgym_arcade": "Arcade"}
+
+
+def known_ids(wanted: str, namespaces=()) -> dict[str, str]:
+    """Names that someone might have in mind, and the full ids they stand for; of all namespaces that are installed.
+
+    An id is also known without what libraries put before or after the name of a task: Catch is gymnax::Catch-bsuite.
+    """
+    known: dict[str, str] = {}
+    for namespace, (ids, _) in NAMESPACES.items():
+        if namespace not in (namespaces or NAMESPACES):
+            continue
+        if not namespaces and SLOW_TO_LIST.get(namespace, "") not in wanted:
+            continue
+        with contextlib.suppress(ImportError, ValueError):
+            for env_id in ids():
+                name = env_id.rpartition("/")[2]
+                for short in (f"{namespace}::{env_id}", env_id, name, name.rpartition("-")[0], name.partition("-")[2]):
+                    known.setdefault(short, f"{namespace}::{env_id}")
+    if "popjaxrl" in (namespaces or NAMESPACES):
+        from popjaxrl import LEVELS, POPGYM_NAMES
+
+        for theirs, ours in POPGYM_NAMES.items():
+            known |= {theirs + level: f"popjaxrl::{ours}{level}" for level in LEVELS}
+    return {name: full for name, full in known.items() if name}
+
+
 @functools.cache
 def _make(id, mask, options):
     namespace, separator, env_id = id.partition("::")
     if not separator:
-        known = [f"{name}::{known_id}" for name, (ids, _) in NAMESPACES.items() for known_id in ids()]
-        hint = did_you_mean(id, {name.partition("::")[2]: name for name in known}) or did_you_mean(id, known)
-        raise ValueError(f"environment {id!r} has no namespace{hint or ''}; write namespace::id, as in {known[0]}")
+        hint = did_you_mean(id, known_ids(id))
+        raise ValueError(f"environment {id!r} has no namespace{hint}; write namespace::id, as in gymnax::CartPole-v1")
     if namespace not in NAMESPACES:
-        valid = ", ".join(NAMESPACES)
-        raise ValueError(f"unknown environment namespace {namespace!r} in {id!r}; this version has: {valid}")
+        valid, hint = ", ".join(NAMESPACES), did_you_mean(env_id, known_ids(env_id))
+        raise ValueError(f"unknown environment namespace {namespace!r} in {id!r}{hint}; this version has: {valid}")
     ids, make_task = NAMESPACES[namespace]
     if env_id not in ids():
-        hint = did_you_mean(env_id, {known: f"{namespace}::{known}" for known in ids()})
+        hint = did_you_mean(env_id, known_ids(env_id, [namespace])) or did_you_mean(env_id, known_ids(env_id))
         raise ValueError(f"unknown environment {id!r}{hint}; valid ids of {namespace}: {', '.join(ids())}")
-    own = {name: value for name, value in options if name not in COMMON_OPTIONS}
-    given = {name: value for name, value in options if name in COMMON_OPTIONS}
+    from env_wrappers import DEFAULTS, wrap
+
+    common = common_options()
+    own = {name: value for name, value in options if name not in common}
+    given = {name: value for name, value in options if name in common}
     check_options(id, given, {})
-    common = COMMON_OPTIONS | given
+    common |= given
     if not 0 <= common["reward_gamma"] <= 1:
         raise ValueError(f"option reward_gamma of {id} must be between 0 and 1, got {common['reward_gamma']}")
     task = make_task(env_id, **own)
     if mask:
         task = mask_observation(id, task, mask)
+    task = wrap(task, id, {name: common[name] for name in DEFAULTS})
     observations, rewards = common["normalize_obs"], common["normalize_reward"]
     if observations or rewards:
         return Normalized(id, task, observations, rewards, common["reward_gamma"])
     return Environment(id, task)
+
+
+if __name__ == "__main__":
+    from env_cli import Command, main
+
+    experiment.launch(main, Command)

@@ -281,7 +281,8 @@ def provenance(script: Path) -> dict:
 
     changes = git("status", "--porcelain", "--untracked-files=no")
     here = Path(__file__).parent
-    sources = [script, here / "envs.py", *sorted((here / "memory_cells").glob("*.py"))]
+    shared = [here / name for name in ("envs.py", "env_wrappers.py", "popjaxrl.py")]
+    sources = [script, *shared, *sorted((here / "memory_cells").glob("*.py"))]
     return {
         "id": secrets.token_hex(4),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
