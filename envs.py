@@ -544,6 +544,7 @@ def craftax_textures(owner, constants):
 
 NAVIX_OBSERVATIONS = ("symbolic", "symbolic_first_person", "categorical", "categorical_first_person")
 NAVIX_OBSERVATIONS += ("rgb", "rgb_first_person")
+NAVIX_ENTITIES = 10  # the greatest of its EntityIds
 
 
 def import_navix():
@@ -567,7 +568,8 @@ def navix_task(env_id: str, **options) -> Task:
 
     Options:
       observation: one of NAVIX_OBSERVATIONS, by default symbolic_first_person, the 7 x 7 cells before the agent.
-        symbolic: (type, colour, state) of every cell as float32 numbers; categorical: the type, one-hot; rgb: uint8.
+        symbolic: (type, colour, state) of every cell as float32 numbers; rgb: uint8 pixels.
+        categorical: the type, one-hot; in navix -1 is a wall, 0 the floor, 100 what is not seen: first, second, last.
       max_steps: by default that of navix 4, whatever the version: navix 0.7 would end all tasks after 100 steps.
     """
     owner = f"navix::{env_id}"
@@ -583,11 +585,12 @@ def navix_task(env_id: str, **options) -> Task:
     if max_steps < 1:
         raise ValueError(f"option max_steps of {owner} must be at least 1, got {max_steps}")
     env = navix.make(env_id, observation_fn=getattr(navix.observations, observation), max_steps=max_steps)
-    kinds = int(env.observation_space.maximum) + 1
+    is_categorical, is_rgb = observation.startswith("categorical"), observation.startswith("rgb")
 
     def observe(timestep):
-        categorical = observation.startswith("categorical")
-        return jax.nn.one_hot(timestep.observation, kinds) if categorical else timestep.observation
+        if is_categorical:
+            return jax.nn.one_hot(jnp.minimum(timestep.observation, NAVIX_ENTITIES + 1) + 1, NAVIX_ENTITIES + 3)
+        return timestep.observation
 
     def reset(key):
         timestep = env.reset(key)
@@ -600,8 +603,8 @@ def navix_task(env_id: str, **options) -> Task:
 
     draw = jax.jit(lambda timestep: navix.observations.rgb(timestep.state))
     obs = jax.eval_shape(reset, jax.random.key(0))[0]
-    high = 255 if observation.startswith("rgb") else 1.0 if observation.startswith("categorical") else kinds - 1
-    space = Box(0, high, obs.shape, np.uint8 if observation.startswith("rgb") else np.float32)
+    high = 255 if is_rgb else 1.0 if is_categorical else NAVIX_ENTITIES
+    space = Box(0, high, obs.shape, np.uint8 if is_rgb else np.float32)
     actions = Discrete(len(env.action_set))
     return Task(reset, step, space, actions, max_steps, lambda state: np.asarray(draw(state)), costly_reset=True)
 
