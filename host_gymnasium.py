@@ -77,7 +77,7 @@ class Atari:
                 truncated[row] = self._ale.game_truncated()
                 after[row] = self._padded(self._state())
         results = frames, after, reward, terminated, truncated
-        return tuple(x.reshape(*batch, *x.shape[1:]) for x in results)
+        return tuple(x.reshape(batch + x.shape[1:]) for x in results)
 
     def picture(self, state):
         """The colours of the screen a frame after `state`, (height, width, 3) uint8: a state has no screen."""
@@ -148,7 +148,7 @@ class Pickled:
         seed = np.asarray(seed)
         with self._lock:
             rows = [self._first(int(row)) for row in seed.reshape(-1)]
-        return tuple(np.stack(x).reshape(*seed.shape, *x[0].shape) for x in zip(*rows, strict=True))
+        return tuple(np.stack(x).reshape(seed.shape + x[0].shape) for x in zip(*rows, strict=True))
 
     def step(self, state, action):
         """States and actions -> obs, states, rewards float32, terminated and truncated bool."""
@@ -157,7 +157,7 @@ class Pickled:
         actions = action.reshape(-1, *self.env.action_space.shape)
         with self._lock:
             rows = [self._next(*row) for row in zip(state.reshape(-1, self.state_size), actions, strict=True)]
-        return tuple(np.stack(x).reshape(*batch, *x[0].shape) for x in zip(*rows, strict=True))
+        return tuple(np.stack(x).reshape(batch + x[0].shape) for x in zip(*rows, strict=True))
 
     def picture(self, state):
         """What the environment draws of `state`."""

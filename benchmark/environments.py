@@ -12,13 +12,14 @@ figures are medians over rounds, the overhead that of the rounds' ratios.
 
 import argparse
 import importlib
+import itertools
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 from envs import NAMESPACES, make
@@ -205,14 +206,10 @@ def main():
     args = parser.parse_args()
     columns = ("id", "environments", "steps/s", "own loop", "time over own", "compile s", "own loop")
     table = Table(*columns, title=f"{jax.default_backend()}, medians of {args.rounds} rounds")
-    console = Console()
-    for id in FAMILIES:
-        if id.partition("::")[0] not in set(args.only) & set(NAMESPACES):
-            continue
-        for num_envs in args.num_envs:
-            with console.status(f"{id}, {num_envs} environments"):
-                table.add_row(*map(str, measure(id, num_envs, args.rounds)))
-    console.print(table)
+    ids = [id for id in FAMILIES if id.partition("::")[0] in set(args.only) & set(NAMESPACES)]
+    with Live(table):
+        for id, num_envs in itertools.product(ids, args.num_envs):
+            table.add_row(*map(str, measure(id, num_envs, args.rounds)))
 
 
 if __name__ == "__main__":
