@@ -33,7 +33,7 @@ class GatedDeltaNet(SequenceCell):
       num_heads: independent memories.
       conv_width: K, the steps that queries, keys and values see; 0 leaves the convolution out.
       beta_scale: upper limit of the write strength, 1 or 2.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
+      impl: "auto", "scan" or "parallel"; see `chunkwise.py` and `in_pieces`.
     """
 
     num_heads: int = 4

@@ -41,7 +41,7 @@ class MLSTM(SequenceCell):
       num_heads: independent matrix memories.
       conv_width: K, the steps that queries and keys see through the convolution; 0 leaves it out.
       num_blocks: blocks of the network that this is one of; its output starts as much smaller.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
+      impl: "auto", "scan" or "parallel"; see `chunkwise.py` and `in_pieces`.
     """
 
     num_heads: int = 4

@@ -31,7 +31,7 @@ class RetNet(SequenceCell):
       features: H, the size of the output; an even multiple of `num_heads`.
       num_heads: independent memories, one decay each.
       conv_width: K, the steps that the convolution sees; 0 leaves it out: the paper's layer.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
+      impl: "auto", "scan" or "parallel"; see `chunkwise.py` and `in_pieces`.
     """
 
     num_heads: int = 4
