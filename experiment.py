@@ -281,8 +281,8 @@ def provenance(script: Path) -> dict:
 
     changes = git("status", "--porcelain", "--untracked-files=no")
     here = Path(__file__).parent
-    shared = [here / name for name in ("envs.py", "env_wrappers.py", "popjaxrl.py")]
-    sources = [script, *shared, *sorted((here / "memory_cells").glob("*.py"))]
+    shared = ("envs", "env_wrappers", "host_gymnasium", "host_mujoco", "popjaxrl", "replay")
+    sources = [script, *(here / f"{name}.py" for name in shared), *sorted((here / "memory_cells").glob("*.py"))]
     return {
         "id": secrets.token_hex(4),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
