@@ -91,7 +91,7 @@ NUMERICAL_PACKAGES = ("jax", "jaxlib", "flax", "optax", "flashbax", "gymnax", "b
 
 # config fields with other bounds than "greater than 0"
 AT_LEAST_0 = ("seed", "ent_coef", "vf_coef", "bptt")
-UP_TO_1 = ("gamma", "gae_lambda")
+UP_TO_1 = ("gamma", "gae_lambda", "q_lambda", "start_e", "end_e", "exploration_fraction")
 
 
 def did_you_mean(name: str, valid) -> str:
