@@ -439,6 +439,26 @@ def mask_observation(env_id: str, task: Task, mask: tuple[str, ...]) -> Task:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Scaled actions
+
+
+def rescale_action(env_id: str, task: Task) -> Task:
+    """Continuous actions between -1 and 1, which are the bounds of the task's own; discrete ones are left alone."""
+    space = task.action_space
+    if isinstance(space, Discrete):
+        return task
+    low, high = (np.broadcast_to(np.asarray(bound, np.float32), space.shape) for bound in (space.low, space.high))
+    if not np.isfinite([low, high]).all():
+        raise ValueError(f"rescale_action needs actions with bounds, those of {env_id} are between {low} and {high}")
+
+    def step(key, state, action):
+        # Clipped again: rounding must not take an action past a bound, which some tasks refuse.
+        return task.step(key, state, jnp.clip(low + 0.5 * (action + 1.0) * (high - low), low, high))
+
+    return replace(task, step=step, action_space=Box(-1.0, 1.0, space.shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # gymnax
 
 
@@ -549,7 +569,7 @@ NAMESPACES: dict[str, tuple[Callable[[], list[str]], Callable[..., Task]]] = {
 
 
 # options of every environment, and their defaults
-COMMON_OPTIONS = {"normalize_obs": False, "normalize_reward": False, "reward_gamma": 0.99}
+COMMON_OPTIONS = {"normalize_obs": False, "normalize_reward": False, "reward_gamma": 0.99, "rescale_action": False}
 
 
 def check_options(owner: str, options: dict, defaults: dict) -> None:
@@ -567,7 +587,8 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
       mask: entries of the observation to hide, see `mask_observation`.
       **options: parameters of the task, e.g. memory_length=10 for gymnax::MemoryChain-bsuite, and for every task
         normalize_obs, normalize_reward: running normalisation, see `Normalized`;
-        reward_gamma: discount per step of the return that normalize_reward looks at.
+        reward_gamma: discount per step of the return that normalize_reward looks at;
+        rescale_action: continuous actions are given between -1 and 1, whatever the task's own bounds are.
 
     Raises:
       ValueError: unknown namespace, id, mask or option; names what is valid and what is nearest.
@@ -598,6 +619,8 @@ def _make(id, mask, options):
     task = make_task(env_id, **own)
     if mask:
         task = mask_observation(id, task, mask)
+    if common["rescale_action"]:
+        task = rescale_action(id, task)
     observations, rewards = common["normalize_obs"], common["normalize_reward"]
     if observations or rewards:
         return Normalized(id, task, observations, rewards, common["reward_gamma"])

@@ -12,7 +12,13 @@ import pytest
 from conftest import ALGORITHMS, REPLAY, SCRIPTS, command_line
 from PIL import Image
 
-PAIRS = [("ppo", "rppo", 40, 90)]  # most lines the second may remove from the first, and add to it
+PAIRS = [  # most lines the second may remove from the first, and add to it
+    ("ppo", "rppo", 40, 90),
+    ("pqn", "rpqn", 40, 80),
+    ("ppo", "ppo_continuous", 30, 60),
+    ("rppo", "rppo_continuous", 30, 60),
+    ("ppo_continuous", "rppo_continuous", 40, 90),
+]
 
 
 def run(script, *args, **kwargs):
@@ -107,6 +113,14 @@ BAD = [
     (("--learning-rate", "nan"), "learning_rate must be greater than 0, got nan"),
     (("--log", "wandb"), "wandb has no API key: run `wandb login`, set WANDB_API_KEY, or choose --wandb-mode offline"),
     (("--log", "neptune"), "neptune needs NEPTUNE_API_TOKEN: set it, or choose --neptune-mode offline"),
+]
+BAD_Q = [
+    (("--q-lambda", "1.5"), "q_lambda must be between 0 and 1, got 1.5"),
+    (("--end-e", "-0.1"), "end_e must be between 0 and 1, got -0.1"),
+    (("--exploration-fraction", "2"), "exploration_fraction must be between 0 and 1, got 2.0"),
+]
+BAD_CONTINUOUS = [
+    (("--env", "gymnax::CartPole-v1"), "needs continuous actions, those of gymnax::CartPole-v1 are discrete"),
 ]
 BAD_MEMORY = [
     (("--cell", "gruu"), "gruu"),
