@@ -62,13 +62,13 @@ class Config(Experiment):
     num_steps: int = 128  # T, steps of every environment between two updates
     gamma: float = 0.99  # discount per step
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    update_epochs: int = 4  # passes over the collected steps in one update
+    update_epochs: int = 10  # passes over the collected steps in one update
     num_minibatches: int = 4  # gradient steps in one pass
     bptt: int = 0  # cut gradients through time at every multiple of this many steps; 0: nowhere
     normalize_advantage: bool = True  # give each minibatch's advantages mean 0 and standard deviation 1
     clip_coef: float = 0.2  # eps, how far the probability ratio may move and still gain
     clip_vloss: bool = False  # keep the value within clip_coef of its old one, too
-    ent_coef: float = 0.01  # weight of the entropy bonus
+    ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients are clipped to this global norm
 
