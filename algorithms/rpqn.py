@@ -51,8 +51,8 @@ class Config(Experiment):
     # Algorithm
     learning_rate: float = 5e-4  # step size of RAdam
     anneal_lr: bool = True  # let the learning rate fall linearly to 0 at total_steps
-    num_envs: int = 32  # N, parallel environments
-    num_steps: int = 64  # T, steps of every environment between two updates
+    num_envs: int = 64  # N, parallel environments
+    num_steps: int = 32  # T, steps of every environment between two updates
     gamma: float = 0.99  # discount per step
     q_lambda: float = 0.95  # lambda of the targets
     update_epochs: int = 4  # passes over the collected steps in one update
@@ -118,7 +118,7 @@ class QNetwork(nn.Module):
         x = jnp.concatenate([x, previous], axis=-1)
         x = nn.relu(nn.LayerNorm()(dense(config.hidden_size)(x)))
         carry, memory = config.make_memory()(carry, x, starts, bptt=config.bptt)
-        x = x + memory  # what is in sight need not be remembered
+        x = nn.LayerNorm()(x + memory)  # what is in sight need not be remembered
         return carry, dense(env.action_space.n, scale=1.0)(x)
 
     def step(self, carry, inputs, start):
