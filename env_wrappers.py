@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs import Box, Task
+from envs import Box, Discrete, Task
 
 
 class Wrapped(NamedTuple):
@@ -144,9 +144,13 @@ def time_limit(task: Task, steps: int) -> Task:
 
 def rescale_actions(task: Task, _) -> Task:
     space = task.action_space
+    if isinstance(space, Discrete):
+        return task
 
     def step(key, state, action):
-        return task.step(key, state, space.low + 0.5 * (action + 1.0) * (np.asarray(space.high) - space.low))
+        action = space.low + 0.5 * (action + 1.0) * (np.asarray(space.high) - space.low)
+        # Rounding must not take an action past a bound, which some tasks refuse.
+        return task.step(key, state, jnp.clip(action, space.low, space.high))
 
     return replace(task, step=step, action_space=Box(-1.0, 1.0, space.shape, space.dtype))
 
@@ -188,7 +192,6 @@ def check_spaces(task: Task, env_id: str, name: str) -> None:
     """Refuse a wrapper that the spaces of the task do not allow."""
     if name == "noise" and task.observation_space.dtype == np.uint8:
         raise ValueError(f"noise is not for images of whole numbers, which {env_id} has")
-    if name == "rescale_actions":
-        space = task.action_space
-        if not (isinstance(space, Box) and np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-            raise ValueError(f"rescale_actions needs continuous actions between bounds, which {env_id} does not have")
+    bounds = (task.action_space.low, task.action_space.high) if isinstance(task.action_space, Box) else ()
+    if name == "rescale_actions" and not all(np.isfinite(bound).all() for bound in bounds):
+        raise ValueError(f"rescale_actions needs actions with bounds, those of {env_id} have none")

@@ -24,10 +24,12 @@ RUNS = ROOT / "runs" / "learning"
 CARTPOLE, ACROBOT = "--env gymnax::CartPole-v1", "--env gymnax::Acrobot-v1"
 MASKED = f"{CARTPOLE} --mask velocity"
 CHAIN = "--env gymnax::MemoryChain-bsuite --env-kwargs memory_length 10 --total-steps 200_000"
+PENDULUM = "--env gymnax::Pendulum-v1"
 
 RESULTS = {  # panel of the figure: {label: command}
     "CartPole-v1": {
         "PPO": f"ppo.py {CARTPOLE}",
+        "PQN": f"pqn.py {CARTPOLE}",
         "RPPO, GRU": f"rppo.py {CARTPOLE} --cell gru",
         "RPPO, LSTM": f"rppo.py {CARTPOLE} --cell lstm",
         "RPPO, sLSTM": f"rppo.py {CARTPOLE} --cell slstm",
@@ -35,15 +37,23 @@ RESULTS = {  # panel of the figure: {label: command}
     "CartPole-v1, velocities hidden": {
         "PPO": f"ppo.py {MASKED}",
         "RPPO, GRU": f"rppo.py {MASKED} --cell gru",
+        "RPQN, GRU": f"rpqn.py {MASKED} --cell gru",
     },
     "MemoryChain, length 10": {
         "RPPO, no memory": f"rppo.py {CHAIN} --cell none --no-prev-action",
         "RPPO, GRU": f"rppo.py {CHAIN} --cell gru",
         "RPPO, sLSTM": f"rppo.py {CHAIN} --cell slstm",
+        "RPQN, GRU": f"rpqn.py {CHAIN.replace('200_000', '300_000')} --cell gru",
     },
-    "Acrobot-v1": {"PPO": f"ppo.py {ACROBOT}"},
+    "Acrobot-v1": {"PPO": f"ppo.py {ACROBOT}", "PQN": f"pqn.py {ACROBOT}"},
+    "Pendulum-v1": {
+        "PPO": f"ppo_continuous.py {PENDULUM} --total-steps 300_000",
+        "PPO, velocity hidden": f"ppo_continuous.py {PENDULUM} --mask velocity --total-steps 300_000",
+        "RPPO, GRU, velocity hidden": f"rppo_continuous.py {PENDULUM} --mask velocity --cell gru --total-steps 300_000",
+    },
 }
 COLORS = {"PPO": "C7", "RPPO, no memory": "C7", "RPPO, GRU": "C0", "RPPO, LSTM": "C2", "RPPO, sLSTM": "C1"}
+COLORS |= {"PQN": "C3", "RPQN, GRU": "C4", "PPO, velocity hidden": "C8", "RPPO, GRU, velocity hidden": "C9"}
 
 
 # every memory; hidden size 64 in one torso, so that all of them are done in an hour or two

@@ -20,7 +20,7 @@ import envs  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-def constant_task(episode_length: int = 5) -> envs.Task:
+def constant_task(episode_length: int = 5, continuous: bool = False) -> envs.Task:
     """Constant observation, reward 1, truncated after `episode_length` steps: the value is 1 / (1 - gamma)."""
 
     def reset(key):
@@ -29,7 +29,8 @@ def constant_task(episode_length: int = 5) -> envs.Task:
     def step(key, time, action):
         return jnp.ones(1), time + 1, 1.0, False, time + 1 >= episode_length
 
-    return envs.Task(reset, step, envs.Box(0.0, 1.0, (1,)), envs.Discrete(2), episode_length)
+    actions = envs.Box(-1.0, 1.0, (1,)) if continuous else envs.Discrete(2)
+    return envs.Task(reset, step, envs.Box(0.0, 1.0, (1,)), actions, episode_length)
 
 
 def counting_task(terminal_every: int = 7) -> envs.Task:

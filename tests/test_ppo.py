@@ -1,4 +1,5 @@
-"""PPO and recurrent PPO: the mathematics against brute force, and the invariants that catch recurrent bugs."""
+"""PPO and recurrent PPO, for discrete and continuous actions: the mathematics against brute force, and the
+invariants that catch recurrent bugs. What only continuous actions have is in test_ppo_continuous.py."""
 
 from dataclasses import replace
 from operator import itemgetter
@@ -8,17 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algorithms import ppo, rppo
+from algorithms import ppo, ppo_continuous, rppo, rppo_continuous
 from experiment import seed_keys
 from loggers import Logger
 from memory_cells import CELLS
 
 SCRIPTS = [ppo, rppo]
+RECURRENT, CONTINUOUS = [rppo, rppo_continuous], [ppo_continuous, rppo_continuous]
 SIZES = {"num_envs": 8, "num_steps": 16, "hidden_size": 16, "log": (), "eval_episodes": 8}
 
 
 def small(script, **changes):
-    return script.Config(**({"env": "gymnax::CartPole-v1", "total_steps": 8 * 16 * 20} | SIZES | changes))
+    env = "gymnax::Pendulum-v1" if script in CONTINUOUS else "gymnax::CartPole-v1"
+    return script.Config(**({"env": env, "total_steps": 8 * 16 * 20} | SIZES | changes))
+
+
+def counting(script, **changes):
+    """A config for test::Counting, or its twin with continuous actions."""
+    return small(script, env="test::Steering" if script in CONTINUOUS else "test::Counting", **changes)
 
 
 def start(config, script):
@@ -40,6 +48,11 @@ def one_seed(state):
     return jax.tree.map(lambda x: x[0], state)
 
 
+def multivariate_normal_log_prob(action, mean, std):
+    """Of independent entries, by the formula for dependent ones."""
+    return jax.scipy.stats.multivariate_normal.logpdf(action, mean, jnp.diag(std**2))
+
+
 # --- Mathematics -----------------------------------------------------------------------------------------------------
 
 
@@ -55,7 +68,7 @@ def brute_force_gae(reward, value, next_value, terminated, done, gamma, gae_lamb
     return advantages
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + CONTINUOUS)
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.9, 1.0])
 def test_gae_equals_brute_force(script, gae_lambda, rng):
     steps, envs = 30, 6
@@ -102,11 +115,16 @@ def test_the_loss_is_the_formula_of_the_docstring(script, rng):
     np.testing.assert_allclose(parts["losses/approx_kl"], np.mean(ratio - 1 - np.log(ratio)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("gae_lambda", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("script", "gae_lambda"),
+    [(ppo, 0.0), (ppo, 1.0), (rppo, 0.0), (rppo, 1.0), (ppo_continuous, 0.0), (rppo_continuous, 1.0)],
+)
 def test_truncation_is_no_end_of_the_world(script, gae_lambda):
     """Reward 1 for ever, cut into episodes of 5 steps: the value is 1 / (1 - gamma) = 10. Taking the cut for an end
     would give less than 4.1."""
+    changes = {"cell": "none"} if script in RECURRENT else {}
+    if script in CONTINUOUS:
+        changes |= {"normalize_reward": False, "env_kwargs": {"continuous": True}}
     config = small(
         script,
         env="test::Constant",
@@ -115,7 +133,7 @@ def test_truncation_is_no_end_of_the_world(script, gae_lambda):
         total_steps=8 * 16 * 250,
         learning_rate=3e-3,
         ent_coef=0.0,
-        **({"cell": "none"} if script is rppo else {}),
+        **changes,
     )
     env, state = start(config, script)
     state, _ = script.train(state, env, Logger(), config.total_steps)
@@ -126,9 +144,9 @@ def test_truncation_is_no_end_of_the_world(script, gae_lambda):
 # --- Rollouts --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + CONTINUOUS)
 def test_next_values_are_of_the_true_next_observation(script):
-    config = small(script, env="test::Counting")
+    config = counting(script, **({"normalize_obs": False} if script in CONTINUOUS else {}))
     env, state = start(config, script)
     state = one_seed(state)
     _, batch = jax.jit(script.rollout, static_argnames="env")(state, env=env)
@@ -139,34 +157,41 @@ def test_next_values_are_of_the_true_next_observation(script):
     # At an episode's end the next observation is (number, 1), read by a memory that has not been reset: unrolled here
     # as if the episode went on.
     network = script.ActorCritic(config)
-    if script is ppo:
+    if script not in RECURRENT:
         final = batch.obs.at[..., 1].set(1.0)
-        expected = network.apply(state.params, final)[1]
+        expected = network.apply(state.params, final)[-1]
     else:
         values = []
         for t in range(config.num_steps):
             so_far = jax.tree.map(itemgetter(slice(t + 1)), (batch.inputs, batch.start))
             carry, *_ = network.apply(state.params, state.carry, *so_far)
-            final = rppo.Inputs(batch.inputs.obs[t].at[:, 1].set(1.0), batch.action[t], batch.reward[t])
-            values.append(network.apply(state.params, carry, final, jnp.zeros(8, bool), method="step")[2])
+            final = script.Inputs(batch.inputs.obs[t].at[:, 1].set(1.0), batch.action[t], batch.reward[t])
+            values.append(network.apply(state.params, carry, final, jnp.zeros(8, bool), method="step")[-1])
         expected = jnp.stack(values)
     np.testing.assert_allclose(batch.next_value[batch.done], expected[batch.done], atol=1e-5)
 
 
-@pytest.mark.parametrize(("cell", "shared_torso"), [*((cell, False) for cell in CELLS), ("gru", True)])
-def test_the_loss_sees_what_the_rollout_saw(cell, shared_torso):
+@pytest.mark.parametrize(
+    ("script", "cell", "shared_torso"),
+    [*((rppo, cell, False) for cell in CELLS), (rppo, "gru", True)]
+    + [(rppo_continuous, "gru", False), (rppo_continuous, "s5", True)],
+)
+def test_the_loss_sees_what_the_rollout_saw(script, cell, shared_torso):
     """Unrolling the batch from the carry before the rollout gives its log-probabilities and values again."""
-    config = small(rppo, env="test::Counting", cell=cell, shared_torso=shared_torso)
-    env, state = start(config, rppo)
+    config = counting(script, cell=cell, shared_torso=shared_torso)
+    env, state = start(config, script)
     for _ in range(2):  # for a used carry and trained parameters
-        state, report = rppo.train(state, env, Logger(), config.steps_per_update)
+        state, report = script.train(state, env, Logger(), config.steps_per_update)
         assert report["losses/first_ratio_error"].max() < 1e-4
     state = one_seed(state)
-    after, batch = rppo.rollout(state, env)
+    after, batch = script.rollout(state, env)
     assert not batch.start[0].all() and batch.start.any()  # the rollout begins and ends within episodes
     np.testing.assert_array_equal(batch.start[1:], batch.done[:-1])
-    carry, logits, value = rppo.ActorCritic(config).apply(state.params, state.carry, batch.inputs, batch.start)
-    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.action[..., None], axis=-1)[..., 0]
+    carry, *policy, value = script.ActorCritic(config).apply(state.params, state.carry, batch.inputs, batch.start)
+    if script in CONTINUOUS:
+        log_prob = multivariate_normal_log_prob(batch.action, *policy)
+    else:
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(*policy), batch.action[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(log_prob, batch.log_prob, atol=1e-5)
     np.testing.assert_allclose(value, batch.value, atol=1e-5)
     if cell != "dnc":  # which of two equally free slots it writes to is decided by rounding
@@ -215,10 +240,11 @@ def test_previous_action_and_reward_can_be_left_out(read):
 @pytest.mark.parametrize(
     ("script", "changes"),
     [(ppo, {}), (ppo, {"shared_torso": True}), (rppo, {}), (rppo, {"cell": "slstm"})]
-    + [(rppo, {"shared_torso": True, "num_layers": 2, "bptt": 4})],
+    + [(rppo, {"shared_torso": True, "num_layers": 2, "bptt": 4})]
+    + [(ppo_continuous, {}), (rppo_continuous, {"bptt": 4})],
 )
 def test_first_ratio_is_one(script, changes):
-    config = small(script, env="test::Counting", **changes)
+    config = counting(script, **changes)
     env, state = start(config, script)
     for _ in range(3):
         state, report = script.train(state, env, Logger(), config.steps_per_update)
@@ -280,7 +306,7 @@ def test_same_seed_same_run_and_other_seed_other_run(script):
     assert report["losses/value_loss"] != other_report["losses/value_loss"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + CONTINUOUS)
 def test_a_seed_among_several_is_the_run_of_that_seed(script):
     several = small(script, num_seeds=3)
     env, state = start(several, script)
@@ -305,7 +331,7 @@ def test_a_shorter_last_chunk_is_the_same_training(script):
     assert whole.updates == parts.updates == 6
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + CONTINUOUS)
 def test_warmup_and_evaluation_leave_the_state_alone(script):
     config = small(script, num_seeds=2)
     env, state = start(config, script)

@@ -12,10 +12,14 @@ import pytest
 from conftest import ALGORITHMS, REPLAY, SCRIPTS, command_line
 from PIL import Image
 
-PAIRS = [
+PAIRS = [  # most lines the second may remove from the first, and add to it
     ("ppo", "rppo", 40, 90),
     ("dqn", "drqn", 60, 130),
-]  # most lines the second may remove from the first, and add to it
+    ("pqn", "rpqn", 40, 80),
+    ("ppo", "ppo_continuous", 30, 60),
+    ("rppo", "rppo_continuous", 30, 60),
+    ("ppo_continuous", "rppo_continuous", 40, 90),
+]
 
 
 def run(script, *args, **kwargs):
@@ -122,6 +126,14 @@ BAD_SEQUENCES = [
     (("--learning-starts", "100"), "learning_starts (100) must be at least 256, for sequences of burn_in +"),
     (("--buffer-size", "300"), "buffer_size (300) must be at least 384, for sequences of burn_in +"),
 ]
+BAD_Q = [
+    (("--q-lambda", "1.5"), "q_lambda must be between 0 and 1, got 1.5"),
+    (("--end-e", "-0.1"), "end_e must be between 0 and 1, got -0.1"),
+    (("--exploration-fraction", "2"), "exploration_fraction must be between 0 and 1, got 2.0"),
+]
+BAD_CONTINUOUS = [
+    (("--env", "gymnax::CartPole-v1"), "needs continuous actions, those of gymnax::CartPole-v1 are discrete"),
+]
 BAD_MEMORY = [
     (("--cell", "gruu"), "gruu"),
     (("--cell", "slstm", "--hidden-size", "30"), "hidden_size to be a multiple of num_heads, got 30 and 4"),
@@ -138,7 +150,9 @@ BAD_MEMORY = [
     [("ppo", *case) for case in BAD]
     + [("rppo", *case) for case in BAD[-2:] + BAD_MEMORY]
     + [("dqn", *case) for case in BAD_REPLAY]
-    + [("drqn", *case) for case in BAD_SEQUENCES],
+    + [("drqn", *case) for case in BAD_SEQUENCES]
+    + [("pqn", *case) for case in BAD_Q]
+    + [("ppo_continuous", *case) for case in BAD_CONTINUOUS],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(script, args, message, tmp_path):
