@@ -207,6 +207,15 @@ def check_sizes(config):
     if getattr(config, "buffer_size", config.steps_per_update) < config.steps_per_update:
         update = f"the steps of one update ({config.steps_per_update})"
         raise ValueError(f"buffer_size ({config.buffer_size}) is less than {update}")
+    if hasattr(config, "sequence_length"):
+        length = config.burn_in + config.sequence_length
+        updates = -(-length // config.num_steps)  # that collect the steps of a sequence; a buffer keeps whole ones
+        for name, needed in (("learning_starts", updates - 1), ("buffer_size", updates)):
+            if getattr(config, name) < needed * config.steps_per_update:
+                steps = (
+                    f"{needed * config.steps_per_update}, for sequences of burn_in + sequence_length = {length} steps"
+                )
+                raise ValueError(f"{name} ({getattr(config, name)}) must be at least {steps}")
     if config.seed + config.num_seeds > 2**31:
         raise ValueError(f"seed must be less than 2**31 - num_seeds, got {config.seed}")
     if config.total_steps < config.steps_per_update:

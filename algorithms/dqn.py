@@ -136,7 +136,7 @@ class Transition(NamedTuple):
     terminated: jax.Array  # next_obs ends the task: it is worth nothing, whatever Q' says
 
 
-def make_buffer(config: Config):
+def make_replay(config: Config):
     return fbx.make_item_buffer(config.buffer_size, 1, config.batch_size, add_sequences=True, add_batches=True)
 
 
@@ -184,7 +184,8 @@ def rollout(state, env):
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = jax.vmap(env.step)(step_keys, state.env_state, action)
         transition = Transition(state.obs, action, reward, info["final_obs"], terminated)
-        return state.replace(env_state=env_state, obs=obs, key=key), (transition, info)
+        state = state.replace(env_state=env_state, obs=obs, key=key)
+        return state, (transition, info)
 
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
     metrics = {
@@ -193,35 +194,31 @@ def rollout(state, env):
         "charts/episodic_length": info["episode_length"].sum(where=info["episode_done"]),
         "charts/episodes": info["episode_done"].sum(),
     }
-    return state.replace(buffer=make_buffer(config).add(state.buffer, batch), updates=state.updates + 1), metrics
+    return state.replace(buffer=make_replay(config).add(state.buffer, batch), updates=state.updates + 1), metrics
 
 
 def update(state, env):
     """Collect steps and learn from what was collected so far: the new state, and the metrics of this update."""
     config, network, optimizer = state.config, QNetwork(state.config), make_optimizer(state.config)
+    replay, first_step = make_replay(config), state.updates * config.gradient_steps
     learning_rate = config.learning_rate * (1.0 - config.anneal_lr * state.updates / config.num_updates)
-    first_step = state.updates * config.gradient_steps
     state, metrics = rollout(state, env)
 
-    def gradient_step(learner, key_and_step):
-        (params, target_params, opt_state), (key, step) = learner, key_and_step
-        batch = make_buffer(config).sample(state.buffer, key).experience
-        gradients, parts = jax.grad(td_loss, has_aux=True)(params, target_params, network, config, batch)
+    def gradient_step(state, step):
+        key, sample_key = jax.random.split(state.key)
+        batch = replay.sample(state.buffer, sample_key).experience
+        gradients, parts = jax.grad(td_loss, has_aux=True)(state.params, state.target_params, network, config, batch)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
-        changes, opt_state = optimizer.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, changes)
-        closer = optax.incremental_update(params, target_params, config.tau)
-        target_params = optax.periodic_update(closer, target_params, step + 1, config.target_network_frequency)
-        return (params, target_params, opt_state), parts
+        changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, changes)
+        closer = optax.incremental_update(params, state.target_params, config.tau)
+        target_params = optax.periodic_update(closer, state.target_params, step, config.target_network_frequency)
+        state = state.replace(params=params, target_params=target_params, opt_state=opt_state, key=key)
+        return state, parts
 
-    key, sample_key = jax.random.split(state.key)
-    keys = jax.random.split(sample_key, config.gradient_steps)
-    learner = state.params, state.target_params, state.opt_state
-    steps = first_step + jnp.arange(config.gradient_steps)
-    (params, target_params, opt_state), parts = jax.lax.scan(gradient_step, learner, (keys, steps))
-
-    metrics |= jax.tree.map(jnp.mean, parts) | {"charts/learning_rate": learning_rate}
-    return state.replace(params=params, target_params=target_params, opt_state=opt_state, key=key), metrics
+    steps = first_step + 1 + jnp.arange(config.gradient_steps)
+    state, parts = jax.lax.scan(gradient_step, state, steps)
+    return state, metrics | jax.tree.map(jnp.mean, parts) | {"charts/learning_rate": learning_rate}
 
 
 @partial(jax.jit, static_argnames="env", donate_argnames="state")
@@ -251,7 +248,7 @@ def init(config: Config, key) -> State:
         obs, env_state = jax.vmap(env.reset)(jax.random.split(reset_key, config.num_envs))
         params = network.init(network_key, obs)
         transition = Transition(obs[0], jnp.int32(0), jnp.float32(0.0), obs[0], jnp.bool(False))
-        buffer, opt_state = make_buffer(config).init(transition), optimizer.init(params)
+        buffer, opt_state = make_replay(config).init(transition), optimizer.init(params)
         return State(params, params, opt_state, env_state, obs, buffer, key, jnp.int32(0), config)
 
     return jax.jit(vmap_seeds(init_seed))(key.reshape(-1))

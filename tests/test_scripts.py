@@ -12,7 +12,10 @@ import pytest
 from conftest import ALGORITHMS, REPLAY, SCRIPTS, command_line
 from PIL import Image
 
-PAIRS = [("ppo", "rppo", 40, 90)]  # most lines the second may remove from the first, and add to it
+PAIRS = [
+    ("ppo", "rppo", 40, 90),
+    ("dqn", "drqn", 60, 130),
+]  # most lines the second may remove from the first, and add to it
 
 
 def run(script, *args, **kwargs):
@@ -114,6 +117,11 @@ BAD_REPLAY = [
     (("--num-envs", "64", "--buffer-size", "32"), "buffer_size (32) is less than the steps of one update (64)"),
     (("--buffer-size", str(10**12)), "a replay buffer of buffer_size 1000000000000 takes 3"),
 ]
+BAD_SEQUENCES = [
+    (("--burn-in", "-1"), "burn_in must be 0 or more, got -1"),
+    (("--learning-starts", "100"), "learning_starts (100) must be at least 256, for sequences of burn_in +"),
+    (("--buffer-size", "300"), "buffer_size (300) must be at least 384, for sequences of burn_in +"),
+]
 BAD_MEMORY = [
     (("--cell", "gruu"), "gruu"),
     (("--cell", "slstm", "--hidden-size", "30"), "hidden_size to be a multiple of num_heads, got 30 and 4"),
@@ -129,7 +137,8 @@ BAD_MEMORY = [
     ("script", "args", "message"),
     [("ppo", *case) for case in BAD]
     + [("rppo", *case) for case in BAD[-2:] + BAD_MEMORY]
-    + [("dqn", *case) for case in BAD_REPLAY],
+    + [("dqn", *case) for case in BAD_REPLAY]
+    + [("drqn", *case) for case in BAD_SEQUENCES],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(script, args, message, tmp_path):
