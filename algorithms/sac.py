@@ -1,7 +1,7 @@
 """Soft actor-critic (SAC, Haarnoja et al. 2018, arXiv 1812.05905) for continuous actions.
 
-Act by a stochastic policy, keep every transition (s, a, r, s') in a replay buffer, and take gradient steps on minibatches
-of L = L_Q + L_pi + L_alpha, each of which trains its own parameters only:
+Act by a stochastic policy, keep every transition (s, a, r, s') in a replay buffer, and take gradient steps on
+minibatches of L_Q + L_pi + L_alpha, each of which trains its own parameters only:
 
     L_Q     = mean[ 0.5 * sum_i (Q_i(s, a) - y)^2 ]    y = r + gamma * (1 - terminated) * V'(s')
     L_pi    = mean[ alpha * log pi(b|s) - min_i Q_i(s, b) ]    V'(s') = min_i Q'_i(s', b') - alpha * log pi(b'|s')
@@ -10,8 +10,7 @@ of L = L_Q + L_pi + L_alpha, each of which trains its own parameters only:
 Q' is the target network, a copy of Q that follows it slowly; the smaller of two estimates makes up for the maximum of a
 noisy one being too high (Fujimoto et al. 2018, arXiv 1802.09477). An episode that was truncated is not over: s' is then
 the observation that the time limit cut off, not the first of the next episode.
-`diff algorithms/sac.py algorithms/rsac.py` shows what memory changes, `diff algorithms/sac.py algorithms/sacd.py` what
-discrete actions do.
+`diff algorithms/sac.py algorithms/rsac.py` shows what memory changes, a diff with sacd.py what discrete actions do.
 
     python algorithms/sac.py --env gymnax::Pendulum-v1
     python algorithms/sac.py --env gymnax::MountainCarContinuous-v0 --num-seeds 5
@@ -47,8 +46,8 @@ class Config(Experiment):
     env: str = "gymnax::Pendulum-v1"  # environment, as namespace::id
     env_kwargs: Options = field(default_factory=dict, hash=False)  # parameters of the environment: memory_length 10
     mask: tuple[str, ...] = ()  # entries of the observation to hide: indices, or a name such as velocity
-    hidden_size: int = 256  # features of every layer
-    num_layers: int = 2  # layers of actor and critics
+    hidden_size: int = 128  # features of every layer
+    num_layers: int = 1  # layers between encoder and heads
 
     # Algorithm
     learning_rate: float = 1e-3  # step size of Adam
@@ -74,11 +73,8 @@ class Config(Experiment):
 
     def __post_init__(self):
         check_sizes(self)
-        space = self.make_env().action_space
-        if not isinstance(space, Box):
-            raise ValueError(f"this script needs continuous actions, those of {self.env} are discrete")
-        if not np.isfinite([space.low, space.high]).all():
-            raise ValueError(f"this script needs actions with bounds, those of {self.env} have none")
+        if not isinstance(space := self.make_env().action_space, Box) or not np.isfinite([space.low, space.high]).all():
+            raise ValueError(f"this script needs continuous actions with bounds, those of {self.env} are not")
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -87,7 +83,7 @@ def dense(features, scale=2**0.5):
 
 
 class Torso(nn.Module):
-    """Observations (..., *obs_shape) to features (..., size): images through convolutions, others as they are."""
+    """Observations (..., *obs_shape) to the features (..., size) that policy or values are read from."""
 
     config: Config
 
@@ -111,34 +107,40 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        for _ in range(self.config.num_layers):
+        for _ in range(1 + self.config.num_layers):
             x = nn.relu(dense(self.config.hidden_size)(x))
         return dense(self.num_outputs, self.scale)(x)
 
 
-class Actor(nn.Module):
-    """Observations (..., *obs_shape) to mean and log standard deviation (..., num_actions) of the policy's normal."""
+class ActorCritic(nn.Module):
+    """Policy, two estimates of the values, and the logarithm of alpha."""
 
     config: Config
 
-    @nn.compact
-    def __call__(self, obs):
-        features = Torso(self.config)(obs)
-        (num_actions,) = self.config.make_env().action_space.shape
-        mean, log_std = jnp.split(Head(self.config, 2 * num_actions, 0.01)(features), 2, axis=-1)
+    def setup(self):
+        self.actor_torso, self.critic_torso = Torso(self.config), Torso(self.config)
+        self.actor_head = Head(self.config, 2 * self.config.make_env().action_space.shape[0], scale=0.01)
+        self.critic_heads = nn.vmap(Head, {"params": 0}, {"params": True}, None, axis_size=2)(self.config, 1, scale=1.0)
+        self.log_alpha = self.param("log_alpha", nn.initializers.constant(np.log(self.config.alpha)), ())
+
+    def read(self, obs):
+        """obs (..., *obs_shape) -> what actor and critic see in it, (..., size) each."""
+        return self.actor_torso(obs), self.critic_torso(obs)
+
+    def policy(self, features):
+        """features (..., size) -> mean and log standard deviation (..., num_actions), see `squashed_normal`."""
+        mean, log_std = jnp.split(self.actor_head(features), 2, axis=-1)
         return mean, -5.0 + 3.5 * (1.0 + jnp.tanh(log_std))  # between -5 and 2
 
+    def values(self, features, action):
+        """features (..., size), action (..., num_actions) -> Q_1 and Q_2 (2, ...)."""
+        return self.critic_heads(jnp.concatenate([features, action], axis=-1))[..., 0]
 
-class Critic(nn.Module):
-    """Observations (..., *obs_shape) and actions (..., num_actions) to two estimates of their value (2, ...)."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, obs, action):
-        features = Torso(self.config)(obs)
-        twin_heads = nn.vmap(Head, {"params": 0}, {"params": True}, in_axes=None, axis_size=2)
-        return twin_heads(self.config, 1, 1.0)(jnp.concatenate([features, action], axis=-1))[..., 0]
+    def __call__(self, obs):
+        """obs (..., *obs_shape) -> policy, and the values of its mean."""
+        features, critic_features = self.read(obs)
+        policy = self.policy(features)
+        return policy, self.values(critic_features, policy[0])
 
 
 def make_optimizer(config: Config):
@@ -150,17 +152,11 @@ def make_optimizer(config: Config):
 
 
 # --- State -----------------------------------------------------------------------------------------------------------
-class Params(NamedTuple):
-    actor: Any
-    critic: Any
-    log_alpha: jax.Array  # ()
-
-
 class State(struct.PyTreeNode):
     """All that a run needs to go on. `init` gives arrays a leading seed axis; `rollout` and `update` see one seed."""
 
-    params: Params
-    target_params: Any  # as params.critic
+    params: Any
+    target_params: Any
     opt_state: Any
     env_state: Any  # (N, ...)
     obs: jax.Array  # (N, *obs_shape), what the next action is chosen from
@@ -180,71 +176,66 @@ class Transition(NamedTuple):
     terminated: jax.Array  # next_obs ends the task: it is worth nothing, whatever V' says
 
 
-def make_buffer(config: Config):
+def make_replay(config: Config):
     return fbx.make_item_buffer(config.buffer_size, 1, config.batch_size, add_sequences=True, add_batches=True)
 
 
 # --- Mathematics -----------------------------------------------------------------------------------------------------
-def squash(u, mean, log_std, space):
-    """tanh(u) taken to the bounds of `space` (..., num_actions), and its log-density (...) if u ~ N(mean, std)."""
-    low, high = np.broadcast_to(space.low, space.shape), np.broadcast_to(space.high, space.shape)
-    action = low + 0.5 * (high - low) * (1.0 + jnp.tanh(u))
-    log_normal = -0.5 * ((u - mean) * jnp.exp(-log_std)) ** 2 - log_std - 0.5 * np.log(2 * np.pi)
-    # log |d action / du|: log(1 - tanh(u)^2) in a form that stays finite where tanh(u) is rounded to 1
-    log_slope = np.log(0.5 * (high - low)) + 2.0 * (np.log(2.0) - u - nn.softplus(-2.0 * u))
-    return action, (log_normal - log_slope).sum(axis=-1)
+def squashed_normal(noise, policy, space):
+    """The action (..., num_actions) that a policy makes of standard normal noise, and its log-probability (...)."""
+    (mean, log_std), scale = policy, 0.5 * (space.high - space.low) * np.ones(space.shape)
+    u = mean + jnp.exp(log_std) * noise
+    log_normal = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi)
+    # log |d action / d u|, with log(1 - tanh(u)^2) in a form that is finite where tanh(u) is rounded to 1
+    log_slope = np.log(scale) + 2.0 * (np.log(2.0) - u - nn.softplus(-2.0 * u))
+    return space.low + scale * (1.0 + jnp.tanh(u)), (log_normal - log_slope).sum(axis=-1)
 
 
-def sample(key, mean, log_std, space):
-    """Actions (..., num_actions) of the policy and their log-probability (...), differentiable in mean and log_std."""
-    u = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
-    return squash(u, mean, log_std, space)
-
-
-def sac_loss(params, target_params, config, batch, key):
+def sac_loss(params, target_params, network, batch, key):
     """The loss at the top of this file over one minibatch, and its parts for the log."""
-    actor, critic, space = Actor(config), Critic(config), config.make_env().action_space
-    constant, (key, next_key) = jax.lax.stop_gradient(params), jax.random.split(key)
-    alpha = jnp.exp(constant.log_alpha)
+    config, space, constant = network.config, network.config.make_env().action_space, jax.lax.stop_gradient(params)
+    alpha = jnp.exp(constant["params"]["log_alpha"])
+    actor_features, features = network.apply(params, batch.obs, method="read")
+    next_actor_features, _ = network.apply(constant, batch.next_obs, method="read")
+    _, target_features = network.apply(target_params, batch.next_obs, method="read")
+    noise, next_noise = jax.random.normal(key, (2, *batch.action.shape))
+    action, log_prob = squashed_normal(noise, network.apply(params, actor_features, method="policy"), space)
+    next_policy = network.apply(constant, next_actor_features, method="policy")
+    next_action, next_log_prob = squashed_normal(next_noise, next_policy, space)
 
-    next_action, next_log_prob = sample(next_key, *actor.apply(constant.actor, batch.next_obs), space)
-    next_q = critic.apply(target_params, batch.next_obs, next_action).min(axis=0)
+    next_q = network.apply(target_params, target_features, next_action, method="values").min(axis=0)
     next_value = next_q - alpha * next_log_prob
     targets = batch.reward + config.gamma * jnp.where(batch.terminated, 0.0, next_value)
-    q_values = critic.apply(params.critic, batch.obs, batch.action)
+    q_values = network.apply(params, features, batch.action, method="values")
     td_loss = 0.5 * ((q_values - targets) ** 2).sum(axis=0).mean()
 
-    action, log_prob = sample(key, *actor.apply(params.actor, batch.obs), space)
-    actor_loss = (alpha * log_prob - critic.apply(constant.critic, batch.obs, action).min(axis=0)).mean()
-
+    actor_q = network.apply(constant, jax.lax.stop_gradient(features), action, method="values").min(axis=0)
+    actor_loss = (alpha * log_prob - actor_q).mean()
     entropy = -jax.lax.stop_gradient(log_prob).mean()
     target_entropy = np.sum(config.target_entropy + np.log(0.5 * (space.high - space.low)) * np.ones(space.shape))
-    alpha_loss = config.autotune * params.log_alpha * (entropy - target_entropy)
-    return td_loss + actor_loss + alpha_loss, {
-        "losses/td_loss": td_loss,
-        "losses/actor_loss": actor_loss,
-        "losses/alpha_loss": alpha_loss,
-        "losses/alpha": alpha,
-        "losses/entropy": entropy,
-        "losses/q_values": q_values.mean(),
-    }
+    alpha_loss = config.autotune * params["params"]["log_alpha"] * (entropy - target_entropy)
+
+    parts = {"losses/td_loss": td_loss, "losses/actor_loss": actor_loss, "losses/alpha_loss": alpha_loss}
+    parts |= {"losses/alpha": alpha, "losses/entropy": entropy, "losses/q_values": q_values.mean()}
+    return td_loss + actor_loss + alpha_loss, parts
 
 
 # --- One update of one seed ------------------------------------------------------------------------------------------
 def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
-    config, actor = state.config, Actor(state.config)
-    is_random = state.updates < config.learning_starts // config.steps_per_update
+    config, network = state.config, ActorCritic(state.config)
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
+        policy, _ = network.apply(state.params, state.obs)
+        action = squashed_normal(jax.random.normal(action_key, policy[0].shape), policy, env.action_space)[0]
         random_action = jax.vmap(env.action_space.sample)(jax.random.split(action_key, config.num_envs))
-        action, _ = sample(action_key, *actor.apply(state.params.actor, state.obs), env.action_space)
-        action = jnp.where(is_random, random_action, action)
+        action = jnp.where(state.updates < config.learning_starts // config.steps_per_update, random_action, action)
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = jax.vmap(env.step)(step_keys, state.env_state, action)
         transition = Transition(state.obs, action, reward, info["final_obs"], terminated)
-        return state.replace(env_state=env_state, obs=obs, key=key), (transition, info)
+        state = state.replace(env_state=env_state, obs=obs, key=key)
+        return state, (transition, info)
 
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
     metrics = {
@@ -252,33 +243,27 @@ def rollout(state, env):
         "charts/episodic_length": info["episode_length"].sum(where=info["episode_done"]),
         "charts/episodes": info["episode_done"].sum(),
     }
-    return state.replace(buffer=make_buffer(config).add(state.buffer, batch), updates=state.updates + 1), metrics
+    return state.replace(buffer=make_replay(config).add(state.buffer, batch), updates=state.updates + 1), metrics
 
 
 def update(state, env):
     """Collect steps and learn from what was collected so far: the new state, and the metrics of this update."""
-    config, optimizer = state.config, make_optimizer(state.config)
+    config, network, optimizer = state.config, ActorCritic(state.config), make_optimizer(state.config)
     learning_rate = config.learning_rate * (1.0 - config.anneal_lr * state.updates / config.num_updates)
     state, metrics = rollout(state, env)
 
-    def gradient_step(learner, key):
-        params, target_params, opt_state = learner
-        sample_key, loss_key = jax.random.split(key)
-        batch = make_buffer(config).sample(state.buffer, sample_key).experience
-        gradients, parts = jax.grad(sac_loss, has_aux=True)(params, target_params, config, batch, loss_key)
+    def gradient_step(state, _):
+        key, sample_key, loss_key = jax.random.split(state.key, 3)
+        batch = make_replay(config).sample(state.buffer, sample_key).experience
+        gradients, parts = jax.grad(sac_loss, has_aux=True)(state.params, state.target_params, network, batch, loss_key)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
-        changes, opt_state = optimizer.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, changes)
-        target_params = optax.incremental_update(params.critic, target_params, config.tau)
-        return (params, target_params, opt_state), parts
+        changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, changes)
+        target_params = optax.incremental_update(params, state.target_params, config.tau)
+        return state.replace(params=params, target_params=target_params, opt_state=opt_state, key=key), parts
 
-    key, learner_key = jax.random.split(state.key)
-    keys = jax.random.split(learner_key, config.gradient_steps)
-    learner = state.params, state.target_params, state.opt_state
-    (params, target_params, opt_state), parts = jax.lax.scan(gradient_step, learner, keys)
-
-    metrics |= jax.tree.map(jnp.mean, parts) | {"charts/learning_rate": learning_rate}
-    return state.replace(params=params, target_params=target_params, opt_state=opt_state, key=key), metrics
+    state, parts = jax.lax.scan(gradient_step, state, length=config.gradient_steps)
+    return state, metrics | jax.tree.map(jnp.mean, parts) | {"charts/learning_rate": learning_rate}
 
 
 @partial(jax.jit, static_argnames="env", donate_argnames="state")
@@ -301,17 +286,15 @@ def train_chunk(state, env, num_updates):
 # --- Init, warmup, train, evaluate -----------------------------------------------------------------------------------
 def init(config: Config, key) -> State:
     """A fresh state, from one typed key or from an array of them: one per seed."""
-    env, optimizer = config.make_env(), make_optimizer(config)
+    env, network, optimizer = config.make_env(), ActorCritic(config), make_optimizer(config)
 
     def init_seed(key):
-        key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
+        key, network_key, reset_key = jax.random.split(key, 3)
         obs, env_state = jax.vmap(env.reset)(jax.random.split(reset_key, config.num_envs))
-        action = jnp.zeros((config.num_envs, *env.action_space.shape))
-        actor, critic = Actor(config).init(actor_key, obs), Critic(config).init(critic_key, obs, action)
-        params = Params(actor, critic, jnp.log(config.alpha))
-        transition = Transition(obs[0], action[0], jnp.float32(0.0), obs[0], jnp.bool(False))
-        buffer, opt_state = make_buffer(config).init(transition), optimizer.init(params)
-        return State(params, critic, opt_state, env_state, obs, buffer, key, jnp.int32(0), config)
+        params = network.init(network_key, obs)
+        transition = Transition(obs[0], jnp.zeros(env.action_space.shape), jnp.float32(0.0), obs[0], jnp.bool(False))
+        buffer, opt_state = make_replay(config).init(transition), optimizer.init(params)
+        return State(params, params, opt_state, env_state, obs, buffer, key, jnp.int32(0), config)
 
     return jax.jit(vmap_seeds(init_seed))(key.reshape(-1))
 
@@ -350,12 +333,12 @@ def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
 @partial(jax.jit, static_argnames=("env", "episodes", "play"))
 def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
     """Play `episodes` greedy episodes per seed, in environments of their own; returns and lengths are (S, episodes)."""
-    config, actor = state.config, Actor(state.config)
+    config, network = state.config, ActorCritic(state.config)
 
     def evaluate_seed(state):
         def policy(carry, obs, *_):
-            mean, log_std = actor.apply(state.params.actor, obs)
-            return carry, squash(mean, mean, log_std, env.action_space)[0]
+            policy, _ = network.apply(state.params, obs)
+            return carry, squashed_normal(0.0, policy, env.action_space)[0]
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
         return play(env, policy, lambda _: (), key, config.num_eval_envs, episodes)
