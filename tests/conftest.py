@@ -62,6 +62,18 @@ def steering_task(terminal_every: int = 7) -> envs.Task:
     return dataclasses.replace(task, step=step, action_space=envs.Box(-3.0, 2.0, (2,)))
 
 
+def picture_task() -> envs.Task:
+    """Images of bytes; episodes of 5 steps."""
+
+    def reset(key):
+        return jax.random.randint(key, (8, 8, 3), 0, 256).astype(jnp.uint8), jnp.int32(0)
+
+    def step(key, time, action):
+        return reset(key)[0], time + 1, 1.0, False, time + 1 >= 5
+
+    return envs.Task(reset, step, envs.Box(0, 255, (8, 8, 3), np.uint8), envs.Discrete(3), 5)
+
+
 def coin_task() -> envs.Task:
     """Episodes of 1 or 9 steps, equally likely, with return equal to length: a biased evaluation shows."""
 
@@ -102,6 +114,7 @@ def probe_task(delay=0, obs_matters=True, action_matters=True, continuous=False)
 
 
 TASKS = {"Constant": constant_task, "Counting": counting_task, "Steering": steering_task, "Coin": coin_task}
+TASKS |= {"Picture": picture_task}
 TASKS |= {"Probe": probe_task}
 
 
