@@ -32,7 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiment import check_options, did_you_mean
+import experiment
+from experiment import did_you_mean
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Spaces
@@ -94,6 +95,7 @@ class EnvState(NamedTuple):
     task: Any  # the library's own state
     time: jax.Array  # () int32, steps since the episode began
     episode_return: jax.Array  # () float32, rewards since the episode began
+    statistics: Any = ()  # what `Normalized` keeps, across episodes
 
 
 class Environment:
@@ -143,13 +145,17 @@ class Environment:
             "episode_return": state.episode_return,
             "episode_length": state.time,
         }
-        first_obs, first_state = self.reset(reset_key)
+        first_obs, first_state = Environment.reset(self, reset_key)
         obs = jnp.where(done, first_obs, final_obs)
         state = jax.tree.map(lambda first, next: jnp.where(done, first, next), first_state, state)
         return obs, state, reward, terminated, truncated, info
 
+    def frozen(self, env_state):
+        """The environment to evaluate in; see `Normalized.frozen`."""
+        return self
+
     def _cast_obs(self, obs):
-        space = self.observation_space
+        space = self._task.observation_space
         return strong(jnp.asarray(obs).astype(space.dtype).reshape(space.shape))
 
     def _cast_state(self, task_state):
@@ -165,6 +171,108 @@ class Environment:
 def strong(x):
     """x without jax's weak type."""
     return jax.lax.convert_element_type(x, x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Normalisation
+
+
+class Moments(NamedTuple):
+    """Running mean and variance of everything seen (Chan et al. 1979), with the prior of gymnasium's RunningMeanStd."""
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array  # () float32; where it is too large to be counted up, new values keep the weight they had then
+
+    @classmethod
+    def init(cls, shape):
+        return cls(jnp.zeros(shape), jnp.ones(shape), jnp.float32(1e-4))
+
+    def update(self, x):
+        """Take in x of this environment, or of all that are vmapped with axis_name="envs"."""
+        try:
+            number, mean = jax.lax.psum(1, "envs"), jax.lax.pmean(x, "envs")
+            var = jax.lax.pmean((x - mean) ** 2, "envs")
+        except NameError:  # there is no such axis
+            number, mean, var = 1, x, jnp.zeros_like(x)
+        count = self.count + number
+        weight, change = number / count, mean - self.mean
+        var = self.var + weight * (var - self.var + (1.0 - weight) * change**2)
+        return Moments(self.mean + weight * change, var, count)
+
+
+class Statistics(NamedTuple):
+    """What normalisation knows; None stands for what is not normalised."""
+
+    obs: Moments | None  # of every observation returned
+    returns: Moments | None  # of the discounted return so far, at every step
+    discounted: jax.Array  # () float32, the discounted return so far of this episode
+
+
+class Normalized(Environment):
+    """An environment whose observations, rewards or both have a variance of about 1.
+
+      observation: (obs - mean) / sqrt(var + 1e-8), of all observations returned so far, this one included;
+      reward: reward / sqrt(var + 1e-8) of the discounted return so far, g <- gamma * g + reward;
+    both clipped to +-10, as by CleanRL and Engstrom et al. 2020, arXiv 2005.12729.
+
+    The statistics are part of the state and outlive episodes. Environments under `jax.vmap(env.step, axis_name="envs")`
+    (the same for env.reset) share theirs; without that name each has its own. `info["final_obs"]` is normalised with
+    the statistics of that step but, as the one observation that is never acted upon, does not count towards them.
+    `info["episode_return"]` is that of the task. This is what gymnasium's NormalizeObservation and NormalizeReward for
+    vectors do, but that the latter restarts g one step early at a termination, and not at all at a truncation.
+    """
+
+    def __init__(self, id, task, observations: bool, rewards: bool, gamma: float, statistics: Statistics | None = None):
+        super().__init__(id, task)
+        self._observations, self._rewards, self._gamma, self._fixed = observations, rewards, gamma, statistics
+        if observations:
+            if task.observation_space.dtype == np.uint8:
+                raise ValueError(f"normalize_obs is not for images, which {id} has: the networks divide them by 255")
+            self.observation_space = Box(-10.0, 10.0, task.observation_space.shape)
+
+    def reset(self, key):
+        obs, state = super().reset(key)
+        shape, discounted = self.observation_space.shape, jnp.float32(0.0)
+        moments = (Moments.init(shape) if self._observations else None), (Moments.init(()) if self._rewards else None)
+        statistics = self._fixed or self._see(Statistics(*moments, discounted), obs)
+        return self._normalize(obs, statistics), state._replace(statistics=() if self._fixed else statistics)
+
+    def step(self, key, state, action):
+        statistics = state.statistics
+        obs, state, reward, terminated, truncated, info = super().step(key, state._replace(statistics=()), action)
+        if self._fixed:
+            statistics = self._fixed
+        else:
+            statistics = self._see(statistics, obs)
+            discounted = self._gamma * statistics.discounted + reward
+            returns = statistics.returns.update(discounted) if self._rewards else None
+            discounted = jnp.where(info["episode_done"], 0.0, discounted)
+            statistics = Statistics(statistics.obs, returns, discounted)
+            state = state._replace(statistics=statistics)
+        if self._rewards:
+            reward = jnp.clip(reward / jnp.sqrt(statistics.returns.var + 1e-8), -10.0, 10.0)
+        info |= {"final_obs": self._normalize(info["final_obs"], statistics)}
+        return self._normalize(obs, statistics), state, reward, terminated, truncated, info
+
+    def frozen(self, env_state):
+        """The environment to evaluate in: it normalises with the statistics of `env_state` and leaves them as they are.
+
+        Its rewards are scaled too, as a policy with memory may read them; `info["episode_return"]` is the raw return.
+
+        Args:
+          env_state: states of vmapped environments, (N, ...), of which the mean is taken: they share their statistics.
+        """
+        statistics = jax.tree.map(lambda x: x.mean(axis=0), env_state.statistics)
+        return Normalized(self.id, self._task, self._observations, self._rewards, self._gamma, statistics)
+
+    def _see(self, statistics, obs):
+        return statistics._replace(obs=statistics.obs.update(obs)) if self._observations else statistics
+
+    def _normalize(self, obs, statistics):
+        if not self._observations:
+            return obs
+        return jnp.clip((obs - statistics.obs.mean) / jnp.sqrt(statistics.obs.var + 1e-8), -10.0, 10.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,6 +548,15 @@ NAMESPACES: dict[str, tuple[Callable[[], list[str]], Callable[..., Task]]] = {
 }
 
 
+# options of every environment, and their defaults
+COMMON_OPTIONS = {"normalize_obs": False, "normalize_reward": False, "reward_gamma": 0.99}
+
+
+def check_options(owner: str, options: dict, defaults: dict) -> None:
+    """`experiment.check_options`, whose answer to an unknown option also names those that every environment has."""
+    experiment.check_options(owner, options, defaults | COMMON_OPTIONS)
+
+
 def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment:
     """The environment `namespace::id`.
 
@@ -448,7 +565,9 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
     Args:
       id: namespace and the library's own id, e.g. "gymnax::CartPole-v1".
       mask: entries of the observation to hide, see `mask_observation`.
-      **options: parameters of the task, e.g. memory_length=10 for gymnax::MemoryChain-bsuite.
+      **options: parameters of the task, e.g. memory_length=10 for gymnax::MemoryChain-bsuite, and for every task
+        normalize_obs, normalize_reward: running normalisation, see `Normalized`;
+        reward_gamma: discount per step of the return that normalize_reward looks at.
 
     Raises:
       ValueError: unknown namespace, id, mask or option; names what is valid and what is nearest.
@@ -470,5 +589,16 @@ def _make(id, mask, options):
     if env_id not in ids():
         hint = did_you_mean(env_id, {known: f"{namespace}::{known}" for known in ids()})
         raise ValueError(f"unknown environment {id!r}{hint}; valid ids of {namespace}: {', '.join(ids())}")
-    task = make_task(env_id, **dict(options))
-    return Environment(id, mask_observation(id, task, mask) if mask else task)
+    own = {name: value for name, value in options if name not in COMMON_OPTIONS}
+    given = {name: value for name, value in options if name in COMMON_OPTIONS}
+    check_options(id, given, {})
+    common = COMMON_OPTIONS | given
+    if not 0 <= common["reward_gamma"] <= 1:
+        raise ValueError(f"option reward_gamma of {id} must be between 0 and 1, got {common['reward_gamma']}")
+    task = make_task(env_id, **own)
+    if mask:
+        task = mask_observation(id, task, mask)
+    observations, rewards = common["normalize_obs"], common["normalize_reward"]
+    if observations or rewards:
+        return Normalized(id, task, observations, rewards, common["reward_gamma"])
+    return Environment(id, task)

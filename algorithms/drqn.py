@@ -233,13 +233,14 @@ def td_loss(params, target_params, network, config, sample):
 def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
     config, network = state.config, QNetwork(state.config)
+    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
         carry, q_values = network.apply(state.params, state.carry, state.inputs, state.start, method="step")
         action = epsilon_greedy(action_key, q_values, epsilon(state.updates, config))
         step_keys = jax.random.split(step_key, config.num_envs)
-        obs, env_state, reward, terminated, _, info = jax.vmap(env.step)(step_keys, state.env_state, action)
+        obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         ending = info["final_obs"], terminated, info["episode_done"]
         transition = Transition(state.inputs, state.start, action, reward, *ending)
         inputs, start = Inputs(obs, action, reward), info["episode_done"]
@@ -307,7 +308,7 @@ def init(config: Config, key) -> State:
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset)(jax.random.split(reset_key, config.num_envs))
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
         inputs = Inputs(obs, jnp.zeros(config.num_envs, jnp.int32), jnp.zeros(config.num_envs))
         carry, start = network.initialize_carry(config.num_envs), jnp.ones(config.num_envs, bool)
         params = network.init(network_key, carry, inputs, start, method="step")
@@ -360,7 +361,7 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
             return carry, q_values.argmax(axis=-1)
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env, policy, network.initialize_carry, key, config.num_eval_envs, episodes)
+        return play(env.frozen(state.env_state), policy, network.initialize_carry, key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 

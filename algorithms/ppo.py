@@ -202,13 +202,14 @@ def ppo_loss(params, network, config, batch, advantage, returns):
 def rollout(state, env):
     """T steps of N environments: the state after them, and transitions (T, N, ...)."""
     config, network = state.config, ActorCritic(state.config)
+    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
         logits, value = network.apply(state.params, state.obs)
         action = jax.random.categorical(action_key, logits)
         step_keys = jax.random.split(step_key, config.num_envs)
-        obs, env_state, reward, terminated, _, info = jax.vmap(env.step)(step_keys, state.env_state, action)
+        obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         _, next_value = network.apply(state.params, info["final_obs"])
         log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits, action)  # log pi(action)
         ending = terminated, info["episode_done"], info["episode_return"], info["episode_length"]
@@ -279,7 +280,7 @@ def init(config: Config, key) -> State:
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset)(jax.random.split(reset_key, config.num_envs))
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
         params = network.init(network_key, obs)
         return State(params, optimizer.init(params), env_state, obs, key, jnp.int32(0), config)
 
@@ -320,7 +321,7 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
             return carry, logits.argmax(axis=-1)
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env, policy, lambda _: (), key, config.num_eval_envs, episodes)
+        return play(env.frozen(state.env_state), policy, lambda _: (), key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 

@@ -240,13 +240,14 @@ def ppo_loss(params, network, config, carry, batch, advantage, returns):
 def rollout(state, env):
     """T steps of N environments: the state after them, and transitions (T, N, ...)."""
     config, network = state.config, ActorCritic(state.config)
+    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
         carry, logits, value = network.apply(state.params, state.carry, state.inputs, state.start, method="step")
         action = jax.random.categorical(action_key, logits)
         step_keys = jax.random.split(step_key, config.num_envs)
-        obs, env_state, reward, terminated, _, info = jax.vmap(env.step)(step_keys, state.env_state, action)
+        obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         # The true next observation continues the episode: read by the memory that has just read this one, no start.
         next_inputs, no_start = Inputs(info["final_obs"], action, reward), jnp.zeros_like(state.start)
         *_, next_value = network.apply(state.params, carry, next_inputs, no_start, method="step")
@@ -321,7 +322,7 @@ def init(config: Config, key) -> State:
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset)(jax.random.split(reset_key, config.num_envs))
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
         inputs = Inputs(obs, jnp.zeros(config.num_envs, jnp.int32), jnp.zeros(config.num_envs))
         carry, start = network.initialize_carry(config.num_envs), jnp.ones(config.num_envs, bool)
         params = network.init(network_key, carry, inputs, start, method="step")
@@ -364,7 +365,7 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
             return carry, logits.argmax(axis=-1)
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env, policy, network.initialize_carry, key, config.num_eval_envs, episodes)
+        return play(env.frozen(state.env_state), policy, network.initialize_carry, key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 

@@ -10,10 +10,9 @@ minibatches of L_Q + L_pi + L_alpha, each of which trains its own parameters onl
 Q' is the target network, a copy of Q that follows it slowly; the smaller of two estimates makes up for the maximum of a
 noisy one being too high (Fujimoto et al. 2018, arXiv 1802.09477). An episode that was truncated is not over: s' is then
 the observation that the time limit cut off, not the first of the next episode.
-Here s is the state of memories that have read the steps really taken in the episode so far, one of the actor and one of
-the critic, whose heads read a or b beside it (Ni et al. 2022, arXiv 2110.05038). As in R2D2 (Kapturowski et al. 2019),
-minibatches are sequences of steps with the carry that the memories had before them, which older parameters made; the
-first `burn_in` steps only bring it up to date. `diff algorithms/sac.py algorithms/rsac.py` shows what memory changes.
+Here s is the state of two memories that have read the steps taken so far: the actor's, and the critic's, whose heads
+read a or b beside it (Ni et al. 2022, arXiv 2110.05038). Minibatches are sequences, with the carry before them; their
+first `burn_in` steps bring it up to date (R2D2). `diff algorithms/sac.py algorithms/rsac.py` shows what memory changes.
 
     python algorithms/rsac.py --env gymnax::Pendulum-v1 --cell slstm
     python algorithms/rsac.py --env gymnax::Pendulum-v1 --mask velocity --cell gru
@@ -254,6 +253,7 @@ def sac_loss(params, target_params, network, sample, key):
 def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
     config, network = state.config, ActorCritic(state.config)
+    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
@@ -262,7 +262,7 @@ def rollout(state, env):
         random_action = jax.vmap(env.action_space.sample)(jax.random.split(action_key, config.num_envs))
         action = jnp.where(state.updates < config.learning_starts // config.steps_per_update, random_action, action)
         step_keys = jax.random.split(step_key, config.num_envs)
-        obs, env_state, reward, terminated, _, info = jax.vmap(env.step)(step_keys, state.env_state, action)
+        obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         ending = info["final_obs"], terminated, info["episode_done"]
         transition = Transition(state.inputs, state.start, action, reward, *ending)
         inputs, start = Inputs(obs, action, reward), info["episode_done"]
@@ -324,7 +324,7 @@ def init(config: Config, key) -> State:
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset)(jax.random.split(reset_key, config.num_envs))
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
         inputs = Inputs(obs, jnp.zeros((config.num_envs, *env.action_space.shape)), jnp.zeros(config.num_envs))
         carry, start = network.initialize_carry(config.num_envs), jnp.ones(config.num_envs, bool)
         params = network.init(network_key, carry, inputs, start)
@@ -377,7 +377,7 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
             return carry, squashed_normal(0.0, policy, env.action_space)[0]
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env, policy, network.initialize_carry, key, config.num_eval_envs, episodes)
+        return play(env.frozen(state.env_state), policy, network.initialize_carry, key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 

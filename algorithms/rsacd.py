@@ -11,10 +11,10 @@ with V'(s') = sum_b pi(b|s') * (min_i Q'_i(s', b) - alpha * log pi(b|s')): expec
 Q' is the target network, a copy of Q that follows it slowly; the smaller of two estimates makes up for the maximum of a
 noisy one being too high (Fujimoto et al. 2018, arXiv 1802.09477). An episode that was truncated is not over: s' is then
 the observation that the time limit cut off, not the first of the next episode.
-Here s is the state of memories that have read the steps really taken in the episode so far, one of the actor and one of
-the critic (Ni et al. 2022, arXiv 2110.05038). As in R2D2 (Kapturowski et al. 2019, openreview.net/forum?id=r1lyTjAqYX),
-minibatches are sequences of steps with the carry that the memories had before them, which older parameters made; the
-first `burn_in` steps only bring it up to date. `diff algorithms/sacd.py algorithms/rsacd.py` shows what memory changes.
+Here s is the state of two memories that have read the episode so far, the actor's and the critic's (Ni et al. 2022,
+arXiv 2110.05038). As in R2D2 (Kapturowski et al. 2019, openreview.net/forum?id=r1lyTjAqYX), minibatches are sequences
+of steps with the carry that the memories had before them, which older parameters made; the first `burn_in` steps only
+bring it up to date. `diff algorithms/sacd.py algorithms/rsacd.py` shows what memory changes.
 
     python algorithms/rsacd.py --env gymnax::CartPole-v1 --cell slstm
     python algorithms/rsacd.py --env gymnax::CartPole-v1 --mask velocity --cell gru
@@ -71,7 +71,7 @@ class Config(Experiment):
     sequence_length: int = 16  # L, steps of a sequence that are learned from
     burn_in: int = 8  # steps before these that bring the memory up to date
     gradient_steps: int = 4  # minibatches of an update
-    tau: float = 0.005  # how far the target network is taken to the online network after each
+    tau: float = 0.01  # how far the target network is taken to the online network after each
     alpha: float = 1.0  # weight of the entropy, to begin with if it is tuned
     autotune: bool = True  # tune alpha so that the entropy comes to its target
     target_entropy_ratio: float = 0.5  # target entropy over that of the uniform policy, log(num_actions)
@@ -246,6 +246,7 @@ def sacd_loss(params, target_params, network, sample):
 def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
     config, network = state.config, ActorCritic(state.config)
+    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
@@ -254,7 +255,7 @@ def rollout(state, env):
         random_action = jax.vmap(env.action_space.sample)(jax.random.split(action_key, config.num_envs))
         action = jnp.where(state.updates < config.learning_starts // config.steps_per_update, random_action, action)
         step_keys = jax.random.split(step_key, config.num_envs)
-        obs, env_state, reward, terminated, _, info = jax.vmap(env.step)(step_keys, state.env_state, action)
+        obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         ending = info["final_obs"], terminated, info["episode_done"]
         transition = Transition(state.inputs, state.start, action, reward, *ending)
         inputs, start = Inputs(obs, action, reward), info["episode_done"]
@@ -316,7 +317,7 @@ def init(config: Config, key) -> State:
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset)(jax.random.split(reset_key, config.num_envs))
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
         inputs = Inputs(obs, jnp.zeros(config.num_envs, jnp.int32), jnp.zeros(config.num_envs))
         carry, start = network.initialize_carry(config.num_envs), jnp.ones(config.num_envs, bool)
         params = network.init(network_key, carry, inputs, start)
@@ -369,7 +370,7 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
             return carry, logits.argmax(axis=-1)
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env, policy, network.initialize_carry, key, config.num_eval_envs, episodes)
+        return play(env.frozen(state.env_state), policy, network.initialize_carry, key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 

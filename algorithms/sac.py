@@ -224,6 +224,7 @@ def sac_loss(params, target_params, network, batch, key):
 def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
     config, network = state.config, ActorCritic(state.config)
+    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
@@ -232,7 +233,7 @@ def rollout(state, env):
         random_action = jax.vmap(env.action_space.sample)(jax.random.split(action_key, config.num_envs))
         action = jnp.where(state.updates < config.learning_starts // config.steps_per_update, random_action, action)
         step_keys = jax.random.split(step_key, config.num_envs)
-        obs, env_state, reward, terminated, _, info = jax.vmap(env.step)(step_keys, state.env_state, action)
+        obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         transition = Transition(state.obs, action, reward, info["final_obs"], terminated)
         state = state.replace(env_state=env_state, obs=obs, key=key)
         return state, (transition, info)
@@ -290,7 +291,7 @@ def init(config: Config, key) -> State:
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset)(jax.random.split(reset_key, config.num_envs))
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
         params = network.init(network_key, obs)
         transition = Transition(obs[0], jnp.zeros(env.action_space.shape), jnp.float32(0.0), obs[0], jnp.bool(False))
         buffer, opt_state = make_replay(config).init(transition), optimizer.init(params)
@@ -341,7 +342,7 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
             return carry, squashed_normal(0.0, policy, env.action_space)[0]
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env, policy, lambda _: (), key, config.num_eval_envs, episodes)
+        return play(env.frozen(state.env_state), policy, lambda _: (), key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 

@@ -60,7 +60,7 @@ class Config(Experiment):
     learning_starts: int = 1_000  # steps before the first update, to begin with a filled buffer
     batch_size: int = 256  # transitions in a minibatch
     gradient_steps: int = 1  # minibatches of an update
-    tau: float = 0.005  # how far the target network is taken to the online network after each
+    tau: float = 0.01  # how far the target network is taken to the online network after each
     alpha: float = 1.0  # weight of the entropy, to begin with if it is tuned
     autotune: bool = True  # tune alpha so that the entropy comes to its target
     target_entropy_ratio: float = 0.5  # target entropy over that of the uniform policy, log(num_actions)
@@ -211,6 +211,7 @@ def sacd_loss(params, target_params, network, batch):
 def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
     config, network = state.config, ActorCritic(state.config)
+    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
@@ -219,7 +220,7 @@ def rollout(state, env):
         random_action = jax.vmap(env.action_space.sample)(jax.random.split(action_key, config.num_envs))
         action = jnp.where(state.updates < config.learning_starts // config.steps_per_update, random_action, action)
         step_keys = jax.random.split(step_key, config.num_envs)
-        obs, env_state, reward, terminated, _, info = jax.vmap(env.step)(step_keys, state.env_state, action)
+        obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         transition = Transition(state.obs, action, reward, info["final_obs"], terminated)
         state = state.replace(env_state=env_state, obs=obs, key=key)
         return state, (transition, info)
@@ -277,7 +278,7 @@ def init(config: Config, key) -> State:
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset)(jax.random.split(reset_key, config.num_envs))
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
         params = network.init(network_key, obs)
         transition = Transition(obs[0], jnp.int32(0), jnp.float32(0.0), obs[0], jnp.bool(False))
         buffer, opt_state = make_replay(config).init(transition), optimizer.init(params)
@@ -328,7 +329,7 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
             return carry, logits.argmax(axis=-1)
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env, policy, lambda _: (), key, config.num_eval_envs, episodes)
+        return play(env.frozen(state.env_state), policy, lambda _: (), key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 

@@ -114,8 +114,7 @@ def probe_task(delay=0, obs_matters=True, action_matters=True, continuous=False)
 
 
 TASKS = {"Constant": constant_task, "Counting": counting_task, "Steering": steering_task, "Coin": coin_task}
-TASKS |= {"Picture": picture_task}
-TASKS |= {"Probe": probe_task}
+TASKS |= {"Picture": picture_task, "Probe": probe_task}
 
 
 # `make("test::Constant")` and so on, through the same door as every library.

@@ -318,3 +318,62 @@ def test_every_cell_can_be_replayed(cell):
     after, _, _ = jax.eval_shape(lambda state: drqn.train_chunk(state, env, 1), before)
     avals = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert jax.tree.structure(before) == jax.tree.structure(after) and avals(before) == avals(after)
+
+
+# --- Learning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "probe"),
+    [
+        (dqn, {"obs_matters": False, "action_matters": False, "delay": 2}),
+        (dqn, {"action_matters": False}),
+        (dqn, {}),
+        (drqn, {"action_matters": False, "delay": 2}),
+        (drqn, {"delay": 3}),
+    ],
+    ids=str,
+)
+def test_probes_are_solved(script, probe):
+    changes = {"num_steps": 4, "gradient_steps": 4, "end_e": 0.0, "gamma": 0.8, "total_steps": 10_000, "tau": 0.05}
+    config = small(script, env="test::Probe", env_kwargs=probe, learning_rate=3e-3, **changes)
+    env, state = start(config, script)
+    state = script.warmup(state, env, Logger())
+    state, _ = script.train(state, env, Logger(), config.total_steps)
+    if probe.get("action_matters", True):
+        assert (script.evaluate(state, env, 40).returns == 1.0).all()
+    delay, state, network = probe.get("delay", 0), one_seed(state), script.QNetwork(config)
+    obs = jnp.array([[-1.0, delay], [1.0, delay]])  # the first of an episode
+    if script is dqn:
+        q_values = network.apply(state.params, obs)
+    else:
+        inputs = drqn.Inputs(obs, jnp.zeros(2, int), jnp.zeros(2))
+        _, q_values = network.apply(state.params, network.initialize_carry(2), inputs, jnp.ones(2, bool), method="step")
+    sign = obs[:, 0] if probe.get("obs_matters", True) and not probe.get("action_matters", True) else 1.0
+    np.testing.assert_allclose(q_values.max(axis=-1), sign * 0.8**delay * jnp.ones(2), atol=0.1)
+
+
+def final_returns(script, **changes):
+    config = script.Config(**changes, log=())
+    env, state = start(config, script)
+    state = script.warmup(state, env, Logger())
+    state, _ = script.train(state, env, Logger(), config.total_steps - config.learning_starts)
+    return np.asarray(script.evaluate(state, env, 100).returns.mean(axis=1))
+
+
+CHAIN = {"env": "gymnax::MemoryChain-bsuite", "env_kwargs": {"memory_length": 10}, "total_steps": 200_000}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(
+    ("script", "changes", "at_least"),
+    [
+        (dqn, {}, 475),
+        (dqn, {"env": "gymnax::Acrobot-v1", "total_steps": 500_000}, -95),
+        (drqn, {"cell": "gru"} | CHAIN, 0.95),
+        (drqn, {"cell": "gru", "mask": ("velocity",), "total_steps": 500_000}, 400),
+    ],
+)
+def test_the_results_of_the_readme(script, changes, at_least):
+    assert np.median(final_returns(script, num_seeds=5, **changes)) >= at_least
