@@ -92,7 +92,7 @@ NUMERICAL_PACKAGES = ("jax", "jaxlib", "flax", "optax", "flashbax", "gymnax", "b
 
 # config fields with other bounds than "greater than 0"
 AT_LEAST_0 = ("seed", "ent_coef", "vf_coef", "bptt", "learning_starts", "burn_in")
-UP_TO_1 = ("gamma", "gae_lambda", "tau", "start_e", "end_e", "exploration_fraction")
+UP_TO_1 = ("gamma", "gae_lambda", "tau", "start_e", "end_e", "exploration_fraction", "target_entropy_ratio")
 ANY_SIGN = ("target_entropy",)
 
 

@@ -69,8 +69,8 @@ class Config(Experiment):
     sequence_length: int = 16  # L, steps of a sequence that are learned from
     burn_in: int = 8  # steps before these that bring the memory up to date
     gradient_steps: int = 4  # minibatches of an update
-    tau: float = 0.005  # how far the target network is taken to the online network after each
-    alpha: float = 1.0  # weight of the entropy, to begin with if it is tuned
+    tau: float = 0.02  # how far the target network is taken to the online network after each
+    alpha: float = 0.2  # weight of the entropy, to begin with if it is tuned
     autotune: bool = True  # tune alpha so that the entropy comes to target_entropy
     target_entropy: float = -1.0  # nats for each dimension of the action, as if its bounds were -1 and 1
 
@@ -223,7 +223,8 @@ def squashed_normal(noise, policy, space):
 def sac_loss(params, target_params, network, sample, key):
     """The loss at the top of this file over one minibatch, and its parts for the log."""
     config, space, constant = network.config, network.config.make_env().action_space, jax.lax.stop_gradient(params)
-    alpha, (carry, batch, *_) = jnp.exp(constant["params"]["log_alpha"]), sample
+    alpha = jnp.exp(constant["params"]["log_alpha"])
+    carry, batch, *_ = sample
     sequence = carry, batch.inputs, batch.start, config.burn_in
     _, actor_features, features = network.apply(params, *sequence, method="read")
     *_, target_features = network.apply(target_params, *sequence, method="read")
@@ -231,9 +232,8 @@ def sac_loss(params, target_params, network, sample, key):
     noise, is_step = jax.random.normal(key, batch.action.shape), ~batch.final[:-1]
     action, log_prob = squashed_normal(noise, network.apply(params, actor_features, method="policy"), space)
 
-    # What follows a row is the next one, so the action that is b there is b' here.
     next_q = network.apply(target_params, target_features, action, method="values").min(axis=0)
-    next_value = jax.lax.stop_gradient(next_q - alpha * log_prob)[1:]
+    next_value = jax.lax.stop_gradient(next_q - alpha * log_prob)[1:]  # b of a row is b' of the one before
     targets = batch.reward[:-1] + config.gamma * jnp.where(batch.terminated[:-1], 0.0, next_value)
     q_values = network.apply(params, features[:-1], batch.action[:-1], method="values")
     td_loss = 0.5 * ((q_values - targets) ** 2).sum(axis=0).mean(where=is_step)

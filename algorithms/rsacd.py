@@ -71,8 +71,8 @@ class Config(Experiment):
     sequence_length: int = 16  # L, steps of a sequence that are learned from
     burn_in: int = 8  # steps before these that bring the memory up to date
     gradient_steps: int = 4  # minibatches of an update
-    tau: float = 0.01  # how far the target network is taken to the online network after each
-    alpha: float = 1.0  # weight of the entropy, to begin with if it is tuned
+    tau: float = 0.02  # how far the target network is taken to the online network after each
+    alpha: float = 0.2  # weight of the entropy, to begin with if it is tuned
     autotune: bool = True  # tune alpha so that the entropy comes to its target
     target_entropy_ratio: float = 0.5  # target entropy over that of the uniform policy, log(num_actions)
 
@@ -215,7 +215,8 @@ def make_replay(config: Config):
 def sacd_loss(params, target_params, network, sample):
     """The loss at the top of this file over one minibatch, and its parts for the log."""
     config, constant = network.config, jax.lax.stop_gradient(params)
-    alpha, (carry, batch, *_) = jnp.exp(constant["params"]["log_alpha"]), sample
+    alpha = jnp.exp(constant["params"]["log_alpha"])
+    carry, batch, *_ = sample
     sequence = carry, batch.inputs, batch.start, config.burn_in
     _, actor_features, features = network.apply(params, *sequence, method="read")
     *_, target_features = network.apply(target_params, *sequence, method="read")
@@ -224,7 +225,6 @@ def sacd_loss(params, target_params, network, sample):
     log_policy = nn.log_softmax(network.apply(params, actor_features, method="policy"))
     policy = jnp.exp(log_policy)
 
-    # What follows a row is the next one.
     next_q = network.apply(target_params, target_features, method="values").min(axis=0)
     next_value = jax.lax.stop_gradient(policy * (next_q - alpha * log_policy)).sum(axis=-1)[1:]
     targets = batch.reward[:-1] + config.gamma * jnp.where(batch.terminated[:-1], 0.0, next_value)

@@ -60,7 +60,7 @@ class Config(Experiment):
     batch_size: int = 256  # transitions in a minibatch
     gradient_steps: int = 1  # minibatches of an update
     tau: float = 0.005  # how far the target network is taken to the online network after each
-    alpha: float = 1.0  # weight of the entropy, to begin with if it is tuned
+    alpha: float = 0.2  # weight of the entropy, to begin with if it is tuned
     autotune: bool = True  # tune alpha so that the entropy comes to target_entropy
     target_entropy: float = -1.0  # nats for each dimension of the action, as if its bounds were -1 and 1
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "learning"
 CARTPOLE, ACROBOT = "--env gymnax::CartPole-v1", "--env gymnax::Acrobot-v1"
 MASKED = f"{CARTPOLE} --mask velocity"
+PENDULUM = "--env gymnax::Pendulum-v1"
 CHAIN = "--env gymnax::MemoryChain-bsuite --env-kwargs memory_length 10 --total-steps 200_000"
 
 RESULTS = {  # panel of the figure: {label: command}
@@ -40,10 +41,23 @@ RESULTS = {  # panel of the figure: {label: command}
         "RPPO, no memory": f"rppo.py {CHAIN} --cell none --no-prev-action",
         "RPPO, GRU": f"rppo.py {CHAIN} --cell gru",
         "RPPO, sLSTM": f"rppo.py {CHAIN} --cell slstm",
+        "RSACD, GRU": f"rsacd.py {CHAIN} --cell gru",
     },
     "Acrobot-v1": {"PPO": f"ppo.py {ACROBOT}"},
+    "Pendulum-v1": {
+        "SAC": f"sac.py {PENDULUM}",
+        "SAC, velocity hidden": f"sac.py {PENDULUM} --mask velocity",
+        "RSAC, GRU, velocity hidden": f"rsac.py {PENDULUM} --mask velocity --cell gru",
+    },
+    "CartPole-v1, discrete SAC": {
+        "SACD": f"sacd.py {CARTPOLE}",
+        "SACD, velocities hidden": f"sacd.py {MASKED}",
+        "RSACD, GRU, velocities hidden": f"rsacd.py {MASKED} --cell gru",
+    },
 }
 COLORS = {"PPO": "C7", "RPPO, no memory": "C7", "RPPO, GRU": "C0", "RPPO, LSTM": "C2", "RPPO, sLSTM": "C1"}
+COLORS |= {"SAC": "C7", "SAC, velocity hidden": "C3", "RSAC, GRU, velocity hidden": "C0", "RSACD, GRU": "C4"}
+COLORS |= {"SACD": "C7", "SACD, velocities hidden": "C3", "RSACD, GRU, velocities hidden": "C0"}
 
 
 # every memory; hidden size 64 in one torso, so that all of them are done in an hour or two
@@ -104,7 +118,7 @@ def draw(path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(RESULTS), figsize=(15, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, len(RESULTS), figsize=(3.75 * len(RESULTS), 3.4), layout="constrained")
     for axis, (title, commands) in zip(axes, RESULTS.items(), strict=True):
         for label, command in commands.items():
             steps, returns = evaluations(command)
