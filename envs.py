@@ -21,11 +21,13 @@ import contextlib
 import functools
 import importlib
 import inspect
+import io
 import os
 import sys
 import types
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import experiment
-from experiment import did_you_mean
+from experiment import UsageError, did_you_mean
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Spaces
@@ -79,6 +81,8 @@ class Task:
     step: (key, state, action) -> (obs, state, reward, terminated, truncated)
     max_steps: steps after which the task truncates by itself.
     render: state -> uint8 image (height, width, 3), on the host; None if the library cannot draw it.
+    masks: names for entries of the observation, as those of `NAMED_MASKS`.
+    costly_reset: worth a branch, so that it is computed in those steps only that end an episode.
     """
 
     reset: Callable
@@ -87,6 +91,8 @@ class Task:
     action_space: Box | Discrete
     max_steps: int
     render: Callable | None = None
+    masks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    costly_reset: bool = False
 
 
 class EnvState(NamedTuple):
@@ -145,9 +151,8 @@ class Environment:
             "episode_return": state.episode_return,
             "episode_length": state.time,
         }
-        first_obs, first_state = Environment.reset(self, reset_key)
-        obs = jnp.where(done, first_obs, final_obs)
-        state = jax.tree.map(lambda first, next: jnp.where(done, first, next), first_state, state)
+        begin = branch_where if self._task.costly_reset else where
+        obs, state = begin(done, functools.partial(Environment.reset, self), reset_key, (final_obs, state))
         return obs, state, reward, terminated, truncated, info
 
     def frozen(self, env_state):
@@ -171,6 +176,38 @@ class Environment:
 def strong(x):
     """x without jax's weak type."""
     return jax.lax.convert_element_type(x, x.dtype)
+
+
+def where(condition, function, key, otherwise):
+    """function(key) where the condition holds, else `otherwise`; all may have leading axes, those of the condition."""
+
+    def select(x, y):
+        return jnp.where(condition.reshape(condition.shape + (1,) * (y.ndim - condition.ndim)), x, y)
+
+    return jax.tree.map(select, function(key), otherwise)
+
+
+def branch_where(condition, function, key, otherwise):
+    """`where` that computes the function only if the condition holds, under vmap: if it does for any of the batch.
+
+    Where it does not hold, the function gets the same constant key: a task that looks can spare itself the work.
+    """
+
+    @jax.custom_batching.custom_vmap  # a plain cond would become a select, which computes both branches
+    def branch(condition, key, otherwise):
+        keys = jnp.where(condition, key, jnp.zeros_like(key))
+        return jax.lax.cond(condition.any(), lambda: where(condition, function, keys, otherwise), lambda: otherwise)
+
+    @branch.def_vmap
+    def _(size, is_batched, *args):
+        def batched(x, is_batched):
+            return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+
+        condition, key, otherwise = jax.tree.map(batched, args, tuple(is_batched))
+        result = branch_where(condition, jax.vmap(function), key, otherwise)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return branch(condition, key, otherwise)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,12 +440,13 @@ def mask_observation(env_id: str, task: Task, mask: tuple[str, ...]) -> Task:
     """Hide entries of a vector observation: the task that is left has them removed.
 
     Args:
-      mask: what to hide, indices ("0", "3") or a name of `NAMED_MASKS[env_id]` ("velocity" hides the velocities).
+      mask: what to hide, indices ("0", "3") or a name that `NAMED_MASKS[env_id]` or the task has for some ("velocity"
+        hides the velocities).
     """
     space = task.observation_space
     if len(space.shape) != 1:
         raise ValueError(f"mask hides entries of vector observations; {env_id} has observations of shape {space.shape}")
-    size, names = space.shape[0], NAMED_MASKS.get(env_id, {})
+    size, names = space.shape[0], NAMED_MASKS.get(env_id, {}) | task.masks
     hidden: set[int] = set()
     for entry in map(str, mask):
         if entry in names:
@@ -540,11 +578,268 @@ def gymnax_renderer(env_id, env, params) -> Callable | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What brax and mujoco have in common
+
+
+def import_library(module: str, env_id: str, install: str):
+    """The module, silently; its absence is explained in one sentence."""
+    try:
+        with quiet():
+            return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{env_id} needs {error.name}, which is not installed: pip install {install!r}") from None
+
+
+@contextlib.contextmanager
+def quiet():
+    """No warnings of libraries, nor of MuJoCo itself, which would also append them to ./MUJOCO_LOG.TXT."""
+    import mujoco
+
+    mujoco.set_mju_user_warning(lambda message: None)
+    nowhere = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        mujoco.set_mju_user_warning(None)
+
+
+def arguments_of(constructor) -> dict:
+    """What a constructor can be given by name, and the defaults, a whole number for a float written as a float."""
+    arguments = inspect.signature(constructor).parameters.values()
+    given = {x.name: x for x in arguments if x.default is not x.empty and x.name != "default_camera_config"}
+    return {name: float(x.default) if x.annotation is float else x.default for name, x in given.items()}
+
+
+def limit_time(reset, step, max_steps):
+    """Those of a Task, from key -> (obs, state) and (state, action) -> (obs, state, reward, terminated)."""
+
+    def limited_reset(key):
+        obs, state = reset(key)
+        return obs, (state, jnp.int32(0))
+
+    def limited_step(key, state, action):
+        obs, library_state, reward, terminated = step(state[0], action)
+        time = state[1] + 1
+        return obs, (library_state, time), reward, terminated, time >= max_steps
+
+    return limited_reset, limited_step
+
+
+def take_max_steps(owner: str, options: dict, default: int) -> int:
+    max_steps = options.pop("max_steps", default)
+    if max_steps < 1:
+        raise ValueError(f"option max_steps of {owner} must be at least 1, got {max_steps}")
+    return max_steps
+
+
+def without_screen(render: Callable, owner: str) -> Callable:
+    """`render` of MuJoCo on a machine that need not have a screen; what it lacks it says in one sentence."""
+
+    def rendered(state):
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")
+        try:
+            with quiet():
+                return render(state)
+        except Exception as error:  # every way to get an OpenGL context has exceptions of its own
+            raise UsageError(
+                f"{owner} cannot be drawn here, MuJoCo gets no OpenGL context ({str(error).splitlines()[0]}); "
+                "the environment variable MUJOCO_GL chooses between egl, osmesa and glfw"
+            ) from None
+
+    return rendered
+
+
+# coordinates that the observation leaves out: the robot's place in the plane
+HIDDEN_COORDINATES = {"halfcheetah": 1, "hopper": 1, "walker2d": 1, "swimmer": 2, "ant": 2, "humanoid": 2}
+HIDDEN_COORDINATES["humanoidstandup"] = 2
+
+
+def kinematic_masks(env_id: str, env, nq: int, nv: int, cinert: int, cvel: int) -> dict[str, tuple[int, ...]]:
+    """Positions are what follows from qpos alone, velocities what follows from qvel, too; forces are neither.
+
+    Positions include sines, cosines, places of bodies, and the bodies' inertia about the centre of mass (cinert entries
+    of a humanoid); velocities those of the bodies (cvel entries). brax and Gymnasium have the same order.
+    """
+    robot = env_id.partition("-")[0].lower().replace("_", "")
+    if robot == "inverteddoublependulum":
+        kinds = "p" * 5 + "v" * 3  # cart, sines, cosines; velocities; then Gymnasium's constraint forces
+    elif robot == "reacher":
+        kinds = "p" * 6 + "v" * 2 + "p" * 3  # cosines, sines, target; velocities; from target to fingertip
+    elif robot == "pusher":
+        kinds = "p" * 7 + "v" * 7 + "p" * 9  # joints; velocities; places of fingertip, object and goal
+    else:
+        hidden = HIDDEN_COORDINATES.get(robot, 0) * getattr(env, "_exclude_current_positions_from_observation", True)
+        kinds = "p" * (nq - hidden) + "v" * nv  # then forces
+        if robot.startswith("humanoid"):
+            kinds += "p" * cinert + "v" * cvel  # then forces
+    position, velocity = (tuple(i for i, kind in enumerate(kinds) if kind == letter) for letter in "pv")
+    return {"position": position, "velocity": velocity}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# brax
+
+# all of brax but `fast`, which simulates nothing, and `swimmer`, which brax 0.14 cannot make
+BRAX = ("ant", "halfcheetah", "hopper", "humanoid", "humanoidstandup", "inverted_double_pendulum", "inverted_pendulum")
+BRAX += ("pusher", "reacher", "walker2d")
+BRAX_BACKENDS = ("generalized", "spring", "positional", "mjx")
+
+
+def brax_task(env_id: str, **options) -> Task:
+    """A brax environment without brax's wrappers; options: its arguments, of which `backend`, and max_steps.
+
+    The state is the physics' alone: what brax adds to it for its own training (metrics, info) is not read by a step.
+    """
+    owner = f"brax::{env_id}"
+    brax = import_library("brax.envs", owner, "brax")
+    check_options(owner, options, {"max_steps": 1000} | arguments_of(brax._envs[env_id]))
+    max_steps, backend = take_max_steps(owner, options, 1000), options.get("backend", BRAX_BACKENDS[0])
+    if backend not in BRAX_BACKENDS:
+        hint = did_you_mean(backend, BRAX_BACKENDS)
+        raise ValueError(f"unknown backend {backend!r} of {owner}{hint}; valid: {', '.join(BRAX_BACKENDS)}")
+    with quiet():
+        env = brax.get_environment(env_id, **options)
+
+    def reset(key):
+        state = env.reset(key)
+        return state.obs, state.pipeline_state
+
+    def step(physics, action):
+        state = env.step(brax.State(physics, obs=None, reward=jnp.float32(0), done=jnp.float32(0)), action)
+        return state.obs, state.pipeline_state, state.reward, state.done > 0.5
+
+    @functools.cache
+    def renderer():
+        import mujoco
+        from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+
+        data = mujoco.MjData(env.sys.mj_model)
+        return data, MujocoRenderer(env.sys.mj_model, data, width=480, height=480)
+
+    def render(state):
+        import mujoco
+
+        data, draw = renderer()
+        data.qpos[:] = state[0].q
+        mujoco.mj_forward(env.sys.mj_model, data)
+        return draw.render("rgb_array")
+
+    observations = jax.eval_shape(reset, jax.random.key(0))[0].shape
+    bodies = env.sys.num_links()
+    masks = kinematic_masks(env_id, env, env.sys.q_size(), env.sys.qd_size(), 10 * bodies, 6 * bodies)
+    reset, step = limit_time(reset, step, max_steps)
+    spaces = Box(-np.inf, np.inf, observations), Box(-1.0, 1.0, (env.action_size,))
+    return Task(reset, step, *spaces, max_steps, without_screen(render, owner), masks, costly_reset=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mujoco
+
+# of MuJoCo Playground those of the DeepMind Control Suite; the others download their robots
+_CONTROL_SUITE = """
+    AcrobotSwingup AcrobotSwingupSparse BallInCup CartpoleBalance CartpoleBalanceSparse CartpoleSwingup
+    CartpoleSwingupSparse CheetahRun FingerSpin FingerTurnEasy FingerTurnHard FishSwim HopperHop HopperStand
+    HumanoidStand HumanoidWalk HumanoidRun PendulumSwingup PointMass ReacherEasy ReacherHard SwimmerSwimmer6
+    WalkerRun WalkerStand WalkerWalk
+"""
+PLAYGROUND = _CONTROL_SUITE.split()
+
+
+def mujoco_ids() -> list[str]:
+    """Gymnasium's that run with today's MuJoCo, then those of MuJoCo Playground."""
+    import gymnasium
+
+    specs = gymnasium.registry.values()
+    ours = [spec for spec in specs if str(spec.entry_point).startswith("gymnasium.envs.mujoco.")]
+    return [spec.id for spec in ours if spec.version >= 4 and spec.id != "Pusher-v4"] + PLAYGROUND
+
+
+def mujoco_task(env_id: str, **options) -> Task:
+    """A MuJoCo environment of Gymnasium, simulated on the host; options are its arguments and max_steps.
+
+    One callback steps all environments of a vmap: a pure function of states, see `host_mujoco`.
+    """
+    owner = f"mujoco::{env_id}"
+    if env_id in PLAYGROUND:
+        return playground_task(env_id, **options)
+    gymnasium = import_library("gymnasium", owner, "gymnasium[mujoco]")
+    import_library("mujoco.batch", owner, "mujoco>=4")
+    from host_mujoco import HostMujoco
+
+    spec = gymnasium.spec(env_id)
+    arguments = arguments_of(gymnasium.envs.registration.load_env_creator(spec.entry_point))
+    check_options(owner, options, {"max_steps": spec.max_episode_steps} | arguments)
+    max_steps = take_max_steps(owner, options, spec.max_episode_steps)
+    try:
+        with quiet():
+            host = HostMujoco(gymnasium.make(env_id, render_mode="rgb_array", **options))
+    except Exception as error:  # whatever Gymnasium and MuJoCo think of the values
+        raise ValueError(f"{owner} cannot be made with {options}: {error}") from None
+    env = host.env
+    observation_space = Box(-np.inf, np.inf, env.observation_space.shape)
+    low, high = env.action_space.low, env.action_space.high
+    obs = jax.ShapeDtypeStruct(observation_space.shape, jnp.float32)
+    physics = jax.ShapeDtypeStruct((host.state_size,), jnp.uint32)
+
+    def reset(key):
+        seed = jax.random.bits(key, dtype=jnp.uint32)
+        return jax.pure_callback(host.reset, (obs, physics), seed, vmap_method="broadcast_all")
+
+    def step(state, action):
+        given = jnp.concatenate([state, jax.lax.bitcast_convert_type(action, jnp.uint32)])
+        results = jax.ShapeDtypeStruct((host.state_size + obs.shape[0] + 2,), jnp.uint32)
+        results = jax.pure_callback(host.step, results, given, vmap_method="broadcast_all")
+        state, results = jnp.split(results, [host.state_size])
+        results = jax.lax.bitcast_convert_type(results, jnp.float32)
+        return results[:-2], state, results[-2], results[-1] > 0.5
+
+    def render(state):
+        return host.render(state[0])
+
+    entries = {"cinert": 10 * env.model.nbody, "cvel": 6 * env.model.nbody}  # of the v4 humanoids
+    entries |= getattr(env, "observation_structure", {})
+    masks = kinematic_masks(env_id, env, env.model.nq, env.model.nv, entries["cinert"], entries["cvel"])
+    masks = {name: tuple(i for i in entries if i < obs.shape[0]) for name, entries in masks.items()}
+    reset, step = limit_time(reset, step, max_steps)
+    action_space = Box(low, high, env.action_space.shape)
+    render = without_screen(render, owner)
+    return Task(reset, step, observation_space, action_space, max_steps, render, masks, costly_reset=True)
+
+
+def playground_task(env_id: str, **options) -> Task:
+    """An environment of MuJoCo Playground, in JAX; the only option is max_steps."""
+    owner = f"mujoco::{env_id}"
+    registry = import_library("mujoco_playground", owner, "playground").registry
+    default = int(registry.get_default_config(env_id).episode_length)
+    check_options(owner, options, {"max_steps": default})
+    max_steps = take_max_steps(owner, options, default)
+    with quiet():
+        env = registry.load(env_id, config_overrides={"impl": "jax"})  # the default needs an NVIDIA GPU
+
+    def reset(key):
+        state = env.reset(key)
+        return state.obs, state
+
+    def step(state, action):
+        state = env.step(state, action)
+        return state.obs, state, state.reward, state.done > 0.5
+
+    reset, step = limit_time(reset, step, max_steps)
+    spaces = Box(-np.inf, np.inf, (env.observation_size,)), Box(-1.0, 1.0, (env.action_size,))
+    return Task(reset, step, *spaces, max_steps, costly_reset=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The factory
 
 # namespace -> (its ids, (id, **options) -> Task); libraries are imported when one of their ids is asked for
 NAMESPACES: dict[str, tuple[Callable[[], list[str]], Callable[..., Task]]] = {
     "gymnax": (gymnax_ids, gymnax_task),
+    "brax": (lambda: list(BRAX), brax_task),
+    "mujoco": (mujoco_ids, mujoco_task),
 }
 
 

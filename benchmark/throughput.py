@@ -1,10 +1,11 @@
-"""Training speed of PPO and recurrent PPO against other JAX libraries: CartPole, environment steps per second.
+"""Training speed against other JAX libraries: CartPole (SAC: Pendulum), environment steps per second.
 
-    python benchmark/throughput.py --peer memorax /path/to/python --peer rejax /path/to/python
+    python benchmark/throughput.py --peer memorax PYTHON --peer rejax PYTHON --peer sbx PYTHON
 
-Every system is a process of its own (the peers in environments of their own: `pip install memorax==1.0.1 "gymnax<1"`,
-`pip install rejax==0.1.3 "gymnax<1" six`), compiles, then waits. The driver lets them train in turn, one at a time, for
-several rounds, so that a busy moment of the machine hits all alike, and reports medians. First updates are not timed.
+Every system is a process of its own (the peers with environments of their own, of which PYTHON is the interpreter:
+`pip install memorax==1.0.1 "gymnax<1"`, `pip install rejax==0.1.3 "gymnax<1" six`, `pip install torch sbx-rl==0.28.0`),
+compiles, then waits. The driver lets them train in turn, one at a time, for several rounds, so that a busy moment hits
+all alike, and reports medians. First updates are not timed.
 """
 
 import argparse
@@ -25,10 +26,12 @@ def ours(script, **fields):
     script = importlib.import_module(f"algorithms.{script}")
     config = script.Config(total_steps=10**9, **fields)
     env, state = config.make_env(), script.init(config, jax.random.key(0))
+    if hasattr(script, "fill_buffer"):
+        state = script.fill_buffer(state, env)
 
     def run(updates):
         nonlocal state
-        state, _ = jax.block_until_ready(script.train_chunk(state, env, updates))
+        state, *_ = jax.block_until_ready(script.train_chunk(state, env, updates))
         return updates * config.steps_per_update
 
     return run
@@ -39,8 +42,8 @@ def ours_recurrent(shape, shared_torso, cell="gru"):
     return ours("rppo", cell=cell, num_envs=num_envs, num_steps=num_steps, shared_torso=shared_torso)
 
 
-def ours_feedforward():
-    return ours("ppo", num_envs=32, num_steps=64, num_minibatches=16, hidden_size=64)
+def ours_feedforward(script):
+    return ours(script, num_envs=32, num_steps=64, num_minibatches=16, hidden_size=64)
 
 
 def memorax_ppo(shape, cell="gru"):
@@ -91,20 +94,15 @@ def memorax_ppo(shape, cell="gru"):
     return run
 
 
-def rejax_ppo():
+def ours_off_policy(script, num_envs, batch_size, hidden_size):
+    return ours(script, num_envs=num_envs, batch_size=batch_size, hidden_size=hidden_size, learning_starts=256)
+
+
+def rejax(algorithm, steps, **options):
     import jax
     from rejax import get_algo
 
-    agent = get_algo("ppo").create(
-        env="CartPole-v1",
-        num_envs=32,
-        num_steps=64,
-        num_epochs=4,
-        num_minibatches=16,
-        learning_rate=1e-3,
-        max_grad_norm=0.5,
-        agent_kwargs={"activation": "tanh", "hidden_layer_sizes": (64, 64)},
-    )
+    agent = get_algo(algorithm).create(**options)
     state = agent.init_state(jax.random.key(0))
 
     @jax.jit
@@ -114,8 +112,38 @@ def rejax_ppo():
     def run(updates):
         nonlocal state
         state = jax.block_until_ready(chunk(state, updates))
-        return updates * 32 * 64
+        return updates * steps
 
+    return run
+
+
+def rejax_on_policy(algorithm):
+    shape = {"env": "CartPole-v1", "num_envs": 32, "num_steps": 64, "num_epochs": 4, "num_minibatches": 16}
+    network = {"activation": "tanh" if algorithm == "ppo" else "relu", "hidden_layer_sizes": (64, 64)}
+    return rejax(algorithm, 32 * 64, **shape, learning_rate=1e-3, max_grad_norm=0.5, agent_kwargs=network)
+
+
+def rejax_dqn():
+    sizes = {"num_envs": 10, "batch_size": 128, "fill_buffer": 256, "buffer_size": 50_000, "total_timesteps": 10**9}
+    return rejax("dqn", 10, env="CartPole-v1", **sizes)
+
+
+def rejax_sac():
+    network = {"hidden_layer_sizes": (256, 256)}
+    sizes = {"num_envs": 1, "batch_size": 256, "fill_buffer": 256, "buffer_size": 50_000, "total_timesteps": 10**9}
+    return rejax("sac", 1, env="Pendulum-v1", **sizes, actor_kwargs=network, critic_kwargs=network)
+
+
+def sbx_sac():
+    from sbx import SAC
+
+    agent = SAC("MlpPolicy", "Pendulum-v1", learning_starts=256, buffer_size=50_000)  # batch 256, 256 x 2 by default
+
+    def run(updates):
+        agent.learn(max(updates, 1), reset_num_timesteps=False)
+        return updates
+
+    run(512)
     return run
 
 
@@ -127,8 +155,15 @@ SYSTEMS = {  # name: (interpreter, maker of a run function, updates per round)
     "rppo gru two torsos, 64 x 128": ("ours", lambda: ours_recurrent("large", False), 5),
     "memorax PPO gru (two torsos), 64 x 128": ("memorax", lambda: memorax_ppo("large"), 5),
     "rppo slstm shared torso, 64 x 128": ("ours", lambda: ours_recurrent("large", True, "slstm"), 3),
-    "ppo, 32 x 64, 16 minibatches": ("ours", ours_feedforward, 100),
-    "rejax PPO, 32 x 64, 16 minibatches": ("rejax", rejax_ppo, 100),
+    "ppo, 32 x 64, 16 minibatches": ("ours", lambda: ours_feedforward("ppo"), 100),
+    "rejax PPO, 32 x 64, 16 minibatches": ("rejax", lambda: rejax_on_policy("ppo"), 100),
+    "pqn, 32 x 64, 16 minibatches": ("ours", lambda: ours_feedforward("pqn"), 100),
+    "rejax PQN, 32 x 64, 16 minibatches": ("rejax", lambda: rejax_on_policy("pqn"), 100),
+    "dqn, 10 environments, batch 128": ("ours", lambda: ours_off_policy("dqn", 10, 128, 64), 10_000),
+    "rejax DQN, 10 environments, batch 128": ("rejax", rejax_dqn, 10_000),
+    "sac, 1 environment, batch 256": ("ours", lambda: ours_off_policy("sac", 1, 256, 256), 2_000),
+    "rejax SAC, 1 environment, batch 256": ("rejax", rejax_sac, 2_000),
+    "sbx SAC, 1 environment, batch 256": ("sbx", sbx_sac, 2_000),
 }
 
 

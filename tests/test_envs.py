@@ -181,7 +181,7 @@ def test_named_masks_are_positions_and_velocities():
         ("CartPole-v1", {}, r"'CartPole-v1' has no namespace \(did you mean 'gymnax::CartPole-v1'\?\)"),
         ("gymnax:CartPole-v1", {}, r"has no namespace \(did you mean 'gymnax::CartPole-v1'\?\)"),
         ("gym::CartPole-v1", {}, r"namespace 'gym' in 'gym::CartPole-v1'; this version has: gymnax"),
-        ("brax::ant", {}, r"namespace 'brax' in 'brax::ant'; this version has: gymnax"),
+        ("box2d::ant", {}, r"namespace 'box2d' in 'box2d::ant'; this version has: gymnax, brax, mujoco"),
         (
             "gymnax::Cartpole-v1",
             {},

@@ -1,0 +1,118 @@
+"""Gymnasium's MuJoCo environments as functions of a state, instead of objects that have one.
+
+Everything that a step depends on is read from the simulator after it and given back to it before the next. Physics
+runs in MuJoCo's own threads, all environments at once; then Gymnasium's class computes observations and rewards, one
+after the other. Results are those of Gymnasium, to the last bit, whatever the number of environments and threads.
+
+Functions take and return numpy arrays with any leading axes, one row per environment.
+"""
+
+import functools
+import os
+import threading
+
+import gymnasium
+import mujoco
+import numpy as np
+from mujoco.batch import Batch
+
+STATE = mujoco.mjtState.mjSTATE_INTEGRATION  # all that mj_step reads, which is also what a Batch keeps
+MAX_ROWS = 256  # simulated at once: each takes up to some MB
+
+
+class HostMujoco:
+    """`reset` and `step` of one of Gymnasium's environments, for many at a time.
+
+    A state is the integration state of MuJoCo and the places of the bodies: some rewards compare them with those before
+    the step, which MuJoCo computes on its way, a substep late. It is handed out as pairs of uint32, which JAX carries
+    as they are; float64 it would round.
+
+    Attributes:
+      env: the environment, for its spaces and its model.
+      state_size: entries of a state of one environment.
+    """
+
+    def __init__(self, env: gymnasium.Env):
+        self.env = env.unwrapped
+        self.env._step_mujoco_simulation = self._take_simulated
+        self._model, self._data = self.env.model, self.env.data
+        self._xpos, self._xipos = self._data.xpos.reshape(-1), self._data.xipos.reshape(-1)  # views
+        size = mujoco.mj_stateSize(self._model, STATE)
+        self._parts = slice(size), slice(size, size + self._xpos.size), slice(size + self._xpos.size, None)
+        self.state_size = 2 * (size + 2 * self._xpos.size)
+        self._simulated = None  # batch and row that the environment's step is about
+        self._batch = functools.cache(self._batch)
+        self._lock = threading.Lock()  # programs that run at the same time call back at the same time
+
+    def reset(self, seed):
+        """Seeds (...) -> first obs (..., *obs) float32, states (..., state_size) uint32; equal seeds cost one."""
+        seed = np.asarray(seed)
+        seeds, row_of = np.unique(seed, return_inverse=True)
+        obs = np.empty((len(seeds), *self.env.observation_space.shape), np.float32)
+        states = np.empty((len(seeds), self.state_size // 2))
+        with self._lock:
+            for row, value in enumerate(seeds):
+                obs[row] = self.env.reset(seed=int(value))[0]
+                integration, xpos, xipos = (states[row, part] for part in self._parts)
+                mujoco.mj_getState(self._model, self._data, integration, STATE)
+                xpos[:], xipos[:] = self._xpos, self._xipos
+        row_of = row_of.reshape(seed.shape)  # numpy 2.0 returns another shape than the others
+        return obs[row_of], states.view(np.uint32)[row_of]
+
+    def step(self, state_and_action):
+        """One array in, one array out: JAX takes some 30 microseconds to hand over each.
+
+        Args:
+          state_and_action: (..., state_size + actions) uint32, a state and the bits of an action in float32.
+
+        Returns:
+          (..., state_size + observations + 2) uint32: the next state, and the bits of observation, reward and
+          terminated (1.0 or 0.0) in float32.
+        """
+        given = np.asarray(state_and_action)
+        rows = given.reshape(-1, given.shape[-1])
+        before = np.ascontiguousarray(rows[:, : self.state_size]).view(np.float64)
+        action = rows[:, self.state_size :].view(np.float32)
+        after = np.empty_like(before)
+        size = self.env.observation_space.shape[0]
+        results = np.empty((len(rows), size + 2), np.float32)
+        arrays = before, action, after, results[:, :size], results[:, size], results[:, size + 1]
+        with self._lock:
+            for first in range(0, len(rows), MAX_ROWS):
+                self._step_rows(*(x[first : first + MAX_ROWS] for x in arrays))
+        result = np.concatenate([after.view(np.uint32), results.view(np.uint32)], axis=1)
+        return result.reshape(given.shape[:-1] + result.shape[1:])
+
+    def render(self, state):
+        """State (state_size,) -> image (height, width, 3) uint8; MuJoCo must find a way to draw."""
+        integration = np.asarray(state).view(np.float64)[self._parts[0]]
+        with self._lock:
+            mujoco.mj_setState(self._model, self._data, integration, STATE)
+            mujoco.mj_forward(self._model, self._data)
+            return self.env.render()
+
+    def _step_rows(self, before, action, after, obs, reward, terminated):
+        integration, xpos, xipos = (before[:, part] for part in self._parts)
+        batch = self._batch(len(before))
+        batch.state[:] = integration
+        batch.ctrl = action
+        batch.step(nstep=self.env.frame_skip)
+        results = batch.state, batch.xpos.reshape(xpos.shape), batch.xipos.reshape(xipos.shape)
+        np.concatenate(results, axis=1, out=after)
+        for row, (*now, act) in enumerate(zip(integration, xpos, xipos, action, strict=True)):
+            self._simulated = batch, row
+            mujoco.mj_setState(self._model, self._data, now[0], STATE)
+            self._xpos[:], self._xipos[:] = now[1:]
+            obs[row], reward[row], terminated[row], _, _ = self.env.step(act)
+
+    def _take_simulated(self, ctrl, n_frames):
+        """Stands in for `MujocoEnv._step_mujoco_simulation`: the physics of this step has been computed already."""
+        batch, row = self._simulated
+        batch.get_data(row, self._data)
+        mujoco.mj_rnePostConstraint(self._model, self._data)
+
+    def _batch(self, rows):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        # a thread takes longer to wake up than a few substeps of a small model
+        work = rows * self.env.frame_skip * self._model.nv
+        return Batch(self._model, rows, max(1, min(cores, rows, work // 50)), persistent=True)
