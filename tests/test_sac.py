@@ -253,7 +253,6 @@ def test_candidate_actions_are_no_history():
     executed = batch.inputs._replace(action=batch.inputs.action.at[4].add(1.0))
     executed = values(executed, batch.action) - values(batch.inputs, batch.action)
     assert (executed[:, :4] == 0).all() and (executed[:, 4:][:, :, ~batch.start[4]] != 0).any()
-    # and the loss of one noise or another moves the critic to the same values: test_every_loss_... has the gradients
 
 
 @pytest.mark.parametrize("script", [sac, sacd])
@@ -266,18 +265,20 @@ def test_the_true_next_observation_is_kept(script):
     assert seen.terminated.any() and not seen.terminated[step == 6].all()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_first_actions_are_uniform(script):
-    """Until learning starts; then they are the policy's."""
-    config, _, state, _ = filled(script, learning_starts=400)
-    experience = state.buffer.experience
-    steps = experience if script not in RECURRENT else experience.steps
-    action = np.asarray(steps.action).reshape(-1, *steps.action.shape[3 if script in RECURRENT else 2 :])[:100]
-    if script in CONTINUOUS:
-        assert action.min() < -2.8 and action.max() > 1.8 and abs(action.mean() + 0.5) < 0.5
-    else:
-        assert np.bincount(action).min() > 20
-    state, _ = script.rollout(state.replace(params=jax.tree.map(lambda x: 0 * x - 5, state.params)), config.make_env())
+@pytest.mark.parametrize("script", CONTINUOUS)
+def test_actions_are_uniform_until_learning_starts(script):
+    """Then they are those of the policy, whose first ones are near the middle of test::Steering's -3 to 2."""
+    config, _, state, _ = filled(script)
+    steps = state.buffer.experience.steps if script in RECURRENT else state.buffer.experience
+    action = np.asarray(steps.action).reshape(-1, 2)
+    action = action[(action != 0).all(axis=1)]
+    np.testing.assert_allclose(action.mean(), -0.5, atol=0.4)
+    np.testing.assert_allclose(action.std(), 5 / 12**0.5, atol=0.2)
+    after = script.rollout(state, config.make_env())[0].buffer.experience
+    after = np.asarray((after.steps if script in RECURRENT else after).action).reshape(-1, 2)
+    before = np.asarray(steps.action).reshape(-1, 2)
+    new = after[(after != before).any(axis=1)]
+    assert len(new) == config.steps_per_update and np.abs(new + 0.5).max() < 2.0
 
 
 # --- Updates ---------------------------------------------------------------------------------------------------------
@@ -308,8 +309,8 @@ def test_images_are_observations_too(script):
     assert 5 in {leaf.ndim for leaf in jax.tree.leaves(state.params)}  # a convolution's kernel, with the seed axis
 
 
-@pytest.mark.parametrize("script", RECURRENT)
 @pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("script", [rsac, pytest.param(rsacd, marks=pytest.mark.slow)])
 def test_every_cell_can_be_replayed(script, cell):
     """Traced only: the buffer takes its carry, and the update gives back a state like the one it was given."""
     config = small(script, cell=cell)
@@ -318,3 +319,63 @@ def test_every_cell_can_be_replayed(script, cell):
     after, _, _ = jax.eval_shape(lambda state: script.train_chunk(state, env, 1), before)
     avals = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert jax.tree.structure(before) == jax.tree.structure(after) and avals(before) == avals(after)
+
+
+# --- Learning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "probe"),
+    [
+        *((script, probe) for script in (sac, sacd) for probe in ({"action_matters": False}, {})),
+        *((script, probe) for script in RECURRENT for probe in ({"action_matters": False, "delay": 2}, {"delay": 2})),
+    ],
+)
+def test_probes_are_solved(script, probe):
+    changes = {"num_steps": 4, "gradient_steps": 4, "gamma": 0.8, "total_steps": 8_000, "tau": 0.05}
+    changes |= {"alpha": 0.02, "autotune": False, "learning_rate": 3e-3}
+    kwargs = probe | ({"continuous": True} if script in CONTINUOUS else {})
+    config = small(script, env="test::Probe", env_kwargs=kwargs, **changes)
+    env, state = start(config, script)
+    state = script.warmup(state, env, Logger())
+    state, _ = script.train(state, env, Logger(), config.total_steps)
+    if probe.get("action_matters", True):
+        assert script.evaluate(state, env, 40).returns.min() > 0.9
+        return
+    delay, state, network = probe.get("delay", 0), one_seed(state), script.ActorCritic(config)
+    obs = jnp.array([[-1.0, delay], [1.0, delay]])  # the first of an episode
+    args = (obs,)
+    if script in RECURRENT:
+        action = jnp.zeros((2, *env.action_space.shape), env.action_space.dtype)
+        args = network.initialize_carry(2), script.Inputs(obs, action, jnp.zeros(2)), jnp.ones(2, bool)
+    *_, values = network.apply(state.params, *args)
+    expected = 0.8**delay * obs[:, 0].reshape(1, 2, *(1,) * (values.ndim - 2))
+    np.testing.assert_allclose(values, jnp.broadcast_to(expected, values.shape), atol=0.1)
+
+
+def final_returns(script, **changes):
+    config = script.Config(**changes, log=())
+    env, state = start(config, script)
+    state = script.warmup(state, env, Logger())
+    state, _ = script.train(state, env, Logger(), config.total_steps - config.learning_starts)
+    return np.asarray(script.evaluate(state, env, 100).returns.mean(axis=1))
+
+
+CHAIN = {"env": "gymnax::MemoryChain-bsuite", "env_kwargs": {"memory_length": 10}, "total_steps": 200_000}
+MASKED = {"mask": ("velocity",)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(
+    ("script", "changes", "at_least"),
+    [
+        (sac, {}, -170),
+        (sacd, {}, 450),
+        (rsac, {"cell": "gru"} | MASKED, -250),
+        (rsacd, {"cell": "gru"} | MASKED, 200),
+        (rsacd, {"cell": "gru"} | CHAIN, 0.9),
+    ],
+)
+def test_the_results_of_the_readme(script, changes, at_least):
+    assert np.median(final_returns(script, num_seeds=3, **changes)) >= at_least

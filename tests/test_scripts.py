@@ -121,7 +121,11 @@ BAD_REPLAY = [
     (("--buffer-size", str(10**12)), "a replay buffer of buffer_size 1000000000000 takes 3"),
 ]
 BAD_ACTIONS = [
-    ("sac", ("--env", "gymnax::CartPole-v1"), "needs continuous actions with bounds, those of gymnax::CartPole-v1 are not"),
+    (
+        "sac",
+        ("--env", "gymnax::CartPole-v1"),
+        "needs continuous actions with bounds, those of gymnax::CartPole-v1 are not",
+    ),
     ("sac", ("--target-entropy", "nan"), "target_entropy must be finite, got nan"),
     ("sacd", ("--env", "gymnax::Pendulum-v1"), "needs discrete actions, those of gymnax::Pendulum-v1 are continuous"),
     ("sacd", ("--target-entropy-ratio", "2"), "target_entropy_ratio must be between 0 and 1, got 2.0"),
