@@ -13,7 +13,9 @@ A step that ends an episode already returns the first observation of the next on
 `info["final_obs"]` is always the true next observation. Between steps that do not end an episode the two are equal.
 
 Where things are: a library supplies a `Task` (no auto-reset, its own dtypes); `Environment` does casting, time limits,
-auto-reset and episode bookkeeping for all of them, once. Observation masks turn a `Task` into another `Task`.
+auto-reset and episode bookkeeping for all of them, once. Masks and the wrappers of env_wrappers.py turn a `Task` into
+another `Task`. On the command line (env_cli.py) `python envs.py` lists namespaces, `python envs.py gymnax` the ids of
+one, and `python envs.py gymnax::CartPole-v1` tries an environment with random actions.
 To add a library: write a function `(env_id, **options) -> Task` and enter it in `NAMESPACES`.
 """
 
@@ -554,12 +556,17 @@ def gymnax_task(env_id: str, **options) -> Task:
     return Task(reset, step, observation_space, action_space, int(params.max_steps_in_episode), render)
 
 
+def let_pygame_run_anywhere():
+    """It looks for a screen and a sound card otherwise."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+
+
 def gymnax_renderer(env_id, env, params) -> Callable | None:
     """Classic control as gymnasium draws it (with gymnax 1.x); grids with one colour per channel."""
 
     def render_classic_control(state):
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame looks for a screen and a sound card otherwise
-        os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+        let_pygame_run_anywhere()
         from gymnax.visualize.vis_gym import render_gym_frame
 
         return render_gym_frame(env_id, state, params)
@@ -578,16 +585,22 @@ def gymnax_renderer(env_id, env, params) -> Callable | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What brax and mujoco have in common
+# Libraries that need not be installed
 
 
-def import_library(module: str, env_id: str, install: str):
-    """The module, silently; its absence is explained in one sentence."""
+def import_silently(module: str, owner: str, package: str):
+    """The module, without what it prints and warns of; a ValueError that says how to install it if it is missing."""
+    nowhere = io.StringIO()
     try:
-        with quiet():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{env_id} needs {error.name}, which is not installed: pip install {install!r}") from None
+        raise ValueError(f"{owner} needs {error.name}, which is not installed: pip install {package!r}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What brax and mujoco have in common
 
 
 @contextlib.contextmanager
@@ -694,7 +707,7 @@ def brax_task(env_id: str, **options) -> Task:
     The state is the physics' alone: what brax adds to it for its own training (metrics, info) is not read by a step.
     """
     owner = f"brax::{env_id}"
-    brax = import_library("brax.envs", owner, "brax")
+    brax = import_silently("brax.envs", owner, "brax")
     check_options(owner, options, {"max_steps": 1000} | arguments_of(brax._envs[env_id]))
     max_steps, backend = take_max_steps(owner, options, 1000), options.get("backend", BRAX_BACKENDS[0])
     if backend not in BRAX_BACKENDS:
@@ -765,8 +778,8 @@ def mujoco_task(env_id: str, **options) -> Task:
     owner = f"mujoco::{env_id}"
     if env_id in PLAYGROUND:
         return playground_task(env_id, **options)
-    gymnasium = import_library("gymnasium", owner, "gymnasium[mujoco]")
-    import_library("mujoco.batch", owner, "mujoco>=4")
+    gymnasium = import_silently("gymnasium", owner, "gymnasium[mujoco]")
+    import_silently("mujoco.batch", owner, "mujoco>=4")
     from host_mujoco import HostMujoco
 
     spec = gymnasium.spec(env_id)
@@ -812,7 +825,7 @@ def mujoco_task(env_id: str, **options) -> Task:
 def playground_task(env_id: str, **options) -> Task:
     """An environment of MuJoCo Playground, in JAX; the only option is max_steps."""
     owner = f"mujoco::{env_id}"
-    registry = import_library("mujoco_playground", owner, "playground").registry
+    registry = import_silently("mujoco_playground", owner, "playground").registry
     default = int(registry.get_default_config(env_id).episode_length)
     check_options(owner, options, {"max_steps": default})
     max_steps = take_max_steps(owner, options, default)
@@ -833,6 +846,367 @@ def playground_task(env_id: str, **options) -> Task:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# popjaxrl
+
+
+def popjaxrl_ids() -> list[str]:
+    """The ids of popjaxrl.py."""
+    from popjaxrl import GAMES
+
+    return list(GAMES)
+
+
+def popjaxrl_task(env_id: str, **options) -> Task:
+    """A task of POPGym; they have no options."""
+    import popjaxrl
+
+    check_options(f"popjaxrl::{env_id}", options, {})
+    return popjaxrl.popjaxrl_task(env_id)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# craftax
+
+CRAFTAX = ("Craftax-Symbolic-v1", "Craftax-Pixels-v1", "Craftax-Classic-Symbolic-v1", "Craftax-Classic-Pixels-v1")
+
+
+def craftax_task(env_id: str, **options) -> Task:
+    """Craftax and Craftax-Classic; options are the numbers and flags of its environment parameters."""
+    owner = f"craftax::{env_id}"
+    import_silently("craftax.craftax_env", owner, "craftax")
+    package = "craftax_classic" if "Classic" in env_id else "craftax"
+    constants = importlib.import_module(f"craftax.{package}.constants")
+    with craftax_textures(owner, constants) if "Pixels" in env_id else contextlib.nullcontext():
+        env = sys.modules["craftax.craftax_env"].make_craftax_env_from_name(env_id, auto_reset=False)
+    params = env.default_params
+    check_options(owner, options, {name: value for name, value in vars(params).items() if not isinstance(value, tuple)})
+    params = params.replace(**options)
+    unlimited = params.replace(max_timesteps=jnp.iinfo(jnp.int32).max)
+
+    def reset(key):
+        return env.reset_env(key, params)
+
+    def step(key, state, action):
+        obs, state, reward, _, _ = env.step_env(key, state, action, params)
+        terminated = env.is_terminal(state, unlimited)  # with `params` it is true at the time limit, too
+        return obs, state, reward, terminated, state.timestep >= params.max_timesteps
+
+    @functools.cache
+    def renderer():
+        make_renderer = importlib.import_module(f"craftax.{package}.renderer").make_craftax_pixel_renderer
+        with craftax_textures(owner, constants):
+            return jax.jit(make_renderer(constants.BLOCK_PIXEL_SIZE_IMG))
+
+    def render(state):
+        return np.asarray(renderer()(state)).clip(0, 255).astype(np.uint8)
+
+    observation_space = Box(0.0, 1.0, env.observation_space(params).shape)
+    actions = Discrete(env.action_space(params).n)
+    return Task(reset, step, observation_space, actions, int(params.max_timesteps), render, costly_reset=True)
+
+
+@contextlib.contextmanager
+def craftax_textures(owner, constants):
+    """Within, craftax loads its textures: it makes them for a minute, once, and stores them in its own folder."""
+    cache = constants.TEXTURE_CACHE_FILE
+    if not os.path.exists(cache) and not os.access(os.path.dirname(cache), os.W_OK):
+        raise ValueError(
+            f"the pictures of {owner} need craftax's textures, which it makes once and writes to {cache}: "
+            f"that folder cannot be written to"
+        )
+    with contextlib.redirect_stdout(io.StringIO() if os.path.exists(cache) else sys.stderr):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# navix
+
+NAVIX_OBSERVATIONS = ("symbolic", "symbolic_first_person", "categorical", "categorical_first_person")
+NAVIX_OBSERVATIONS += ("rgb", "rgb_first_person")
+NAVIX_ENTITIES = 10  # the greatest of its EntityIds
+
+
+def import_navix():
+    """navix, without the second that its training code spends on importing what it logs and draws with."""
+    with imported_when_used("wandb", "wandb.util", "matplotlib.pyplot"):
+        return import_silently("navix", "navix", "navix")
+
+
+def navix_ids() -> list[str]:
+    """The ids of navix: of its version 0.7, which Python 3.11 gets, about half of those of version 4."""
+    return sorted(import_navix().registry())
+
+
+def navix_alias(env_id: str) -> str:
+    """FourRooms is short for Navix-FourRooms-v0."""
+    return f"navix::{env_id if env_id.startswith('Navix-') else f'Navix-{env_id}-v0'}"
+
+
+def navix_task(env_id: str, **options) -> Task:
+    """A navix grid world.
+
+    Options:
+      observation: one of NAVIX_OBSERVATIONS, by default symbolic_first_person, the 7 x 7 cells before the agent.
+        symbolic: (type, colour, state) of every cell as float32 numbers; rgb: uint8 pixels.
+        categorical: the type, one-hot; in navix -1 is a wall, 0 the floor, 100 what is not seen: first, second, last.
+      max_steps: by default that of navix 4, whatever the version: navix 0.7 would end all tasks after 100 steps.
+    """
+    owner = f"navix::{env_id}"
+    navix = import_navix()
+    library = navix.make(env_id)
+    limit = library.max_steps if hasattr(library, "disable_autoreset") else 4 * library.height * library.width
+    defaults = {"observation": "symbolic_first_person", "max_steps": int(limit)}
+    check_options(owner, options, defaults)
+    observation, max_steps = (defaults | options).values()
+    if observation not in NAVIX_OBSERVATIONS:
+        hint = did_you_mean(observation, NAVIX_OBSERVATIONS)
+        raise ValueError(f"{owner} has no observation {observation!r}{hint}; valid: {', '.join(NAVIX_OBSERVATIONS)}")
+    if max_steps < 1:
+        raise ValueError(f"option max_steps of {owner} must be at least 1, got {max_steps}")
+    env = navix.make(env_id, observation_fn=getattr(navix.observations, observation), max_steps=max_steps)
+    is_categorical, is_rgb = observation.startswith("categorical"), observation.startswith("rgb")
+
+    def observe(timestep):
+        if is_categorical:
+            return jax.nn.one_hot(jnp.minimum(timestep.observation, NAVIX_ENTITIES + 1) + 1, NAVIX_ENTITIES + 3)
+        return timestep.observation
+
+    def reset(key):
+        timestep = env.reset(key)
+        return observe(timestep), timestep.replace(observation=())
+
+    def step(key, timestep, action):
+        timestep = env._step(timestep, action)  # `step` would reset a finished episode instead
+        ends = timestep.is_termination(), timestep.is_truncation()
+        return observe(timestep), timestep.replace(observation=()), timestep.reward, *ends
+
+    draw = jax.jit(lambda timestep: navix.observations.rgb(timestep.state))
+    obs = jax.eval_shape(reset, jax.random.key(0))[0]
+    high = 255 if is_rgb else 1.0 if is_categorical else NAVIX_ENTITIES
+    space = Box(0, high, obs.shape, np.uint8 if is_rgb else np.float32)
+    actions = Discrete(len(env.action_set))
+    return Task(reset, step, space, actions, max_steps, lambda state: np.asarray(draw(state)), costly_reset=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# popgym_arcade
+
+
+def import_arcade():
+    """popgym_arcade on whichever gymnax is installed, see `gymnax_task`."""
+    with imported_when_used("seaborn", "matplotlib.pyplot"):
+        return import_silently("popgym_arcade", "popgym_arcade", "popgym-arcade")
+
+
+def arcade_ids() -> list[str]:
+    """The ids of POPGym Arcade: ten games, each Easy, Medium and Hard."""
+    return list(import_arcade().registration.REGISTERED_ENVIRONMENTS)
+
+
+def arcade_task(env_id: str, **options) -> Task:
+    """A game of POPGym Arcade.
+
+    Options:
+      partial_obs: True hides what a memory must keep; the library's default is False, but this is about memory.
+      obs_size: 128 or 256 pixels.
+    """
+    owner = f"popgym_arcade::{env_id}"
+    arcade = import_arcade()
+    defaults = {"partial_obs": True, "obs_size": 128}
+    check_options(owner, options, defaults)
+    options = defaults | options
+    if options["obs_size"] not in (128, 256):
+        raise ValueError(f"option obs_size of {owner} must be 128 or 256, got {options['obs_size']}")
+    env, params = made_compiled(lambda: arcade.make(env_id, **options))
+    if hasattr(env, "is_terminal"):
+        env.is_terminated = env.is_terminal  # its name since gymnax 1.0, where the games' step looks for it
+
+    def reset(key):
+        return env.reset_env(key, params)
+
+    def step(key, state, action):
+        obs, state, reward, done, info = env.step_env(key, state, action, params)
+        truncated = jnp.asarray(info["truncated"], bool)
+        # info["terminated"] includes the time limit in some of the games; `done` lacks it in others.
+        return obs, state, reward, jnp.asarray(done, bool) & ~truncated, truncated
+
+    takes = inspect.signature(env.get_obs).parameters.values()
+    rest = {"params": params, "key": jax.random.key(0)}  # of the noise, in some of the games
+    rest = {x.name: rest[x.name] for x in takes if x.name in rest}
+    draw = jax.jit(lambda state: env.get_obs(state, **rest))
+    space = Box(0, 255, (options["obs_size"], options["obs_size"], 3), np.uint8)
+    # Those of `params` mean nothing in several games, and AutoEncode does not count the action that confirms.
+    max_steps = int(getattr(env, "max_steps_in_episode", 0) or env.max_episode_length)
+    return Task(reset, step, space, Discrete(5), max_steps, lambda state: np.asarray(draw(state)), costly_reset=True)
+
+
+def made_compiled(make_env):
+    """What make_env() makes, (env, params), the arrays it keeps computed by one program, not operation by operation."""
+    made = []
+
+    def build():
+        made.append(make_env())
+        return {name: value for name, value in vars(made[-1][0]).items() if is_made_of_arrays(value)}
+
+    arrays = jax.jit(build)()
+    vars(made[-1][0]).update(arrays)
+    return made[-1]
+
+
+def is_made_of_arrays(value):
+    return bool(jax.tree.leaves(value)) and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gxm
+#
+# gxm 0.4 gives many libraries one interface. Its ids are understood here, but its adapters are not used: most lose the
+# final observation and the truncation, and that of Gymnasium ignores the key and steps simulators that it hides.
+
+GXM_LIBRARIES = {"Gymnax": "gymnax", "Brax": "brax", "Craftax": "craftax", "Navix": "navix"}
+
+
+def import_gymnasium():
+    """Gymnasium with the games of the Arcade Learning Environment, where they are installed."""
+    gymnasium = import_silently("gymnasium", "gxm::Gymnasium", "gymnasium")
+    with contextlib.suppress(ImportError):
+        importlib.import_module("ale_py")  # registers them
+    return gymnasium
+
+
+def gxm_ids() -> list[str]:
+    """Those of Gymnasium's ids that `gxm_task` makes; the other libraries' are in their own namespaces."""
+    toys = "gymnasium.envs.classic_control", "gymnasium.envs.toy_text"
+    specs = import_gymnasium().registry.values()
+    return [f"Gymnasium/{spec.id}" for spec in specs if is_atari(spec) or str(spec.entry_point).startswith(toys)]
+
+
+def is_atari(spec):
+    return spec.vector_entry_point == "ale_py.vector_env:AtariVectorEnv"
+
+
+def gxm_alias(env_id: str) -> str:
+    """Gymnax/CartPole-v1 is gymnax::CartPole-v1, Gymnasium/Ant-v5 is mujoco::Ant-v5."""
+    library, separator, name = env_id.partition("/")
+    if not separator or library not in GXM_LIBRARIES | {"Gymnasium": ""}:
+        valid = ", ".join([*GXM_LIBRARIES, "Gymnasium"])
+        raise ValueError(
+            f"unknown environment 'gxm::{env_id}'; write gxm::Library/id, with one of the libraries {valid}"
+        )
+    if library in GXM_LIBRARIES:
+        return full_id(f"{GXM_LIBRARIES[library]}::{name}")
+    spec = import_gymnasium().registry.get(name)
+    if spec is None or env_id in gxm_ids():
+        return f"gxm::{env_id}"
+    if str(spec.entry_point).startswith("gymnasium.envs.mujoco."):
+        return f"mujoco::{name}"
+    raise ValueError(f"gxm::{env_id} is not supported: its simulator does not let its state be read and set")
+
+
+def gxm_task(env_id: str, **options) -> Task:
+    """An environment of Gymnasium, simulated on the host, as a pure function of its state."""
+    spec = import_gymnasium().registry[env_id.partition("/")[2]]
+    return (atari_task if is_atari(spec) else pickled_task)(f"gxm::{env_id}", spec, **options)
+
+
+def atari_task(owner: str, spec, **options) -> Task:
+    """An Atari game as ale_py's vector environment prepares it, but with the stack of frames as the last axis.
+
+    Observations are the last 4 frames, (84, 84, 4) uint8. The key decides on the number of idle frames at the beginning
+    and on which frames repeat the action of the one before; the console itself is deterministic.
+
+    Options: those of the vector environment in `defaults`.
+    """
+    from host_gymnasium import Atari
+
+    defaults = {
+        "repeat_action_probability": 0.25,
+        "full_action_space": False,
+        "frameskip": 4,
+        "noop_max": 30,
+        "use_fire_reset": True,
+        "reward_clipping": True,
+        "max_num_frames_per_episode": 108_000,
+    }
+    check_options(owner, options, defaults)
+    options = defaults | options
+    for name in ("frameskip", "noop_max", "max_num_frames_per_episode"):
+        if options[name] < 1:
+            raise ValueError(f"option {name} of {owner} must be at least 1, got {options[name]}")
+    frameskip, max_frames = options["frameskip"], options["max_num_frames_per_episode"]
+    host = Atari(spec.kwargs["game"], frameskip, options["full_action_space"], max_frames)
+    first_frames, first_states = host.starts(options["noop_max"], options["use_fire_reset"])
+    space = Box(0, 255, (84, 84, 4), np.uint8)
+    shapes = (
+        jax.ShapeDtypeStruct((84, 84), jnp.uint8),
+        jax.ShapeDtypeStruct((host.state_size,), jnp.uint8),
+        jax.ShapeDtypeStruct((), jnp.float32),
+        jax.ShapeDtypeStruct((), bool),
+        jax.ShapeDtypeStruct((), bool),
+    )
+
+    def reset(key):
+        idle = jax.random.randint(key, (), 0, options["noop_max"])
+        frames = jnp.zeros(space.shape, jnp.uint8).at[..., -1].set(jnp.asarray(first_frames)[idle])
+        return frames, (jnp.asarray(first_states)[idle], frames, jnp.int32(0))
+
+    def step(key, state, action):
+        console, frames, held = state
+        sticks = jax.random.bernoulli(key, options["repeat_action_probability"], (frameskip,))
+        held_actions = []
+        for stick in sticks:
+            held = jnp.where(stick, held, action)
+            held_actions.append(held)
+        arguments = console, jnp.stack(held_actions)
+        results = jax.pure_callback(host.step, shapes, *arguments, vmap_method="broadcast_all")
+        frame, console, reward, terminated, truncated = results
+        frames = jnp.concatenate([frames[..., 1:], frame[..., None]], axis=-1)
+        reward = jnp.clip(reward, -1, 1) if options["reward_clipping"] else reward
+        return frames, (console, frames, held), reward, terminated, truncated
+
+    max_steps = -(-max_frames // frameskip)
+    return Task(reset, step, space, Discrete(host.actions), max_steps, lambda state: host.picture(state[0]))
+
+
+def pickled_task(owner: str, spec, **options) -> Task:
+    """A small environment of Gymnasium, carried as its pickle; options are those of `gymnasium.make` and its own."""
+    import gymnasium
+
+    from host_gymnasium import Pickled
+
+    constructor = gymnasium.envs.registration.load_env_creator(spec.entry_point)
+    arguments = inspect.signature(constructor).parameters.values()
+    defaults = {x.name: x.default for x in arguments if x.default is not x.empty} | spec.kwargs
+    defaults = {"max_episode_steps": spec.max_episode_steps or 1000} | defaults
+    check_options(owner, options, defaults)
+    steps = {"max_episode_steps": defaults["max_episode_steps"]}
+    env = gymnasium.make(spec, disable_env_checker=True, **{"render_mode": "rgb_array"} | steps | options)
+    host = Pickled(env)
+    obs = jax.ShapeDtypeStruct(host.space.shape, np.uint8 if host.space.dtype == np.uint8 else np.float32)
+    shapes = obs, jax.ShapeDtypeStruct((host.state_size,), jnp.uint8)
+    ends = [jax.ShapeDtypeStruct((), jnp.float32), *[jax.ShapeDtypeStruct((), bool)] * 2]
+
+    def reset(key):
+        seed = jax.random.bits(key, dtype=jnp.uint32)
+        return jax.pure_callback(host.reset, shapes, seed, vmap_method="broadcast_all")
+
+    def step(key, state, action):
+        return jax.pure_callback(host.step, (*shapes, *ends), state, action, vmap_method="broadcast_all")
+
+    low, high = host.space.low.astype(np.float32), host.space.high.astype(np.float32)
+    space, actions = Box(low, high, obs.shape, obs.dtype), env.action_space
+    discrete = hasattr(actions, "n")
+    action_space = Discrete(int(actions.n)) if discrete else Box(actions.low, actions.high, actions.shape)
+    max_steps = env.spec.max_episode_steps
+
+    def render(state):
+        let_pygame_run_anywhere()
+        return host.picture(state)
+
+    return Task(reset, step, space, action_space, max_steps, render, costly_reset=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The factory
 
 # namespace -> (its ids, (id, **options) -> Task); libraries are imported when one of their ids is asked for
@@ -840,16 +1214,26 @@ NAMESPACES: dict[str, tuple[Callable[[], list[str]], Callable[..., Task]]] = {
     "gymnax": (gymnax_ids, gymnax_task),
     "brax": (lambda: list(BRAX), brax_task),
     "mujoco": (mujoco_ids, mujoco_task),
+    "popjaxrl": (popjaxrl_ids, popjaxrl_task),
+    "craftax": (lambda: list(CRAFTAX), craftax_task),
+    "navix": (navix_ids, navix_task),
+    "popgym_arcade": (arcade_ids, arcade_task),
+    "gxm": (gxm_ids, gxm_task),
 }
+# namespace -> (id -> the full id that it is short for)
+ALIASES: dict[str, Callable[[str], str]] = {"navix": navix_alias, "gxm": gxm_alias}
 
 
-# options of every environment, and their defaults
-COMMON_OPTIONS = {"normalize_obs": False, "normalize_reward": False, "reward_gamma": 0.99}
+def common_options() -> dict:
+    """Options of every environment, and their defaults."""
+    from env_wrappers import DEFAULTS
+
+    return DEFAULTS | {"normalize_obs": False, "normalize_reward": False, "reward_gamma": 0.99}
 
 
 def check_options(owner: str, options: dict, defaults: dict) -> None:
     """`experiment.check_options`, whose answer to an unknown option also names those that every environment has."""
-    experiment.check_options(owner, options, defaults | COMMON_OPTIONS)
+    experiment.check_options(owner, options, defaults | common_options())
 
 
 def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment:
@@ -861,39 +1245,84 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
       id: namespace and the library's own id, e.g. "gymnax::CartPole-v1".
       mask: entries of the observation to hide, see `mask_observation`.
       **options: parameters of the task, e.g. memory_length=10 for gymnax::MemoryChain-bsuite, and for every task
+        sticky_actions, noise, mask_probability, flicker, delay, frame_stack, time_limit, rescale_actions: see
+          env_wrappers.py, also for the order in which they are applied;
         normalize_obs, normalize_reward: running normalisation, see `Normalized`;
         reward_gamma: discount per step of the return that normalize_reward looks at.
 
     Raises:
       ValueError: unknown namespace, id, mask or option; names what is valid and what is nearest.
     """
-    return _make(id, (mask,) if isinstance(mask, str) else tuple(mask), tuple(sorted(options.items())))
+    return _make(full_id(id), (mask,) if isinstance(mask, str) else tuple(mask), tuple(sorted(options.items())))
+
+
+def full_id(id: str) -> str:
+    """The namespace::id that `id` is short for, or `id` itself."""
+    namespace, separator, env_id = id.partition("::")
+    return ALIASES[namespace](env_id) if separator and namespace in ALIASES else id
+
+
+# Namespaces that take seconds to list their ids: asked only by name, or about what they are likely to have.
+SLOW_TO_LIST = {"navix": "MiniGrid", "popgym_arcade": "Arcade"}
+
+
+def known_ids(wanted: str, namespaces=()) -> dict[str, str]:
+    """Names that someone might have in mind, and the full ids they stand for; of all namespaces that are installed.
+
+    An id is also known without what libraries put before or after the name of a task: Catch is gymnax::Catch-bsuite.
+    """
+    known: dict[str, str] = {}
+    for namespace, (ids, _) in NAMESPACES.items():
+        if namespace not in (namespaces or NAMESPACES):
+            continue
+        if not namespaces and SLOW_TO_LIST.get(namespace, "") not in wanted:
+            continue
+        with contextlib.suppress(ImportError, ValueError):
+            for env_id in ids():
+                name = env_id.rpartition("/")[2]
+                for short in (f"{namespace}::{env_id}", env_id, name, name.rpartition("-")[0], name.partition("-")[2]):
+                    known.setdefault(short, f"{namespace}::{env_id}")
+    if "popjaxrl" in (namespaces or NAMESPACES):
+        from popjaxrl import LEVELS, POPGYM_NAMES
+
+        for theirs, ours in POPGYM_NAMES.items():
+            known |= {theirs + level: f"popjaxrl::{ours}{level}" for level in LEVELS}
+    return {name: full for name, full in known.items() if name}
 
 
 @functools.cache
 def _make(id, mask, options):
     namespace, separator, env_id = id.partition("::")
     if not separator:
-        known = [f"{name}::{known_id}" for name, (ids, _) in NAMESPACES.items() for known_id in ids()]
-        hint = did_you_mean(id, {name.partition("::")[2]: name for name in known}) or did_you_mean(id, known)
-        raise ValueError(f"environment {id!r} has no namespace{hint or ''}; write namespace::id, as in {known[0]}")
+        hint = did_you_mean(id, known_ids(id))
+        raise ValueError(f"environment {id!r} has no namespace{hint}; write namespace::id, as in gymnax::CartPole-v1")
     if namespace not in NAMESPACES:
-        valid = ", ".join(NAMESPACES)
-        raise ValueError(f"unknown environment namespace {namespace!r} in {id!r}; this version has: {valid}")
+        valid, hint = ", ".join(NAMESPACES), did_you_mean(env_id, known_ids(env_id))
+        raise ValueError(f"unknown environment namespace {namespace!r} in {id!r}{hint}; this version has: {valid}")
     ids, make_task = NAMESPACES[namespace]
     if env_id not in ids():
-        hint = did_you_mean(env_id, {known: f"{namespace}::{known}" for known in ids()})
+        hint = did_you_mean(env_id, known_ids(env_id, [namespace])) or did_you_mean(env_id, known_ids(env_id))
         raise ValueError(f"unknown environment {id!r}{hint}; valid ids of {namespace}: {', '.join(ids())}")
-    own = {name: value for name, value in options if name not in COMMON_OPTIONS}
-    given = {name: value for name, value in options if name in COMMON_OPTIONS}
+    from env_wrappers import DEFAULTS, wrap
+
+    common = common_options()
+    own = {name: value for name, value in options if name not in common}
+    given = {name: value for name, value in options if name in common}
     check_options(id, given, {})
-    common = COMMON_OPTIONS | given
+    common |= given
     if not 0 <= common["reward_gamma"] <= 1:
         raise ValueError(f"option reward_gamma of {id} must be between 0 and 1, got {common['reward_gamma']}")
     task = make_task(env_id, **own)
     if mask:
         task = mask_observation(id, task, mask)
+    task = wrap(task, id, {name: common[name] for name in DEFAULTS})
     observations, rewards = common["normalize_obs"], common["normalize_reward"]
     if observations or rewards:
         return Normalized(id, task, observations, rewards, common["reward_gamma"])
     return Environment(id, task)
+
+
+if __name__ == "__main__":
+    from env_cli import Command, main
+
+    experiment.launch(main, Command)

@@ -286,7 +286,8 @@ def provenance(script: Path) -> dict:
 
     changes = git("status", "--porcelain", "--untracked-files=no")
     here = Path(__file__).parent
-    sources = [script, here / "envs.py", *sorted((here / "memory_cells").glob("*.py"))]
+    shared = ("envs", "env_wrappers", "host_gymnasium", "host_mujoco", "popjaxrl", "replay")
+    sources = [script, *(here / f"{name}.py" for name in shared), *sorted((here / "memory_cells").glob("*.py"))]
     return {
         "id": secrets.token_hex(4),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),

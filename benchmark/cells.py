@@ -2,11 +2,14 @@
 
     python benchmark/cells.py
     python benchmark/cells.py --cells gru mlstm --steps 64 512 8192 --envs 1 256
+    python benchmark/cells.py --cells mamba --steps 512 1024 2048 4096 --repeats 0
     python benchmark/cells.py --peer memorax --peer-python /path/to/python
 
 A pass reads T steps of B environments with resets, D = H inputs; its gradient is that of the mean squared output by
 parameters and inputs. Compiling is timed for the gradient; memory is what XLA sets aside for its intermediate values.
-Milliseconds are medians of repetitions that take turns among the systems of a row's cell and sizes. The peer runs in an
+Milliseconds are medians of repetitions that take turns among the systems of a row's cell and sizes; without repetitions
+only memory and compile times are measured. Where there are several numbers of steps a second table says how memory
+grows: a line through all of them, and by how many percent of the largest it misses one at most. The peer runs in an
 environment of its own (`pip install memorax==1.0.1 "gymnax<1"`); its cells get the sizes that are the defaults of ours.
 """
 
@@ -26,7 +29,7 @@ def ours(name, impl, hidden_size, xs, starts):
     cell = make_cell(name, hidden_size, **({"impl": impl} if impl else {}))
     carry = cell.initialize_carry(None, xs.shape[1:])
     params = cell.init(jax.random.key(0), carry, xs[:2], starts[:2], method="sequence")
-    return params, lambda params, xs: cell.apply(params, carry, xs, starts, method="sequence")[1]
+    return params, lambda params, xs, starts: cell.apply(params, carry, xs, starts, method="sequence")[1]
 
 
 MEMORAX = {  # flax.linen, memorax's sequence models, H
@@ -52,9 +55,8 @@ def memorax(name, _, hidden_size, xs, starts):
     from memorax.networks import sequence_models
 
     model = MEMORAX[name](nn, sequence_models, hidden_size)
-    mask = starts.T  # it is batch-major
-    params = model.init(jax.random.key(0), xs[:2].swapaxes(0, 1), mask[:, :2])
-    return params, lambda params, xs: model.apply(params, xs.swapaxes(0, 1), mask)[1]
+    params = model.init(jax.random.key(0), xs[:2].swapaxes(0, 1), starts[:2].T)  # it is batch-major
+    return params, lambda params, xs, starts: model.apply(params, xs.swapaxes(0, 1), starts.T)[1]
 
 
 LIBRARIES = {"ours": ours, "memorax": memorax}
@@ -67,14 +69,14 @@ def compile_passes(library, name, impl, hidden_size, steps, envs):
     key = jax.random.key(0)
     xs, starts = jax.random.normal(key, (steps, envs, hidden_size)), jax.random.bernoulli(key, 0.02, (steps, envs))
     params, outputs = LIBRARIES[library](name, impl, hidden_size, xs, starts)
-    loss = lambda params, xs: (outputs(params, xs) ** 2).mean()  # noqa: E731
+    loss = lambda params, xs, starts: (outputs(params, xs, starts) ** 2).mean()  # noqa: E731
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     start = time.perf_counter()
-    gradient = gradient.lower(params, xs).compile()
+    gradient = gradient.lower(params, xs, starts).compile()
     seconds = time.perf_counter() - start
     memory = gradient.memory_analysis().temp_size_in_bytes / 2**20
-    forward = jax.jit(outputs).lower(params, xs).compile()
-    passes = [lambda run=run: jax.block_until_ready(run(params, xs)) for run in (forward, gradient)]
+    forward = jax.jit(outputs).lower(params, xs, starts).compile()
+    passes = [lambda run=run: jax.block_until_ready(run(params, xs, starts)) for run in (forward, gradient)]
     return passes, seconds, memory
 
 
@@ -127,7 +129,7 @@ def measure(workers, systems, args, steps, envs):
         if result.get("memory", 0) > 1024 * args.limit:
             result["error"] = f"over the limit of {args.limit:g} GiB"
         results.append(result | {"forward": [], "gradient": []})
-    for repeat in range(args.repeats + 1):
+    for repeat in range(args.repeats + 1 if args.repeats else 0):
         for number, (library, _, _) in enumerate(systems):
             if "error" in results[number]:
                 continue
@@ -147,17 +149,30 @@ def columns(result):
     measured = [f"{result[key]:.1f}" if key in result else "" for key in ("compile", "memory")]
     if "error" in result:
         return [result["error"], "", *measured]
-    return [f"{statistics.median(result[key]):.1f}" for key in ("forward", "gradient")] + measured
+    times = [f"{statistics.median(result[key]):.1f}" if result[key] else "" for key in ("forward", "gradient")]
+    return times + measured
+
+
+def print_growth(memory):
+    """From {(cell, impl, envs): {steps: MiB}} how memory grows with the steps."""
+    print("\n| cell | impl | B | MiB + | KiB per step and environment | off by at most % |\n" + "|---" * 6 + "|")
+    for (name, impl, envs), sizes in memory.items():
+        if len(sizes) > 1:
+            slope, constant = statistics.linear_regression(list(sizes), list(sizes.values()))
+            off = max(abs(constant + slope * steps - size) for steps, size in sizes.items()) / max(sizes.values())
+            print(f"| {name} | {impl} | {envs} | {constant:.1f} | {1024 * slope / envs:.2f} | {100 * off:.1f} |")
 
 
 def main():
     from memory_cells import CELLS
+    from memory_cells.checks import IMPLS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS, metavar="CELL")
-    parser.add_argument("--steps", nargs="+", type=int, default=[64, 1024], metavar="T")
-    parser.add_argument("--envs", nargs="+", type=int, default=[16], metavar="B")
+    parser.add_argument("--steps", "--lengths", nargs="+", type=int, default=[64, 1024], metavar="T")
+    parser.add_argument("--envs", "--batches", nargs="+", type=int, default=[16], metavar="B")
     parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--impls", nargs="+", default=IMPLS, choices=IMPLS, metavar="IMPL")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--limit", type=float, default=8.0, help="GiB; what needs more memory is compiled, but not run")
     parser.add_argument("--peer", choices=[name for name in LIBRARIES if name != "ours"])
@@ -172,16 +187,19 @@ def main():
         workers[args.peer] = Worker(args.peer_python, args.peer)
         head += [f"{args.peer}: forward ms", "forward + gradient ms", "compile s", "memory MiB", "times ours"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    memory = {}
     for steps in args.steps:
         for envs in args.envs:
             for name in args.cells:
-                impls = ("scan", "parallel") if "impl" in CELLS[name].__dataclass_fields__ else ("",)
+                impls = args.impls if "impl" in CELLS[name].__dataclass_fields__ else ("",)
                 systems = [("ours", name, impl) for impl in impls]
                 has_peer = args.peer and name in MEMORAX
                 systems += [(args.peer, name, "")] if has_peer else []
                 results = measure(workers, systems, args, steps, envs)
                 peer = results.pop() if has_peer else None
                 for impl, result in zip(impls, results, strict=True):
+                    if "memory" in result:
+                        memory.setdefault((name, impl, envs), {})[steps] = result["memory"]
                     row = [name, impl, str(steps), str(envs), *columns(result)]
                     if peer:
                         both = peer["gradient"] and result["gradient"]
@@ -190,6 +208,8 @@ def main():
                         )
                         row += [*columns(peer), f"{ratio:.2f}" if both else ""]
                     print("| " + " | ".join(row + [""] * (len(head) - len(row))) + " |", flush=True)
+    if len(args.steps) > 1:
+        print_growth(memory)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
-"""A short causal convolution over time that respects episode starts and can be continued from a carry."""
+"""A short causal convolution over time that respects episode starts and can be continued from a carry.
 
+The gradient is written by hand: jax would keep all K taps of every step in memory, and go over them once per tap.
+"""
+
+import jax
 import jax.numpy as jnp
 
 
@@ -19,14 +23,44 @@ def causal_conv(kernel, buffer, xs, starts):
     episode = jnp.cumsum(starts, axis=0)  # (T, B); 0 continues the episode that the buffer belongs to
     padded = jnp.concatenate([jnp.moveaxis(buffer, 1, 0), xs])  # (K - 1 + T, B, D)
     padded_episode = jnp.concatenate([jnp.zeros((width - 1, xs.shape[1]), episode.dtype), episode])
-
-    def same_episode(taps, tap_episode, episode):
-        return jnp.where((tap_episode == episode)[..., None], taps, 0.0)
-
-    ys = 0.0
-    for j in range(width):
-        tap = slice(j, j + steps)
-        ys += kernel[j] * same_episode(padded[tap], padded_episode[tap], episode)
+    sees = jnp.stack([padded_episode[j : j + steps] == episode for j in range(width)])
     last = slice(steps, steps + width - 1)
-    buffer = same_episode(padded[last], padded_episode[last], episode[-1])
-    return jnp.moveaxis(buffer, 0, 1), ys
+    buffer = _select(padded_episode[last] == episode[-1], padded[last])
+    return jnp.moveaxis(buffer, 0, 1), _convolve(kernel, padded, sees)
+
+
+def _select(mask, x):
+    return jnp.where(mask[..., None], x, 0.0)
+
+
+@jax.custom_vjp
+def _convolve(kernel, padded, sees):
+    """ys (T, B, D) of padded (K - 1 + T, B, D); sees (K, T, B): step t may see its tap j, padded[t + j]."""
+    steps = sees.shape[1]
+    return sum(kernel[j] * _select(sees[j], padded[j : j + steps]) for j in range(len(kernel)))
+
+
+def _forward(kernel, padded, sees):
+    return _convolve(kernel, padded, sees), (kernel, padded, sees)
+
+
+def _backward(residuals, d_ys):
+    kernel, padded, sees = residuals
+    width, steps = sees.shape[:2]
+
+    def d_tap(j):
+        return (_select(sees[j], jax.lax.dynamic_slice_in_dim(padded, j, steps)) * d_ys).sum((0, 1))
+
+    # The same convolution, backward in time: padded[s] was tap j of step s - j.
+    ends = (width - 1, width - 1)
+    d_padded = _convolve(kernel[::-1], jnp.pad(d_ys, (ends, (0, 0), (0, 0))), _taps_of_sources(sees))
+    return jax.lax.map(d_tap, jnp.arange(width)), d_padded, None
+
+
+def _taps_of_sources(sees):
+    """(K, T, B) by step -> (K, K - 1 + T, B) by source, the tap of the latest step first."""
+    width = len(sees)
+    return jnp.stack([jnp.pad(sees[j], ((j, width - 1 - j), (0, 0))) for j in reversed(range(width))])
+
+
+_convolve.defvjp(_forward, _backward)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memory_cells.masked_rnn import reset
+from memory_cells.masked_rnn import reset, split_steps
 
 CHUNK = 32  # steps at most; measured on CPU, where 16 and 64 are slower
 DELTA_CHUNK = 16  # the triangular system costs C^2 per step
@@ -93,16 +93,14 @@ def _run(step, chunk, carry, inputs, starts, impl, length):
         return carry, y[None]
     if impl == "scan":
         return jax.lax.scan(one, carry, xs)
-    num_chunks = -(-steps // length)
-    if num_chunks == 1:
+    if steps <= length:
         return many(carry, xs)
-    whole = steps - steps % num_chunks  # chunks of one length; fewer than num_chunks steps are left over
-    split = jax.tree.map(lambda a: a[:whole].reshape(num_chunks, -1, *a.shape[1:]), xs)
-    carry, ys = jax.lax.scan(jax.checkpoint(many, prevent_cse=False), carry, split)
+    chunks, rest = split_steps(xs, length)
+    carry, ys = jax.lax.scan(jax.checkpoint(many, prevent_cse=False), carry, chunks)
     ys = ys.reshape(-1, *ys.shape[2:])
-    if whole < steps:
-        carry, rest = many(carry, jax.tree.map(lambda a: a[whole:], xs))
-        ys = jnp.concatenate([ys, rest])
+    if rest is not None:
+        carry, rest_ys = many(carry, rest)
+        ys = jnp.concatenate([ys, rest_ys])
     return carry, ys
 
 
@@ -129,20 +127,17 @@ def _delta_step(state, q, k, v, beta, log_decay):
 def _delta_chunk(state, q, k, v, beta, log_decay, starts):
     """The rows u_t that the chunk adds to the memory, S' = decayed S + sum k_t u_t^T, solve a triangular system:
 
-    u_t = beta_t (v_t - w_t0 S^T k_t - sum_(s < t) w_ts (k_t . k_s) u_s),    U = written - erased S
+    u_t = beta_t (v_t - w_t0 S^T k_t - sum_(s < t) w_ts (k_t . k_s) u_s)
     """
     sees, old = _segments(starts)
     weights, since = _weights(log_decay, sees, q.dtype)
-    since = jnp.where(old, since, 0.0)
     strictly_lower = np.tri(q.shape[2], k=-1, dtype=bool)
     overlaps = jnp.where(strictly_lower, beta[..., None] * weights * (k @ _transpose(k)), 0.0)
     solve = unit_lower_inverse(overlaps) * beta[..., None, :]
-    written, erased = solve @ v, solve @ (since * k)
-    scores = weights * (q @ _transpose(k))
-    ys = scores @ written + jnp.where(old, (since * q - scores @ erased) @ state, 0.0)
-    keys = _transpose(weights[..., -1, :, None] * k)
-    kept = since[..., -1:, :] * state - keys @ (erased @ state)
-    return jnp.where(old[..., -1:, :], kept, 0.0) + keys @ written, ys
+    stored = jnp.where(old, since * (k @ state), 0.0)
+    # What is broken stays out of the product, which has zeros for it where an episode started since.
+    stored = jnp.where(jnp.isfinite(stored).all(axis=-2, keepdims=True), stored, 0.0)
+    return _attend(state, q, k, solve @ (v - stored), weights, since, old)
 
 
 def _gated_step(carry, q, k, v, log_f, log_i):

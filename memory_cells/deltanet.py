@@ -19,8 +19,9 @@ import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
 from memory_cells.chunkwise import delta_memory
+from memory_cells.dense import Dense
 from memory_cells.heads import merge_heads, split_heads
-from memory_cells.masked_rnn import SequenceCell
+from memory_cells.masked_rnn import SequenceCell, in_pieces
 from memory_cells.short_conv import ShortConv, conv_buffer
 
 
@@ -32,7 +33,7 @@ class DeltaNet(SequenceCell):
       num_heads: independent memories.
       conv_width: K, the steps that queries, keys and values see; 0 leaves the convolution out.
       beta_scale: upper limit of the write strength, 1 or 2.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
+      impl: "auto", "scan" or "parallel"; see `chunkwise.py` and `in_pieces`.
     """
 
     num_heads: int = 4
@@ -48,11 +49,11 @@ class DeltaNet(SequenceCell):
         super().__post_init__()
 
     def setup(self):
-        self.qkv = nn.Dense(3 * self.features, use_bias=False)
+        self.qkv = Dense(3 * self.features, use_bias=False)
         self.conv = ShortConv(self.conv_width, use_bias=False)
-        self.beta = nn.Dense(self.num_heads, use_bias=False)
+        self.beta = Dense(self.num_heads, use_bias=False)
         self.norm = nn.RMSNorm(epsilon=1e-5)
-        self.output = nn.Dense(self.features, use_bias=False)
+        self.output = Dense(self.features, use_bias=False)
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
@@ -60,6 +61,7 @@ class DeltaNet(SequenceCell):
         memory = jnp.zeros((*batch, self.num_heads, width, width))
         return memory, conv_buffer(self.conv_width, batch, 3 * self.features)
 
+    @in_pieces
     def sequence(self, carry, xs, starts):
         memory, buffer = carry
         buffer, qkv = self.conv(buffer, self.qkv(xs), starts)

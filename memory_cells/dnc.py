@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from memory_cells.checks import check_at_least
+from memory_cells.dense import Dense
 from memory_cells.masked_rnn import SequenceCell, reset
 
 EPSILON = 1e-6  # as in the authors' code: keeps norms differentiable at an empty slot, and usages above 0
@@ -88,13 +89,13 @@ class DNC(SequenceCell):
     def setup(self):
         size, reads, width = self.controller_size, self.num_reads, self.slot_size
         bias = {"f": nn.initializers.constant(self.forget_bias)}
-        self.inputs = {g: nn.Dense(size, bias_init=bias.get(g, nn.initializers.zeros)) for g in "ifgo"}
+        self.inputs = {g: Dense(size, bias_init=bias.get(g, nn.initializers.zeros)) for g in "ifgo"}
         shape = (size + reads * width, size)  # from the state and from what was read
         self.hidden = {g: self.param(f"hidden_{g}", nn.initializers.orthogonal(), shape) for g in "ifgo"}
         interface = (size, reads * (width + 5) + 3 * width + 3)
         self.interface_kernel = self.param("interface_kernel", nn.initializers.lecun_normal(), interface)
         self.interface_bias = self.param("interface_bias", nn.initializers.zeros, interface[1:])
-        self.output = nn.Dense(self.features)
+        self.output = Dense(self.features)
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from memory_cells.checks import check_impl
+from memory_cells.dense import Dense
 from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import SequenceCell
 
@@ -61,11 +62,11 @@ class FFM(SequenceCell):
         super().__post_init__()
 
     def setup(self):
-        self.input = nn.Dense(self.memory_size)
-        self.input_gate = nn.Dense(self.memory_size)
-        self.through = nn.Dense(self.features)
-        self.output_gate = nn.Dense(self.features)
-        self.mix = nn.Dense(self.features)
+        self.input = Dense(self.memory_size)
+        self.input_gate = Dense(self.memory_size)
+        self.through = Dense(self.features)
+        self.output_gate = Dense(self.features)
+        self.mix = Dense(self.features)
         self.normalise = nn.LayerNorm(epsilon=1e-5, use_bias=False, use_scale=False, use_fast_variance=False)
         self.a = self.param("a", self._a_init)
         self.b = self.param("b", self._b_init)

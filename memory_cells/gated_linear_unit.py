@@ -7,6 +7,8 @@ A linear recurrence alone cannot decide what to put out when; the official S5 an
 
 import flax.linen as nn
 
+from memory_cells.dense import Dense
+
 
 class GatedLinearUnit(nn.Module):
     """(..., D) -> (..., features); see the module's docstring."""
@@ -16,4 +18,4 @@ class GatedLinearUnit(nn.Module):
     @nn.compact
     def __call__(self, x):
         u = nn.gelu(x)
-        return nn.Dense(self.features, name="value")(u) * nn.sigmoid(nn.Dense(self.features, name="gate")(u))
+        return Dense(self.features, name="value")(u) * nn.sigmoid(Dense(self.features, name="gate")(u))

@@ -22,6 +22,7 @@ import numpy as np
 
 from memory_cells.band_attention import append, band_attention, newest, start_times
 from memory_cells.checks import check_at_least, check_num_heads
+from memory_cells.dense import Dense
 from memory_cells.masked_rnn import SequenceCell
 
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
@@ -69,7 +70,7 @@ class GPT2(SequenceCell):
         began = start_times(age, starts)
         xs = xs.swapaxes(0, 1)  # (B, T, D), as band attention wants it
         if xs.shape[-1] != self.features:
-            xs = nn.Dense(self.features, name="embed")(xs)
+            xs = Dense(self.features, name="embed")(xs)
         if self.positions == "learned":
             table = self.param("positions", nn.initializers.normal(0.02), (self.num_positions, self.features))
             position = (jnp.arange(len(starts)) - began).astype(jnp.int32)

@@ -12,6 +12,7 @@ Carry: h (B, H), zeros. Cost per step: 6 H (D + H) floating-point operations per
 import flax.linen as nn
 import jax.numpy as jnp
 
+from memory_cells.dense import Dense
 from memory_cells.masked_rnn import MemoryCell
 from memory_cells.recurrent_scan import recurrent_scan
 
@@ -29,9 +30,9 @@ class GRU(MemoryCell):
     learned_carry: bool = False
 
     def setup(self):
-        self.input_r = nn.Dense(self.features)
-        self.input_z = nn.Dense(self.features, bias_init=nn.initializers.constant(self.retain_bias))
-        self.input_n = nn.Dense(self.features)
+        self.input_r = Dense(self.features)
+        self.input_z = Dense(self.features, bias_init=nn.initializers.constant(self.retain_bias))
+        self.input_n = Dense(self.features)
         shape = (self.features, self.features)
         self.hidden = {name: self.param(f"hidden_{name}", nn.initializers.orthogonal(), shape) for name in "rzn"}
         self.hidden_bias = self.param("hidden_bias_n", nn.initializers.zeros, (self.features,))

@@ -29,6 +29,7 @@ import numpy as np
 
 from memory_cells.band_attention import append, band_attention, newest, start_times
 from memory_cells.checks import check_at_least, check_num_heads
+from memory_cells.dense import Dense
 from memory_cells.masked_rnn import SequenceCell
 
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
@@ -69,7 +70,7 @@ class GTrXL(SequenceCell):
         began = start_times(age, starts)
         xs = xs.swapaxes(0, 1)  # (B, T, D), as band attention wants it
         if xs.shape[-1] != self.features:
-            xs = nn.Dense(self.features, name="embed")(xs)
+            xs = Dense(self.features, name="embed")(xs)
         new_memories = []
         for index, memory in enumerate(memories):
             rows = append(memory, xs, began)
@@ -91,8 +92,8 @@ class Block(nn.Module):
         attention = RelativeAttention(self.num_heads, features // self.num_heads, name="attention")
         attended = attention(LayerNorm(name="attention_norm")(rows), began)
         xs = Gate(self.gate_bias, name="attention_gate")(xs, nn.relu(attended))
-        hidden = nn.relu(nn.Dense(self.mlp_factor * features, name="mlp_in")(LayerNorm(name="mlp_norm")(xs)))
-        return Gate(self.gate_bias, name="mlp_gate")(xs, nn.relu(nn.Dense(features, name="mlp_out")(hidden)))
+        hidden = nn.relu(Dense(self.mlp_factor * features, name="mlp_in")(LayerNorm(name="mlp_norm")(xs)))
+        return Gate(self.gate_bias, name="mlp_gate")(xs, nn.relu(Dense(features, name="mlp_out")(hidden)))
 
 
 class RelativeAttention(nn.Module):

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
 from memory_cells.chunkwise import linear_memory
+from memory_cells.dense import Dense
 from memory_cells.heads import merge_heads, split_heads
-from memory_cells.masked_rnn import SequenceCell
+from memory_cells.masked_rnn import SequenceCell, in_pieces
 from memory_cells.short_conv import ShortConv, conv_buffer
 
 
@@ -29,7 +30,7 @@ class LinearAttention(SequenceCell):
       features: H, the size of the output; a multiple of `num_heads`.
       num_heads: independent memories.
       conv_width: K, the steps that the convolution sees; 0 leaves it out: the paper's layer.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
+      impl: "auto", "scan" or "parallel"; see `chunkwise.py` and `in_pieces`.
     """
 
     num_heads: int = 4
@@ -44,8 +45,8 @@ class LinearAttention(SequenceCell):
 
     def setup(self):
         self.conv = ShortConv(self.conv_width)
-        self.qkv = nn.Dense(3 * self.features, use_bias=False)
-        self.output = nn.Dense(self.features)
+        self.qkv = Dense(3 * self.features, use_bias=False)
+        self.output = Dense(self.features)
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
@@ -54,6 +55,7 @@ class LinearAttention(SequenceCell):
             self.conv_width, batch, input_shape[-1]
         )
 
+    @in_pieces
     def sequence(self, carry, xs, starts):
         memory, buffer = carry
         buffer, us = self.conv(buffer, xs, starts)

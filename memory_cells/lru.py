@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from memory_cells.checks import check_impl
+from memory_cells.dense import Dense
 from memory_cells.gated_linear_unit import GatedLinearUnit
 from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import SequenceCell
@@ -61,7 +62,7 @@ class LRU(SequenceCell):
 
     def setup(self):
         features, states = self.features, self.state_size or self.features
-        self.embed = nn.Dense(features)
+        self.embed = Dense(features)
         self.normalise = nn.LayerNorm(use_fast_variance=False)
         self.nu = self.param("nu", log_rate_init(self.r_min, self.r_max), (states,))
         self.theta = self.param("theta", log_phase_init(self.max_phase), (states,))

@@ -13,6 +13,7 @@ operations per environment; sequences are sequential.
 import flax.linen as nn
 import jax.numpy as jnp
 
+from memory_cells.dense import Dense
 from memory_cells.masked_rnn import MemoryCell
 from memory_cells.recurrent_scan import recurrent_scan
 
@@ -30,10 +31,10 @@ class LSTM(MemoryCell):
     learned_carry: bool = False
 
     def setup(self):
-        self.input_i = nn.Dense(self.features)
-        self.input_f = nn.Dense(self.features, bias_init=nn.initializers.constant(self.forget_bias))
-        self.input_g = nn.Dense(self.features)
-        self.input_o = nn.Dense(self.features)
+        self.input_i = Dense(self.features)
+        self.input_f = Dense(self.features, bias_init=nn.initializers.constant(self.forget_bias))
+        self.input_g = Dense(self.features)
+        self.input_o = Dense(self.features)
         shape = (self.features, self.features)
         self.hidden = {name: self.param(f"hidden_{name}", nn.initializers.orthogonal(), shape) for name in "ifgo"}
         if self.learned_carry:

@@ -8,9 +8,9 @@
     y      = W_o ((h' C + D * u) * silu(g))
 
 Normalisation and residual of the block around it are left to the caller.
-Carry: h (B, I, N), zeros, and the convolution's last inputs (B, K - 1, I). Cost per step: 2 I (2 D + H + 6 N) + 2 I (2
+Carry: h (B, N, I), zeros, and the convolution's last inputs (B, K - 1, I). Cost per step: 2 I (2 D + H + 6 N) + 2 I (2
 dt_rank + K) floating-point operations per environment; sequences in chunks, each in parallel or in a loop, see
-`linear_scan.py`. The states of a whole sequence, T B I N numbers, are never kept: the gradient recomputes those of a
+`selective_scan.py`. The states of a whole sequence, T B I N numbers, are never kept: the gradient recomputes those of a
 chunk from its first.
 """
 
@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from memory_cells.checks import check_at_least, check_impl
-from memory_cells.linear_scan import linear_scan
+from memory_cells.dense import Dense
 from memory_cells.masked_rnn import SequenceCell
+from memory_cells.selective_scan import selective_scan
 from memory_cells.short_conv import ShortConv, conv_buffer
 
 
@@ -36,7 +37,7 @@ class Mamba(SequenceCell):
       dt_rank: the width of the bottleneck before the time steps; 0 takes H / 16, rounded up.
       conv_width: K, the steps the convolution sees.
       chunk_size: steps of which all states are in memory at once.
-      impl: "auto", "scan" or "parallel"; see `linear_scan`.
+      impl: "auto", "scan" or "parallel"; see `selective_scan.py`.
     """
 
     state_size: int = 16
@@ -53,11 +54,11 @@ class Mamba(SequenceCell):
 
     def setup(self):
         channels, rank = self.expand * self.features, self.dt_rank or math.ceil(self.features / 16)
-        dense = lambda size: nn.Dense(size, use_bias=False)  # noqa: E731
+        dense = lambda size: Dense(size, use_bias=False)  # noqa: E731
         self.input, self.gate = dense(channels), dense(channels)
         self.conv = ShortConv(self.conv_width)
         self.dt_in, self.write, self.read = dense(rank), dense(self.state_size), dense(self.state_size)
-        self.dt_out = nn.Dense(channels, kernel_init=uniform(rank**-0.5), bias_init=dt_bias_init)
+        self.dt_out = Dense(channels, kernel_init=uniform(rank**-0.5), bias_init=dt_bias_init)
         self.A_log = self.param("A_log", a_log_init, (channels, self.state_size))
         self.D = self.param("D", nn.initializers.ones, (channels,))
         self.output = dense(self.features)
@@ -65,48 +66,16 @@ class Mamba(SequenceCell):
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         batch, channels = input_shape[:-1], self.expand * self.features
-        return jnp.zeros((*batch, channels, self.state_size)), conv_buffer(self.conv_width, batch, channels)
+        return jnp.zeros((*batch, self.state_size, channels)), conv_buffer(self.conv_width, batch, channels)
 
     def sequence(self, carry, xs, starts):
         h, buffer = carry
-        initial, _ = self.initial_carry_like(xs)
         buffer, us = self.conv(buffer, self.input(xs), starts)
         us = nn.silu(us)
         dt = nn.softplus(self.dt_out(self.dt_in(us)))
         inputs = dt, dt * us, self.write(us), self.read(us), starts
-        h, ys = selective_scan(-jnp.exp(self.A_log), h, inputs, initial, self.chunk_size, self.impl)
+        h, ys = selective_scan(-jnp.exp(self.A_log.T), h, inputs, self.chunk_size, self.impl)
         return (h, buffer), self.output((ys + self.D * us) * nn.silu(self.gate(xs)))
-
-
-def selective_scan(A, h, inputs, initial, chunk_size, impl):
-    """h_t = exp(dt_t A) h_(t-1) + v_t B_t and y_t = h_t C_t, chunk by chunk.
-
-    Args:
-      A: (I, N), negative.
-      h: the state before the first step (B, I, N).
-      inputs: dt and v (T, B, I), B and C (T, B, N), starts (T, B).
-      initial: the state at an episode's start (B, I, N).
-      chunk_size: steps of which all states are in memory at once.
-      impl: see `linear_scan`.
-
-    Returns:
-      The state after the last step, and ys (T, B, I).
-    """
-
-    def chunk(h, inputs):
-        dt, v, write, read, starts = inputs
-        decay = jnp.exp(dt[..., None] * A)
-        hs = linear_scan(decay, v[..., None] * write[..., None, :], h, starts, initial, impl)
-        return hs[-1], jnp.einsum("tbin,tbn->tbi", hs, read)
-
-    steps = len(inputs[0])
-    if steps <= chunk_size:
-        return chunk(h, inputs)
-    # Padded with zeros: no start, and a time step of 0 leaves the state as it is.
-    pad = lambda a: jnp.pad(a, [(0, -steps % chunk_size)] + [(0, 0)] * (a.ndim - 1))  # noqa: E731
-    chunks = jax.tree.map(lambda a: pad(a).reshape(-1, chunk_size, *a.shape[1:]), inputs)
-    h, ys = jax.lax.scan(jax.checkpoint(chunk), h, chunks)
-    return h, ys.reshape(-1, *ys.shape[2:])[:steps]
 
 
 def uniform(limit):

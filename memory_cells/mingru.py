@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl
+from memory_cells.dense import Dense
 from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import SequenceCell
 from memory_cells.short_conv import ShortConv, conv_buffer
@@ -43,8 +44,8 @@ class MinGRU(SequenceCell):
 
     def setup(self):
         self.conv = ShortConv(self.conv_width)
-        self.input_z = nn.Dense(self.features, use_bias=False)
-        self.input_n = nn.Dense(self.features, use_bias=False)
+        self.input_z = Dense(self.features, use_bias=False)
+        self.input_n = Dense(self.features, use_bias=False)
         if self.learned_carry:
             h = self.param("initial_h", nn.initializers.zeros, (self.features,))
             self.initial_offset = h, 0.0 if self.conv_width else ()

@@ -20,14 +20,15 @@ which makes sequences parallel within chunks.
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
 from memory_cells.chunkwise import gated_memory
+from memory_cells.dense import Dense
 from memory_cells.heads import merge_heads, split_heads
-from memory_cells.masked_rnn import SequenceCell
+from memory_cells.masked_rnn import SequenceCell, in_pieces
 from memory_cells.short_conv import ShortConv, conv_buffer
-from memory_cells.slstm import multiply_heads
 
 BLOCK = 4  # channels that are mixed by the projections to q, k and v
 
@@ -40,7 +41,7 @@ class MLSTM(SequenceCell):
       num_heads: independent matrix memories.
       conv_width: K, the steps that queries and keys see through the convolution; 0 leaves it out.
       num_blocks: blocks of the network that this is one of; its output starts as much smaller.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
+      impl: "auto", "scan" or "parallel"; see `chunkwise.py` and `in_pieces`.
     """
 
     num_heads: int = 4
@@ -62,17 +63,17 @@ class MLSTM(SequenceCell):
     def setup(self):
         inner = self.inner
         weight_init = small_init(self.features)
-        self.up = nn.Dense(2 * inner, use_bias=False, kernel_init=weight_init)
+        self.up = Dense(2 * inner, use_bias=False, kernel_init=weight_init)
         blocks = (inner // BLOCK, BLOCK, BLOCK)
         self.kernels = {name: self.param(f"kernel_{name}", weight_init, blocks) for name in "qkv"}
         self.conv = ShortConv(self.conv_width)
         zeros = nn.initializers.zeros
-        self.input_gate = nn.Dense(self.num_heads, kernel_init=zeros, bias_init=nn.initializers.normal(0.1))
-        self.forget_gate = nn.Dense(self.num_heads, kernel_init=zeros, bias_init=spread(3.0, 6.0))
+        self.input_gate = Dense(self.num_heads, kernel_init=zeros, bias_init=nn.initializers.normal(0.1))
+        self.forget_gate = Dense(self.num_heads, kernel_init=zeros, bias_init=spread(3.0, 6.0))
         self.norm = nn.LayerNorm(epsilon=1e-5, use_bias=False, use_scale=False, use_fast_variance=False)
         self.norm_scale = self.param("norm_scale", nn.initializers.ones, (inner,))
         self.skip = self.param("skip", nn.initializers.ones, (inner,))
-        self.down = nn.Dense(self.features, use_bias=False, kernel_init=wang_init(self.features, self.num_blocks))
+        self.down = Dense(self.features, use_bias=False, kernel_init=wang_init(self.features, self.num_blocks))
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
@@ -80,18 +81,40 @@ class MLSTM(SequenceCell):
         memory = jnp.zeros((*batch, self.num_heads, width, width + 1))
         return (memory, jnp.zeros((*batch, self.num_heads))), conv_buffer(self.conv_width, batch, self.inner)
 
+    @in_pieces
     def sequence(self, carry, xs, starts):
         memory, buffer = carry
         a, z = jnp.split(self.up(xs), 2, axis=-1)
         buffer, c = self.conv(buffer, a, starts)
         c = nn.silu(c) if self.conv_width else c
-        q, k, v = (multiply_heads(self.kernels[name], inputs) for name, inputs in zip("qkv", (c, c, a), strict=True))
+        q, k, v = (multiply_blocks(self.kernels[name], inputs) for name, inputs in zip("qkv", (c, c, a), strict=True))
         gate_inputs = jnp.concatenate([q, k, v], axis=-1)
         log_i, log_f = self.input_gate(gate_inputs), nn.log_sigmoid(self.forget_gate(gate_inputs))
         q, k, v = (split_heads(x, self.num_heads) for x in (q, k, v))
         memory, hs = gated_memory(memory, q, k / k.shape[-1] ** 0.5, v, log_f, log_i, starts, self.impl)
         hs = self.norm_scale * merge_heads(self.norm(hs)) + self.skip * c
         return (memory, buffer), self.down(hs * nn.silu(z))
+
+
+@jax.custom_vjp
+def multiply_blocks(kernel, x):
+    """x (..., n * d) times the block-diagonal kernel (n, d, d), d small.
+
+    As multiplications and additions of whole arrays, also for the gradient of x: for batches of such small matrix
+    products XLA transposes everything first, which takes several times as long as the products.
+    """
+    blocks = x.reshape(-1, *kernel.shape[:2])
+    return sum(blocks[..., i : i + 1] * kernel[:, i] for i in range(kernel.shape[1])).reshape(x.shape)
+
+
+def _multiply_blocks_backward(residuals, d_ys):
+    kernel, x = residuals
+    as_blocks = lambda a: a.reshape(-1, *kernel.shape[:2])  # noqa: E731
+    d_kernel = jnp.einsum("rni,rno->nio", as_blocks(x), as_blocks(d_ys))
+    return d_kernel, multiply_blocks(kernel.swapaxes(1, 2), d_ys)
+
+
+multiply_blocks.defvjp(lambda kernel, x: (multiply_blocks(kernel, x), (kernel, x)), _multiply_blocks_backward)
 
 
 def small_init(features):

@@ -8,6 +8,7 @@ Carry: (), nothing. Give it to a recurrent script and everything but the memory 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from memory_cells.dense import Dense
 from memory_cells.masked_rnn import MemoryCell
 
 
@@ -19,7 +20,7 @@ class NoMemory(MemoryCell):
     """
 
     def setup(self):
-        self.dense = nn.Dense(self.features)
+        self.dense = Dense(self.features)
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
 from memory_cells.chunkwise import linear_memory
+from memory_cells.dense import Dense
 from memory_cells.heads import merge_heads, split_heads
-from memory_cells.masked_rnn import SequenceCell, episode_steps
+from memory_cells.masked_rnn import SequenceCell, episode_steps, in_pieces
 from memory_cells.short_conv import ShortConv, conv_buffer
 
 
@@ -30,7 +31,7 @@ class RetNet(SequenceCell):
       features: H, the size of the output; an even multiple of `num_heads`.
       num_heads: independent memories, one decay each.
       conv_width: K, the steps that the convolution sees; 0 leaves it out: the paper's layer.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
+      impl: "auto", "scan" or "parallel"; see `chunkwise.py` and `in_pieces`.
     """
 
     num_heads: int = 4
@@ -49,10 +50,10 @@ class RetNet(SequenceCell):
 
     def setup(self):
         self.conv = ShortConv(self.conv_width)
-        self.qkv = nn.Dense(3 * self.features, use_bias=False)
-        self.gate = nn.Dense(self.features, use_bias=False)
+        self.qkv = Dense(3 * self.features, use_bias=False)
+        self.gate = Dense(self.features, use_bias=False)
         self.norm = nn.LayerNorm(epsilon=1e-5, use_bias=False, use_scale=False, use_fast_variance=False)
-        self.output = nn.Dense(self.features, use_bias=False)
+        self.output = Dense(self.features, use_bias=False)
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
@@ -61,6 +62,7 @@ class RetNet(SequenceCell):
         memory = jnp.zeros((*batch, self.num_heads, width, width))
         return memory, jnp.zeros(batch), conv_buffer(self.conv_width, batch, input_shape[-1])
 
+    @in_pieces
     def sequence(self, carry, xs, starts):
         memory, count, buffer = carry
         buffer, us = self.conv(buffer, xs, starts)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from memory_cells.checks import check_impl
+from memory_cells.dense import Dense
 from memory_cells.linear_scan import linear_scan
 from memory_cells.lru import check_ring, log_phase_init, log_rate_init
 from memory_cells.masked_rnn import SequenceCell
@@ -65,8 +66,8 @@ class RTU(SequenceCell):
 
     def setup(self):
         states = self.features // 2
-        self.input_1 = nn.Dense(states, use_bias=False)
-        self.input_2 = nn.Dense(states, use_bias=False)
+        self.input_1 = Dense(states, use_bias=False)
+        self.input_2 = Dense(states, use_bias=False)
         self.nu = self.param("nu", log_rate_init(self.r_min, self.r_max), (states,))
         self.theta = self.param("theta", log_phase_init(self.max_phase), (states,))
         if self.learned_carry:

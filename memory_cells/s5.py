@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memory_cells.checks import check_impl
+from memory_cells.dense import Dense
 from memory_cells.gated_linear_unit import GatedLinearUnit
 from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import SequenceCell
@@ -67,7 +68,7 @@ class S5(SequenceCell):
 
     def setup(self):
         features, full = self.features, self.full_state_size
-        self.embed = nn.Dense(features)
+        self.embed = Dense(features)
         self.normalise = nn.LayerNorm(use_fast_variance=False)
         eigenvalues, vectors = hippo(full // self.num_blocks)
         eigenvalues = np.tile(eigenvalues, self.num_blocks)

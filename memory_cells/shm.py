@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from memory_cells.checks import check_impl
+from memory_cells.dense import Dense
 from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import SequenceCell, episode_steps, reset
 
@@ -57,10 +58,10 @@ class SHM(SequenceCell):
     def setup(self):
         size = self.memory_size
         self.norm = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False)
-        self.key, self.query, self.value, self.calibration = (nn.Dense(size, use_bias=False) for _ in range(4))
-        self.strength = nn.Dense(1, use_bias=False)
+        self.key, self.query, self.value, self.calibration = (Dense(size, use_bias=False) for _ in range(4))
+        self.strength = Dense(1, use_bias=False)
         self.theta = self.param("theta", nn.initializers.xavier_uniform(), (self.num_theta, size))
-        self.output = nn.Dense(self.features)
+        self.output = Dense(self.features)
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from memory_cells.causal_conv import causal_conv
 from memory_cells.checks import check_conv_width, check_num_heads
+from memory_cells.dense import Dense
 from memory_cells.masked_rnn import SequenceCell
 from memory_cells.recurrent_scan import recurrent_scan
 from memory_cells.short_conv import conv_buffer, uniform
@@ -96,7 +97,7 @@ class GateInputs(nn.Module):
     def __call__(self, buffer, xs, starts):
         """buffer (B, K - 1, H), xs (T, B, D), starts (T, B) -> buffer, gates i, f, z, o of (T, B, H) each."""
         if xs.shape[-1] != self.features:  # block-diagonal weights need as many inputs as features
-            xs = nn.Dense(self.features, name="embed")(xs)
+            xs = Dense(self.features, name="embed")(xs)
         convolved = xs
         if self.conv_width:
             kernel = self.param("conv_kernel", uniform(0.5), (self.conv_width, self.features))

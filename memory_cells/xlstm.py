@@ -16,6 +16,7 @@ import math
 import flax.linen as nn
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
+from memory_cells.dense import Dense
 from memory_cells.masked_rnn import SequenceCell
 from memory_cells.mlstm import MLSTM, small_init, wang_init
 from memory_cells.slstm import SLSTM
@@ -50,7 +51,7 @@ class XLSTM(SequenceCell):
         super().__post_init__()
 
     def setup(self):
-        self.embed = nn.Dense(self.features)
+        self.embed = Dense(self.features)
         self.layers = self._layers()
         self.norms = [layer_norm() for _ in self.pattern]
         inner, num_blocks = 64 * math.ceil(self.ffn_factor * self.features / 64), len(self.pattern)
@@ -96,11 +97,9 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = layer_norm(name="norm")(x)
-        gate = nn.Dense(self.inner, use_bias=False, kernel_init=small_init(self.features), name="gate")(x)
-        up = nn.Dense(self.inner, use_bias=False, kernel_init=small_init(self.features), name="up")(x)
-        down = nn.Dense(
-            self.features, use_bias=False, kernel_init=wang_init(self.features, self.num_blocks), name="down"
-        )
+        gate = Dense(self.inner, use_bias=False, kernel_init=small_init(self.features), name="gate")(x)
+        up = Dense(self.inner, use_bias=False, kernel_init=small_init(self.features), name="up")(x)
+        down = Dense(self.features, use_bias=False, kernel_init=wang_init(self.features, self.num_blocks), name="down")
         return down(nn.gelu(gate, approximate=False) * up)
 
 

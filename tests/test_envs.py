@@ -13,10 +13,11 @@ import envs
 from envs import Box, Discrete, make
 
 GYMNAX = [f"gymnax::{env_id}" for env_id in envs.gymnax_ids()]
+POPJAXRL = [f"popjaxrl::{env_id}" for env_id in envs.popjaxrl_ids()]
 FAST = [id for id in GYMNAX if "MinAtar" not in id]
 
 
-@pytest.mark.parametrize("id", GYMNAX)
+@pytest.mark.parametrize("id", GYMNAX + POPJAXRL)
 def test_conformance(id):
     """Shapes and dtypes are those of the spaces, reset and step agree in structure, and nothing is weakly typed."""
     env = make(id)
@@ -180,8 +181,20 @@ def test_named_masks_are_positions_and_velocities():
     [
         ("CartPole-v1", {}, r"'CartPole-v1' has no namespace \(did you mean 'gymnax::CartPole-v1'\?\)"),
         ("gymnax:CartPole-v1", {}, r"has no namespace \(did you mean 'gymnax::CartPole-v1'\?\)"),
-        ("gym::CartPole-v1", {}, r"namespace 'gym' in 'gym::CartPole-v1'; this version has: gymnax"),
-        ("box2d::ant", {}, r"namespace 'box2d' in 'box2d::ant'; this version has: gymnax, brax, mujoco"),
+        (
+            "gym::CartPole-v1",
+            {},
+            r"'gym' in 'gym::CartPole-v1' \(did you mean 'gymnax::CartPole-v1'\?\); .* has: gymnax",
+        ),
+        ("atari::Qbert", {}, r"namespace 'atari' in 'atari::Qbert'; this version has: gymnax"),
+        ("popjaxrl::Catch", {}, r"'popjaxrl::Catch' \(did you mean 'gymnax::Catch-bsuite'\?\); valid ids of popjaxrl"),
+        ("popgym_arcade::SpaceInvaders", {}, r"\(did you mean 'gymnax::SpaceInvaders-MinAtar'\?\)"),
+        ("RepeatFirstEasy", {}, r"\(did you mean 'popjaxrl::RepeatFirstEasy'\?\)"),
+        (
+            "popjaxrl::RepeatFirstEasy",
+            {"k": 3},
+            "popjaxrl::RepeatFirstEasy has no option 'k'; valid options: normalize",
+        ),
         (
             "gymnax::Cartpole-v1",
             {},

@@ -129,8 +129,10 @@ def test_configs_that_do_not_fit(tmp_path):
 # --- Resuming --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("stop_after", [5, 3])  # updates: between two evaluations, and at one
+@pytest.mark.parametrize(
+    ("script", "stop_after"),  # updates: between two evaluations, or at one
+    [(script, 5) for script in SCRIPTS] + [("ppo", 3), ("dqn", 3)],
+)
 def test_resuming_is_as_if_nothing_had_happened(script, stop_after, tmp_path, monkeypatch, capsys):
     """N updates + save + load + N updates equal 2 N updates bit for bit, and so do the logs."""
     module = importlib.import_module(f"algorithms.{script}")
@@ -292,8 +294,7 @@ def start(script, *args):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("script", "number"), [("ppo", signal.SIGINT), ("drqn", signal.SIGTERM)])
 def test_signals_save_first(script, number, tmp_path):
     run_dir = tmp_path / "run"
     args = (*command_line(script), "--total-steps", 100_000_000, "--run-dir", run_dir, "--log", "console", "file")

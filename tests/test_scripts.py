@@ -165,7 +165,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(script, args, message, tmp_
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_from_the_command_line(script, tmp_path):
-    """Train, evaluate, save; load, evaluate the same again, and on another environment; film an episode."""
+    """Train, evaluate, save; load, evaluate the same again and film it; on another environment; with another config."""
     run_dir = tmp_path / "run"
     args = (*command_line(script), "--total-steps", "200", "--log-every", "2", "--eval-every", "96", "--num-seeds", "2")
     result = run(script, *args, "--run-dir", str(run_dir), cwd=tmp_path)
@@ -192,6 +192,8 @@ def test_a_run_from_the_command_line(script, tmp_path):
     assert re.fullmatch(r"video of \d+ steps: agent.gif", video)
     film = Image.open(tmp_path / "agent.gif")
     assert film.size in ((300, 200), (300, 300)) and film.n_frames > 3
+    if script != "ppo":
+        return  # what follows is the same code for all
     best = run(
         script, "--evaluate", str(run_dir), "--best", "--episodes", "3", "--env-kwargs", "max_steps_in_episode", "9"
     )
