@@ -137,9 +137,9 @@ def test_alpha_goes_where_the_entropy_should(script):
     name, low, high = ("target_entropy", -20.0, 20.0) if script in CONTINUOUS else ("target_entropy_ratio", 0.01, 1.0)
     for target, autotune in ((low, True), (high, True), (high, False)):
         _, network, state, batch = filled(script, **{name: target}, autotune=autotune)
-        # Logits of an untrained policy are nearly equal: with other ones its entropy is below that of the uniform.
+        # The logits of an untrained policy are as good as equal: here they are not.
         params = jax.tree.map(lambda x: x, state.params)
-        params["params"]["actor_head"] = jax.tree.map(lambda x: 30.0 * x, params["params"]["actor_head"])
+        params["params"]["actor_head"] = jax.tree.map(lambda x: 5.0 * x, params["params"]["actor_head"])
         (gradient,) = gradient_of(script, None, params, state.target_params, network, batch)["log_alpha"]
         assert jnp.sign(gradient) == (0 if not autotune else -1 if target == high else 1)
 
@@ -159,8 +159,6 @@ def test_every_loss_trains_its_own_parameters_only(script, changes):
     for name in actor:
         assert is_zero(actor[name]) == (not name.startswith("actor")), name
         assert is_zero(critic[name]) == (not name.startswith("critic")), name
-    target = jax.jit(jax.grad(lambda target, *rest: loss_of(script)(rest[0], target, *rest[1:])), static_argnums=2)
-    assert is_zero(jax.tree.leaves(target(state.target_params, state.params, network, batch)))
 
 
 # --- Replayed sequences ----------------------------------------------------------------------------------------------
