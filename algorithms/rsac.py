@@ -68,7 +68,7 @@ class Config(Experiment):
     batch_size: int = 32  # sequences in a minibatch
     sequence_length: int = 16  # L, steps of a sequence that are learned from
     burn_in: int = 8  # steps before these that bring the memory up to date
-    gradient_steps: int = 4  # minibatches of an update
+    gradient_steps: int = 8  # minibatches of an update
     tau: float = 0.02  # how far the target network is taken to the online network after each
     alpha: float = 0.2  # weight of the entropy, to begin with if it is tuned
     autotune: bool = True  # tune alpha so that the entropy comes to target_entropy

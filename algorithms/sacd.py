@@ -53,17 +53,17 @@ class Config(Experiment):
     # Algorithm
     learning_rate: float = 1e-3  # step size of Adam
     anneal_lr: bool = True  # let the learning rate fall linearly to 0 at total_steps
-    num_envs: int = 8  # N, parallel environments
+    num_envs: int = 4  # N, parallel environments
     num_steps: int = 1  # T, steps of every environment between two updates
     gamma: float = 0.99  # discount per step
     buffer_size: int = 50_000  # transitions that are kept for replay
     learning_starts: int = 1_000  # steps before the first update, to begin with a filled buffer
-    batch_size: int = 256  # transitions in a minibatch
+    batch_size: int = 128  # transitions in a minibatch
     gradient_steps: int = 1  # minibatches of an update
     tau: float = 0.02  # how far the target network is taken to the online network after each
     alpha: float = 0.2  # weight of the entropy, to begin with if it is tuned
     autotune: bool = True  # tune alpha so that the entropy comes to its target
-    target_entropy_ratio: float = 0.5  # target entropy over that of the uniform policy, log(num_actions)
+    target_entropy_ratio: float = 0.2  # target entropy over that of the uniform policy, log(num_actions)
 
     @property
     def steps_per_update(self) -> int:

@@ -256,7 +256,7 @@ def test_candidate_actions_are_no_history():
 @pytest.mark.parametrize("script", [sac, sacd])
 def test_the_true_next_observation_is_kept(script):
     config, _, state, _ = filled(script)
-    seen = jax.tree.map(lambda x: x[0, 0, :200], state.buffer.experience)
+    seen = jax.tree.map(lambda x: x[0, :200], state.buffer.experience)
     step = np.round(7 * np.asarray(seen.obs[:, 1]))
     np.testing.assert_allclose(seen.next_obs[:, 1], (step + 1) / 7, atol=1e-6)  # 1 at the end, not the 0 of a reset
     np.testing.assert_array_equal(seen.terminated, (step == 6) & (seen.obs[:, 0] < 0.5))
