@@ -55,7 +55,7 @@ class Config(Experiment):
     num_envs: int = 1  # N, parallel environments
     num_steps: int = 1  # T, steps of every environment between two updates
     gamma: float = 0.99  # discount per step
-    buffer_size: int = 50_000  # transitions that are kept for replay
+    buffer_size: int = 100_000  # transitions that are kept for replay
     learning_starts: int = 1_000  # steps before the first update, to begin with a filled buffer
     batch_size: int = 256  # transitions in a minibatch
     gradient_steps: int = 1  # minibatches of an update
