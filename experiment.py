@@ -17,6 +17,7 @@ import importlib.metadata
 import inspect
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -91,7 +92,8 @@ NUMERICAL_PACKAGES = ("jax", "jaxlib", "flax", "optax", "flashbax", "gymnax", "b
 
 # config fields with other bounds than "greater than 0"
 AT_LEAST_0 = ("seed", "ent_coef", "vf_coef", "bptt", "learning_starts", "burn_in")
-UP_TO_1 = ("gamma", "gae_lambda", "q_lambda", "tau", "start_e", "end_e", "exploration_fraction")
+UP_TO_1 = ("gamma", "gae_lambda", "q_lambda", "tau", "start_e", "end_e", "exploration_fraction", "target_entropy_ratio")
+ANY_SIGN = ("target_entropy",)
 
 
 def did_you_mean(name: str, valid) -> str:
@@ -191,6 +193,9 @@ def check_sizes(config):
         elif field.name in UP_TO_1:
             if not 0 <= value <= 1:
                 raise ValueError(f"{field.name} must be between 0 and 1, got {value}")
+        elif field.name in ANY_SIGN:
+            if not math.isfinite(value):
+                raise ValueError(f"{field.name} must be finite, got {value}")
         elif type(value) in (int, float) and not value > 0:  # nan is not either
             raise ValueError(f"{field.name} must be greater than 0, got {value}")
     if getattr(config, "bptt", 0) and config.num_steps % config.bptt:

@@ -21,39 +21,61 @@ from memory_cells import CELLS
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "learning"
-CARTPOLE, ACROBOT = "--env gymnax::CartPole-v1", "--env gymnax::Acrobot-v1"
-MASKED = f"{CARTPOLE} --mask velocity"
-CHAIN = "--env gymnax::MemoryChain-bsuite --env-kwargs memory_length 10 --total-steps 200_000"
-PENDULUM = "--env gymnax::Pendulum-v1"
+CARTPOLE, ACROBOT, PENDULUM = (f"--env gymnax::{id}" for id in ("CartPole-v1", "Acrobot-v1", "Pendulum-v1"))
+MASK, GRU = "--mask velocity", "--mask velocity --cell gru"
+CHAIN = "--env gymnax::MemoryChain-bsuite --env-kwargs memory_length 10 --total-steps"
 
 RESULTS = {  # panel of the figure: {label: command}
     "CartPole-v1": {
         "PPO": f"ppo.py {CARTPOLE}",
         "PQN": f"pqn.py {CARTPOLE}",
+        "DQN": f"dqn.py {CARTPOLE}",
+        "SACD": f"sacd.py {CARTPOLE}",
         "RPPO, GRU": f"rppo.py {CARTPOLE} --cell gru",
         "RPPO, LSTM": f"rppo.py {CARTPOLE} --cell lstm",
         "RPPO, sLSTM": f"rppo.py {CARTPOLE} --cell slstm",
     },
     "CartPole-v1, velocities hidden": {
-        "PPO": f"ppo.py {MASKED}",
-        "RPPO, GRU": f"rppo.py {MASKED} --cell gru",
-        "RPQN, GRU": f"rpqn.py {MASKED} --cell gru",
+        "PPO": f"ppo.py {CARTPOLE} {MASK}",
+        "SACD": f"sacd.py {CARTPOLE} {MASK}",
+        "RPPO, GRU": f"rppo.py {CARTPOLE} {GRU}",
+        "RPQN, GRU": f"rpqn.py {CARTPOLE} {GRU}",
+        "DRQN, GRU": f"drqn.py {CARTPOLE} {GRU} --total-steps 500_000",
+        "RSACD, GRU": f"rsacd.py {CARTPOLE} {GRU}",
     },
     "MemoryChain, length 10": {
-        "RPPO, no memory": f"rppo.py {CHAIN} --cell none --no-prev-action",
-        "RPPO, GRU": f"rppo.py {CHAIN} --cell gru",
-        "RPPO, sLSTM": f"rppo.py {CHAIN} --cell slstm",
-        "RPQN, GRU": f"rpqn.py {CHAIN.replace('200_000', '300_000')} --cell gru",
+        "RPPO, no memory": f"rppo.py {CHAIN} 200_000 --cell none --no-prev-action",
+        "RPPO, GRU": f"rppo.py {CHAIN} 200_000 --cell gru",
+        "RPPO, sLSTM": f"rppo.py {CHAIN} 200_000 --cell slstm",
+        "RPQN, GRU": f"rpqn.py {CHAIN} 300_000 --cell gru",
+        "DRQN, GRU": f"drqn.py {CHAIN} 200_000 --cell gru",
+        "RSACD, GRU": f"rsacd.py {CHAIN} 200_000 --cell gru",
     },
-    "Acrobot-v1": {"PPO": f"ppo.py {ACROBOT}", "PQN": f"pqn.py {ACROBOT}"},
+    "Acrobot-v1": {
+        "PPO": f"ppo.py {ACROBOT}",
+        "PQN": f"pqn.py {ACROBOT}",
+        "DQN": f"dqn.py {ACROBOT} --total-steps 500_000",
+    },
     "Pendulum-v1": {
         "PPO": f"ppo_continuous.py {PENDULUM} --total-steps 300_000",
-        "PPO, velocity hidden": f"ppo_continuous.py {PENDULUM} --mask velocity --total-steps 300_000",
-        "RPPO, GRU, velocity hidden": f"rppo_continuous.py {PENDULUM} --mask velocity --cell gru --total-steps 300_000",
+        "SAC": f"sac.py {PENDULUM}",
+    },
+    "Pendulum-v1, velocity hidden": {
+        "PPO": f"ppo_continuous.py {PENDULUM} {MASK} --total-steps 300_000",
+        "SAC": f"sac.py {PENDULUM} {MASK}",
+        "RPPO, GRU": f"rppo_continuous.py {PENDULUM} {GRU} --total-steps 300_000",
+        "RSAC, GRU": f"rsac.py {PENDULUM} {GRU}",
     },
 }
-COLORS = {"PPO": "C7", "RPPO, no memory": "C7", "RPPO, GRU": "C0", "RPPO, LSTM": "C2", "RPPO, sLSTM": "C1"}
-COLORS |= {"PQN": "C3", "RPQN, GRU": "C4", "PPO, velocity hidden": "C8", "RPPO, GRU, velocity hidden": "C9"}
+COLORS = {"PPO": "C0", "PQN": "C2", "DQN": "C1", "SAC": "C3", "SACD": "C3"}  # those with memory alike
+
+
+def style(label):
+    """Of a curve: the colour says the algorithm; without memory it is dotted, cells but the GRU are fainter."""
+    script, _, cell = label.partition(", ")
+    has_memory = cell not in ("", "no memory")
+    color = COLORS[script if script in COLORS else script.replace("DR", "D").removeprefix("R")]
+    return {"color": color, "ls": "-" if has_memory else ":", "alpha": 1.0 if cell in ("", "GRU", "no memory") else 0.5}
 
 
 # every memory; hidden size 64 in one torso, so that all of them are done in an hour or two
@@ -114,17 +136,18 @@ def draw(path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(RESULTS), figsize=(15, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, len(RESULTS), figsize=(3.75 * len(RESULTS), 3.4), layout="constrained")
     for axis, (title, commands) in zip(axes, RESULTS.items(), strict=True):
         for label, command in commands.items():
             steps, returns = evaluations(command)
-            axis.plot(steps / 1e3, np.median(returns, axis=1), label=label, color=COLORS[label])
-            axis.fill_between(steps / 1e3, returns.min(1), returns.max(1), alpha=0.15, color=COLORS[label], lw=0)
+            axis.plot(steps / 1e3, np.median(returns, axis=1), label=label, **style(label))
+            axis.fill_between(steps / 1e3, returns.min(1), returns.max(1), alpha=0.1, color=style(label)["color"], lw=0)
         axis.set(title=title, xlabel="thousand environment steps")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=9)
-    axes[0].set_ylabel("greedy return\nmedian, min and max of 5 seeds")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("greedy return\nmedian, min and max of 5 seeds")
     figure.savefig(path, dpi=110)
     print(f"figure: {path}")
 

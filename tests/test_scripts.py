@@ -19,6 +19,9 @@ PAIRS = [  # most lines the second may remove from the first, and add to it
     ("ppo", "ppo_continuous", 30, 60),
     ("rppo", "rppo_continuous", 30, 60),
     ("ppo_continuous", "rppo_continuous", 40, 90),
+    ("sac", "rsac", 70, 140),
+    ("sacd", "rsacd", 70, 140),
+    ("sac", "sacd", 80, 70),
 ]
 
 
@@ -121,6 +124,16 @@ BAD_REPLAY = [
     (("--num-envs", "64", "--buffer-size", "32"), "buffer_size (32) is less than the steps of one update (64)"),
     (("--buffer-size", str(10**12)), "a replay buffer of buffer_size 1000000000000 takes 3"),
 ]
+BAD_ACTIONS = [
+    (
+        "sac",
+        ("--env", "gymnax::CartPole-v1"),
+        "needs continuous actions with bounds, those of gymnax::CartPole-v1 are not",
+    ),
+    ("sac", ("--target-entropy", "nan"), "target_entropy must be finite, got nan"),
+    ("sacd", ("--env", "gymnax::Pendulum-v1"), "needs discrete actions, those of gymnax::Pendulum-v1 are continuous"),
+    ("sacd", ("--target-entropy-ratio", "2"), "target_entropy_ratio must be between 0 and 1, got 2.0"),
+]
 BAD_SEQUENCES = [
     (("--burn-in", "-1"), "burn_in must be 0 or more, got -1"),
     (("--learning-starts", "100"), "learning_starts (100) must be at least 256, for sequences of burn_in +"),
@@ -152,7 +165,8 @@ BAD_MEMORY = [
     + [("dqn", *case) for case in BAD_REPLAY]
     + [("drqn", *case) for case in BAD_SEQUENCES]
     + [("pqn", *case) for case in BAD_Q]
-    + [("ppo_continuous", *case) for case in BAD_CONTINUOUS],
+    + [("ppo_continuous", *case) for case in BAD_CONTINUOUS]
+    + BAD_ACTIONS,
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(script, args, message, tmp_path):
