@@ -40,7 +40,7 @@ class Config(Experiment):
 
     # Environment and networks
     env: str = "gymnax::Pendulum-v1"  # environment, as namespace::id
-    env_kwargs: Options = field(default_factory=dict, hash=False)  # parameters of the environment: gravity 9.8
+    env_kwargs: Options = field(default_factory=dict, hash=False)  # parameters of the environment: memory_length 10
     mask: tuple[str, ...] = ()  # entries of the observation to hide: indices, or a name such as velocity
     normalize_obs: bool = True  # give observations a mean of 0 and a variance of 1
     normalize_reward: bool = True  # give discounted returns a variance of 1

@@ -43,7 +43,7 @@ class Config(Experiment):
 
     # Environment and networks
     env: str = "gymnax::Pendulum-v1"  # environment, as namespace::id
-    env_kwargs: Options = field(default_factory=dict, hash=False)  # parameters of the environment: gravity 9.8
+    env_kwargs: Options = field(default_factory=dict, hash=False)  # parameters of the environment: memory_length 10
     mask: tuple[str, ...] = ()  # entries of the observation to hide: indices, or a name such as velocity
     cell: Literal[tuple(CELLS)] = "gru"  # the memory
     cell_kwargs: Options = field(default_factory=dict, hash=False)  # options of the memory: num_heads 8
