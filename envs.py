@@ -442,14 +442,12 @@ def mask_observation(env_id: str, task: Task, mask: tuple[str, ...]) -> Task:
 # Scaled actions
 
 
-def rescale_action(env_id: str, task: Task) -> Task:
-    """Continuous actions between -1 and 1, which are the bounds of the task's own; discrete ones are left alone."""
+def rescale_actions(env_id: str, task: Task) -> Task:
+    """Continuous actions are given between -1 and 1, whatever the bounds of the task."""
     space = task.action_space
-    if isinstance(space, Discrete):
-        return task
+    if isinstance(space, Discrete) or not np.isfinite([space.low, space.high]).all():
+        raise ValueError(f"rescale_actions needs continuous actions between bounds, which {env_id} does not have")
     low, high = (np.broadcast_to(np.asarray(bound, np.float32), space.shape) for bound in (space.low, space.high))
-    if not np.isfinite([low, high]).all():
-        raise ValueError(f"rescale_action needs actions with bounds, those of {env_id} are between {low} and {high}")
 
     def step(key, state, action):
         # Clipped again: rounding must not take an action past a bound, which some tasks refuse.
@@ -569,7 +567,7 @@ NAMESPACES: dict[str, tuple[Callable[[], list[str]], Callable[..., Task]]] = {
 
 
 # options of every environment, and their defaults
-COMMON_OPTIONS = {"normalize_obs": False, "normalize_reward": False, "reward_gamma": 0.99, "rescale_action": False}
+COMMON_OPTIONS = {"normalize_obs": False, "normalize_reward": False, "reward_gamma": 0.99, "rescale_actions": False}
 
 
 def check_options(owner: str, options: dict, defaults: dict) -> None:
@@ -588,7 +586,7 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
       **options: parameters of the task, e.g. memory_length=10 for gymnax::MemoryChain-bsuite, and for every task
         normalize_obs, normalize_reward: running normalisation, see `Normalized`;
         reward_gamma: discount per step of the return that normalize_reward looks at;
-        rescale_action: continuous actions are given between -1 and 1, whatever the task's own bounds are.
+        rescale_actions: continuous actions are given between -1 and 1, whatever the task's own bounds are.
 
     Raises:
       ValueError: unknown namespace, id, mask or option; names what is valid and what is nearest.
@@ -619,8 +617,8 @@ def _make(id, mask, options):
     task = make_task(env_id, **own)
     if mask:
         task = mask_observation(id, task, mask)
-    if common["rescale_action"]:
-        task = rescale_action(id, task)
+    if common["rescale_actions"]:
+        task = rescale_actions(id, task)
     observations, rewards = common["normalize_obs"], common["normalize_reward"]
     if observations or rewards:
         return Normalized(id, task, observations, rewards, common["reward_gamma"])

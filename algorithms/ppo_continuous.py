@@ -70,15 +70,16 @@ class Config(Experiment):
 
     def make_env(self):
         normalize = {"normalize_obs": self.normalize_obs, "normalize_reward": self.normalize_reward}
-        options = {"mask": self.mask, "rescale_action": True, "reward_gamma": self.gamma} | normalize
+        options = {"mask": self.mask, "rescale_actions": True, "reward_gamma": self.gamma} | normalize
         return make(self.env, **options | self.env_kwargs)
 
     def __post_init__(self):
         check_sizes(self)
         if self.steps_per_update % self.num_minibatches:
             raise ValueError(f"num_minibatches ({self.num_minibatches}) must divide a batch ({self.steps_per_update})")
-        if not isinstance(self.make_env().action_space, Box):
+        if not isinstance(make(self.env, **self.env_kwargs).action_space, Box):
             raise ValueError(f"this script needs continuous actions, those of {self.env} are discrete")
+        self.make_env()
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------

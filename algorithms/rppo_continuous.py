@@ -78,7 +78,7 @@ class Config(Experiment):
 
     def make_env(self):
         normalize = {"normalize_obs": self.normalize_obs, "normalize_reward": self.normalize_reward}
-        options = {"mask": self.mask, "rescale_action": True, "reward_gamma": self.gamma} | normalize
+        options = {"mask": self.mask, "rescale_actions": True, "reward_gamma": self.gamma} | normalize
         return make(self.env, **options | self.env_kwargs)
 
     def make_memory(self):
@@ -89,8 +89,9 @@ class Config(Experiment):
         if self.num_envs % self.num_minibatches:
             raise ValueError(f"num_minibatches ({self.num_minibatches}) must divide num_envs ({self.num_envs})")
         self.make_memory()
-        if not isinstance(self.make_env().action_space, Box):
+        if not isinstance(make(self.env, **self.env_kwargs).action_space, Box):
             raise ValueError(f"this script needs continuous actions, those of {self.env} are discrete")
+        self.make_env()
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------

@@ -88,13 +88,14 @@ def test_the_memory_reads_the_executed_action():
 
 
 def test_rescaled_actions_have_the_bounds_of_the_task():
-    env, scaled = make("gymnax::Pendulum-v1"), make("gymnax::Pendulum-v1", rescale_action=True)
+    env, scaled = make("gymnax::Pendulum-v1"), make("gymnax::Pendulum-v1", rescale_actions=True)
     assert (scaled.action_space.low, scaled.action_space.high, scaled.action_space.shape) == (-1.0, 1.0, (1,))
     _, state = env.reset(jax.random.key(0))
     for action, task_action in ((-1.0, -2.0), (0.25, 0.5), (1.0, 2.0), (7.0, 2.0)):
         step = env.step(jax.random.key(1), state, jnp.array([task_action]))
         assert_same(scaled.step(jax.random.key(1), state, jnp.array([action]))[:3], step[:3])
-    assert make("gymnax::CartPole-v1", rescale_action=True).action_space.n == 2
+    with pytest.raises(ValueError, match="needs continuous actions between bounds, which gymnax::CartPole-v1 does not"):
+        make("gymnax::CartPole-v1", rescale_actions=True)
 
 
 # --- Normalisation ---------------------------------------------------------------------------------------------------
