@@ -60,7 +60,7 @@ class Config(Experiment):
     learning_starts: int = 1_000  # steps before the first update, to begin with a filled buffer
     batch_size: int = 128  # transitions in a minibatch
     gradient_steps: int = 1  # minibatches of an update
-    tau: float = 0.01  # how far the target network is taken to the online network after each
+    tau: float = 0.02  # how far the target network is taken to the online network after each
     alpha: float = 0.2  # weight of the entropy, to begin with if it is tuned
     autotune: bool = True  # tune alpha so that the entropy comes to its target
     target_entropy_ratio: float = 0.2  # target entropy over that of the uniform policy, log(num_actions)
