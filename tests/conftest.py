@@ -88,17 +88,17 @@ def coin_task() -> envs.Task:
     return envs.Task(reset, step, envs.Box(0.0, 1.0, (1,)), envs.Discrete(2), 9)
 
 
-def probe_task(delay=0, obs_matters=True, action_matters=True, continuous=False) -> envs.Task:
-    """A sign, -1 or 1, shown for one step; `delay` steps later the episode ends with its only reward, sign * action.
+def probe_task(wait=0, obs_matters=True, action_matters=True, continuous=False) -> envs.Task:
+    """A sign, -1 or 1, shown for one step; `wait` steps later the episode ends with its only reward, sign * action.
 
     Without `obs_matters` or `action_matters` that factor is left out; with neither the reward is 1. The action is 0 or
     1 and counts as -1 or 1; `continuous`: any number between these. Observations (sign or 0, steps to go): the best
-    action needs memory if there is a delay. Solved, the values are discount ** steps_to_go, times the sign if that
+    action needs memory if there is a wait. Solved, the values are discount ** steps_to_go, times the sign if that
     alone matters.
     """
 
     def observe(sign, time):
-        return jnp.stack([jnp.where(time == 0, sign, 0.0), jnp.float32(delay - time)])
+        return jnp.stack([jnp.where(time == 0, sign, 0.0), jnp.float32(wait - time)])
 
     def reset(key):
         sign = jnp.where(jax.random.bernoulli(key), 1.0, -1.0)
@@ -108,10 +108,10 @@ def probe_task(delay=0, obs_matters=True, action_matters=True, continuous=False)
         sign, time = state
         choice = action[0] if continuous else 2.0 * action - 1.0
         reward = jnp.where(obs_matters, sign, 1.0) * jnp.where(action_matters, choice, 1.0)
-        return observe(sign, time + 1), (sign, time + 1), reward * (time == delay), time == delay, False
+        return observe(sign, time + 1), (sign, time + 1), reward * (time == wait), time == wait, False
 
     actions = envs.Box(-1.0, 1.0, (1,)) if continuous else envs.Discrete(2)
-    return envs.Task(reset, step, envs.Box(-1.0, float(max(1, delay)), (2,)), actions, delay + 1)
+    return envs.Task(reset, step, envs.Box(-1.0, float(max(1, wait)), (2,)), actions, wait + 1)
 
 
 TASKS = {"Constant": constant_task, "Counting": counting_task, "Steering": steering_task, "Coin": coin_task}

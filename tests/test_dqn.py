@@ -326,31 +326,33 @@ def test_every_cell_can_be_replayed(cell):
 @pytest.mark.parametrize(
     ("script", "probe"),
     [
-        (dqn, {"obs_matters": False, "action_matters": False, "delay": 2}),
+        (dqn, {"obs_matters": False, "action_matters": False, "wait": 2}),
         (dqn, {"action_matters": False}),
         (dqn, {}),
-        (drqn, {"action_matters": False, "delay": 2}),
-        (drqn, {"delay": 3}),
+        (drqn, {"action_matters": False, "wait": 2}),
+        (drqn, {"wait": 3}),
     ],
     ids=str,
 )
 def test_probes_are_solved(script, probe):
-    changes = {"num_steps": 4, "gradient_steps": 4, "end_e": 0.0, "gamma": 0.8, "total_steps": 10_000, "tau": 0.05}
-    config = small(script, env="test::Probe", env_kwargs=probe, learning_rate=3e-3, **changes)
+    # All actions stay in the buffer, so that none has a value that nothing corrects.
+    changes = {"num_steps": 4, "gradient_steps": 4, "end_e": 0.2, "gamma": 0.8, "total_steps": 10_000, "tau": 0.05}
+    changes |= {"learning_rate": 3e-3, "buffer_size": 4096}
+    config = small(script, env="test::Probe", env_kwargs=probe, **changes)
     env, state = start(config, script)
     state = script.warmup(state, env, Logger())
     state, _ = script.train(state, env, Logger(), config.total_steps)
     if probe.get("action_matters", True):
         assert (script.evaluate(state, env, 40).returns == 1.0).all()
-    delay, state, network = probe.get("delay", 0), one_seed(state), script.QNetwork(config)
-    obs = jnp.array([[-1.0, delay], [1.0, delay]])  # the first of an episode
+    wait, state, network = probe.get("wait", 0), one_seed(state), script.QNetwork(config)
+    obs = jnp.array([[-1.0, wait], [1.0, wait]])  # the first of an episode
     if script is dqn:
         q_values = network.apply(state.params, obs)
     else:
         inputs = drqn.Inputs(obs, jnp.zeros(2, int), jnp.zeros(2))
         _, q_values = network.apply(state.params, network.initialize_carry(2), inputs, jnp.ones(2, bool), method="step")
     sign = obs[:, 0] if probe.get("obs_matters", True) and not probe.get("action_matters", True) else 1.0
-    np.testing.assert_allclose(q_values.max(axis=-1), sign * 0.8**delay * jnp.ones(2), atol=0.1)
+    np.testing.assert_allclose(q_values.max(axis=-1), sign * 0.8**wait * jnp.ones(2), atol=0.1)
 
 
 def final_returns(script, **changes):

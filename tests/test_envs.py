@@ -186,14 +186,18 @@ def test_named_masks_are_positions_and_velocities():
             {},
             r"'gym' in 'gym::CartPole-v1' \(did you mean 'gymnax::CartPole-v1'\?\); .* has: gymnax",
         ),
-        ("atari::Qbert", {}, r"namespace 'atari' in 'atari::Qbert'; this version has: gymnax"),
+        (
+            "atari::Qbert",
+            {},
+            r"'atari::Qbert' \(did you mean 'gxm::Gymnasium/ALE/Qbert-v5'\?\); this version has: gymnax",
+        ),
         ("popjaxrl::Catch", {}, r"'popjaxrl::Catch' \(did you mean 'gymnax::Catch-bsuite'\?\); valid ids of popjaxrl"),
         ("popgym_arcade::SpaceInvaders", {}, r"\(did you mean 'gymnax::SpaceInvaders-MinAtar'\?\)"),
         ("RepeatFirstEasy", {}, r"\(did you mean 'popjaxrl::RepeatFirstEasy'\?\)"),
         (
             "popjaxrl::RepeatFirstEasy",
             {"k": 3},
-            "popjaxrl::RepeatFirstEasy has no option 'k'; valid options: normalize",
+            "popjaxrl::RepeatFirstEasy has no option 'k'; valid options: sticky_actions",
         ),
         (
             "gymnax::Cartpole-v1",

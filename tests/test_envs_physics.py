@@ -54,7 +54,7 @@ def test_conformance_of_brax(env_id):
 
 
 def test_ids_are_those_of_the_libraries():
-    brax = envs.import_library("brax.envs", "brax", "brax")
+    brax = envs.import_silently("brax.envs", "brax", "brax")
     assert set(envs.BRAX) == set(brax._envs) - {"fast", "swimmer"}
     registered = {spec.id for spec in gymnasium.registry.values() if "mujoco" in str(spec.entry_point)}
     left_out = {env_id for env_id in registered - set(GYMNASIUM) if not env_id.endswith(("-v2", "-v3"))}
@@ -224,7 +224,7 @@ def test_nothing_is_printed_or_left_behind(tmp_path):
 
 def test_brax_steps_are_those_of_brax():
     """Every step from the state that our environment was in, every beginning from the key that it was made of."""
-    brax = envs.import_library("brax.envs", CHEAP_BRAX, "brax")
+    brax = envs.import_silently("brax.envs", CHEAP_BRAX, "brax")
     env, steps = make(CHEAP_BRAX, backend="spring", max_steps=15), 60
     with envs.quiet():
         library = brax.get_environment("inverted_pendulum", backend="spring")
@@ -330,7 +330,7 @@ BRAX_MASKED = [CHEAP_BRAX] + [
 def test_masks_of_brax_are_positions_and_velocities(id):
     position, velocity, rest = kinds(id, backend="spring")
     env_id = id.partition("::")[2]
-    library = envs.import_library("brax.envs", id, "brax").get_environment(env_id, backend="spring")
+    library = envs.import_silently("brax.envs", id, "brax").get_environment(env_id, backend="spring")
 
     def observe(q, qd):
         physics = library.pipeline_init(q, qd)

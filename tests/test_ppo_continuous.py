@@ -130,7 +130,7 @@ def test_steering_goes_to_its_bound(script):
 
 def test_memory_learns_what_none_cannot():
     """Remember a sign for three steps, then act on it: 1 with a memory; 0 by chance."""
-    probe = {"env": "test::Probe", "env_kwargs": {"delay": 3, "continuous": True}, "total_steps": 8 * 16 * 80}
+    probe = {"env": "test::Probe", "env_kwargs": {"wait": 3, "continuous": True}, "total_steps": 8 * 16 * 80}
     config = small(rppo_continuous, learning_rate=1e-2, **probe)
     for cell, low, high in (("gru", 0.9, 1.0), ("none", -0.6, 0.6)):
         config = replace(config, cell=cell, prev_action=cell != "none")

@@ -244,13 +244,13 @@ def test_truncation_is_no_end_of_the_world(script):
     ("script", "probe"),
     [
         (pqn, {"obs_matters": False, "action_matters": False}),
-        (pqn, {"obs_matters": False, "action_matters": False, "delay": 2}),
+        (pqn, {"obs_matters": False, "action_matters": False, "wait": 2}),
         (pqn, {"action_matters": False}),
         (pqn, {"obs_matters": False}),
         (pqn, {}),
         (rpqn, {}),
-        (rpqn, {"action_matters": False, "delay": 2}),
-        (rpqn, {"delay": 3}),
+        (rpqn, {"action_matters": False, "wait": 2}),
+        (rpqn, {"wait": 3}),
     ],
     ids=str,
 )
@@ -262,7 +262,7 @@ def test_probes_are_solved(script, probe):
     state = one_seed(state)
     _, batch = script.rollout(state, env)
     obs = batch.obs if script is pqn else batch.inputs.obs
-    steps_to_go, first = obs[..., 1], obs[..., 1] == probe.get("delay", 0)
+    steps_to_go, first = obs[..., 1], obs[..., 1] == probe.get("wait", 0)
     if probe.get("action_matters", True):
         assert (returns == 1.0).all()
         expected, known = 0.8**steps_to_go, True
@@ -277,7 +277,7 @@ def test_probes_are_solved(script, probe):
 
 def test_without_a_memory_the_sign_is_forgotten():
     """Half of the answers are wrong; and not even the previous action may help (which could be the sign)."""
-    probe = {"env": "test::Probe", "env_kwargs": {"delay": 3}, "total_steps": 8 * 16 * 100}
+    probe = {"env": "test::Probe", "env_kwargs": {"wait": 3}, "total_steps": 8 * 16 * 100}
     config = small(rpqn, cell="none", prev_action=False, **probe)
     env, state = start(config, rpqn)
     state, _ = rpqn.train(state, env, Logger(), config.total_steps)

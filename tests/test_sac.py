@@ -326,7 +326,7 @@ def test_every_cell_can_be_replayed(script, cell):
     ("script", "probe"),
     [
         *((script, probe) for script in (sac, sacd) for probe in ({"action_matters": False}, {})),
-        *((script, probe) for script in RECURRENT for probe in ({"action_matters": False, "delay": 2}, {"delay": 2})),
+        *((script, probe) for script in RECURRENT for probe in ({"action_matters": False, "wait": 2}, {"wait": 2})),
     ],
 )
 def test_probes_are_solved(script, probe):
@@ -340,14 +340,14 @@ def test_probes_are_solved(script, probe):
     if probe.get("action_matters", True):
         assert script.evaluate(state, env, 40).returns.min() > 0.9
         return
-    delay, state, network = probe.get("delay", 0), one_seed(state), script.ActorCritic(config)
-    obs = jnp.array([[-1.0, delay], [1.0, delay]])  # the first of an episode
+    wait, state, network = probe.get("wait", 0), one_seed(state), script.ActorCritic(config)
+    obs = jnp.array([[-1.0, wait], [1.0, wait]])  # the first of an episode
     args = (obs,)
     if script in RECURRENT:
         action = jnp.zeros((2, *env.action_space.shape), env.action_space.dtype)
         args = network.initialize_carry(2), script.Inputs(obs, action, jnp.zeros(2)), jnp.ones(2, bool)
     *_, values = network.apply(state.params, *args)
-    expected = 0.8**delay * obs[:, 0].reshape(1, 2, *(1,) * (values.ndim - 2))
+    expected = 0.8**wait * obs[:, 0].reshape(1, 2, *(1,) * (values.ndim - 2))
     np.testing.assert_allclose(values, jnp.broadcast_to(expected, values.shape), atol=0.1)
 
 
