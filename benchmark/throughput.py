@@ -129,9 +129,8 @@ def rejax_dqn():
 
 
 def rejax_sac():
-    network = {"hidden_layer_sizes": (256, 256)}
     sizes = {"num_envs": 1, "batch_size": 256, "fill_buffer": 256, "buffer_size": 50_000, "total_timesteps": 10**9}
-    return rejax("sac", 1, env="Pendulum-v1", **sizes, actor_kwargs=network, critic_kwargs=network)
+    return rejax("sac", 1, env="Pendulum-v1", **sizes, hidden_layer_sizes=(256, 256))
 
 
 def sbx_sac():

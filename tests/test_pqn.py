@@ -129,7 +129,10 @@ def test_next_values_are_of_the_true_next_observation(script):
     np.testing.assert_allclose(batch.next_q[batch.done], expected[batch.done], atol=1e-5)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+FEW = ("gru", "gtrxl", "gated_deltanet")  # the others compile for two minutes
+
+
+@pytest.mark.parametrize("cell", [pytest.param(c, marks=() if c in FEW else pytest.mark.slow) for c in CELLS])
 def test_the_loss_sees_what_the_rollout_saw(cell):
     """Unrolling the batch from the carry before the rollout gives the values that were acted on again."""
     config = small(rpqn, env="test::Counting", cell=cell, num_minibatches=2, update_epochs=1)
