@@ -83,9 +83,14 @@ def _run(step, chunk, carry, inputs, starts, impl, length):
     def many(carry, x):
         inputs, starts = x
         carry = reset(carry, jax.tree.map(jnp.zeros_like, carry), starts[0])  # keeps nan out of the gradient, too
-        inputs = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2), inputs)
-        carry, ys = chunk(carry, *inputs, starts.T)
-        return carry, jnp.moveaxis(ys, 2, 0)
+        q, *stored = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2), inputs)
+        # 0 * nan is nan: a broken step leaves the products, and breaks what sees it afterwards.
+        broken = ~jnp.isfinite(sum(a.sum(axis=range(3, a.ndim)) for a in jax.tree.leaves(stored)))
+        stored = jax.tree.map(lambda a: jnp.where(_expand(broken, a), 0.0, a), stored)
+        carry, ys = chunk(carry, q, *stored, starts.T)
+        spoilt = (_segments(starts.T)[0][:, None] & broken[:, :, None]).any(axis=-1)  # (B, heads, C)
+        carry = jax.tree.map(lambda a: jnp.where(_expand(spoilt[..., -1], a), jnp.nan, a), carry)
+        return carry, jnp.moveaxis(jnp.where(_expand(spoilt, ys), jnp.nan, ys), 2, 0)
 
     xs, steps = (inputs, starts), len(starts)
     if steps == 1:
@@ -102,6 +107,10 @@ def _run(step, chunk, carry, inputs, starts, impl, length):
         carry, rest_ys = many(carry, rest)
         ys = jnp.concatenate([ys, rest_ys])
     return carry, ys
+
+
+def _expand(mask, like):
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 
 def _linear_step(state, q, k, v, log_decay):

@@ -106,6 +106,25 @@ def test_recurrences_equal_the_papers_equations(rule, impl):
         np.testing.assert_allclose(ys, expected, rtol=2e-5 if rule == "gated" else 1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_broken_step_breaks_the_rest_of_its_episode_and_nothing_else(rule, poison):
+    """In whichever input it is, and also where one chunk has steps of both."""
+    carry, inputs, starts = rule_inputs(rule, 40)
+    inputs = [x.astype(jnp.float32) for x in inputs]
+    starts = starts.at[:, 0].set(False).at[17, 0].set(True)
+    (last, expected), memory = RULES[rule](carry, *inputs, starts), jax.jit(RULES[rule])
+    for index in range(1, len(inputs)):
+        broken = [x.at[6, 0].set(poison) if i == index else x for i, x in enumerate(inputs)]
+        broken_last, ys = memory(carry, *broken, starts)
+        sees = jnp.zeros(starts.shape, bool).at[6:17, 0].set(True)
+        np.testing.assert_array_equal(jnp.isnan(ys).all(axis=(2, 3)), sees)
+        np.testing.assert_array_equal(ys[~sees], expected[~sees])
+        jax.tree.map(np.testing.assert_array_equal, broken_last, last)
+        broken_last, _ = memory(carry, *broken, starts.at[17, 0].set(False))
+        assert all(jnp.isnan(leaf[0]).all() for leaf in jax.tree.leaves(broken_last))
+
+
 def test_gated_memory_equals_the_authors():
     """PyPI xlstm 2.0.6, parallel_stabilized_simple; (B, heads, T, ...)."""
     z = np.load(ORACLES / "linear_recurrences.npz")
