@@ -8,7 +8,6 @@ python envs.py gymnax::CartPole-v1 --steps 1000 --gif cartpole.gif
 import importlib.util
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 import tyro
 
 from envs import NAMESPACES, Discrete, known_ids, make, record, write_gif
-from experiment import Options, UsageError, did_you_mean
+from experiment import Options, UsageError, check_drawable, check_gif, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,19 @@ def main(command: Command) -> None:
         raise UsageError(f"{command.what!r} is no namespace{hint}, and no namespace::id; namespaces: {valid}")
     try:
         env = make(command.what, **{"mask": command.mask} | command.env_kwargs)
+        if command.gif:
+            check_gif("gif", command.gif)
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from None
     if command.gif:
-        check_gif(command.gif, env)
+        check_drawable(env)
     try_out(env, command)
 
 
 def list_namespaces() -> None:
     for namespace in NAMESPACES:
-        is_installed = importlib.util.find_spec(namespace) is not None
+        module = "gymnasium" if namespace == "gxm" else namespace  # whose ids it serves without gxm itself
+        is_installed = importlib.util.find_spec(module) is not None
         print(f"{namespace:16}{'installed' if is_installed else 'not installed'}")
     print("python envs.py <namespace> lists its environments")
 
@@ -126,12 +128,3 @@ def try_out(env, command: Command) -> None:
         film = jax.jit(lambda key: record(env, random_policy(env), lambda _: (), key, 1, 1))(key)
         write_gif(command.gif, env, film)
         print(f"film         {command.gif}, {int(film.length)} steps")
-
-
-def check_gif(path: str, env) -> None:
-    if not path.endswith(".gif"):
-        raise UsageError(f"gif must be a file name that ends in .gif, got {path!r}")
-    if not Path(path).parent.is_dir():
-        raise UsageError(f"gif must be in a folder that exists, got {path!r}")
-    if env.render is None:
-        raise UsageError(f"{env.id} cannot be drawn: its library has no renderer for it")

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs import Box, Discrete, Task
+from envs import Box, Discrete, Task, cast
 
 
 class Wrapped(NamedTuple):
@@ -32,10 +32,6 @@ class Wrapped(NamedTuple):
 
     inner: Any
     own: Any
-
-
-def cast(obs, space: Box):
-    return jnp.asarray(obs).astype(space.dtype).reshape(space.shape)
 
 
 def map_observation(task: Task, function, space: Box) -> Task:

@@ -162,8 +162,7 @@ class Environment:
         return self
 
     def _cast_obs(self, obs):
-        space = self._task.observation_space
-        return strong(jnp.asarray(obs).astype(space.dtype).reshape(space.shape))
+        return strong(cast(obs, self._task.observation_space))
 
     def _cast_state(self, task_state):
         # Libraries return weak types, and other dtypes from step than from reset: either compiles everything twice.
@@ -173,6 +172,11 @@ class Environment:
             return strong(jnp.asarray(leaf).astype(aval.dtype))
 
         return jax.tree.map(cast, task_state, self._state_avals)
+
+
+def cast(obs, space: Box):
+    """An observation with the shape and dtype of its space."""
+    return jnp.asarray(obs).astype(space.dtype).reshape(space.shape)
 
 
 def strong(x):
@@ -588,12 +592,19 @@ def gymnax_renderer(env_id, env, params) -> Callable | None:
 # Libraries that need not be installed
 
 
+@contextlib.contextmanager
+def silence():
+    """Nothing is printed, no warning shown."""
+    nowhere = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        warnings.simplefilter("ignore")
+        yield
+
+
 def import_silently(module: str, owner: str, package: str):
     """The module, without what it prints and warns of; a ValueError that says how to install it if it is missing."""
-    nowhere = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            warnings.simplefilter("ignore")
+        with silence():
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(f"{owner} needs {error.name}, which is not installed: pip install {package!r}") from None
@@ -605,14 +616,12 @@ def import_silently(module: str, owner: str, package: str):
 
 @contextlib.contextmanager
 def quiet():
-    """No warnings of libraries, nor of MuJoCo itself, which would also append them to ./MUJOCO_LOG.TXT."""
+    """`silence`, also of MuJoCo itself, which would append its warnings to ./MUJOCO_LOG.TXT, too."""
     import mujoco
 
     mujoco.set_mju_user_warning(lambda message: None)
-    nowhere = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            warnings.simplefilter("ignore")
+        with silence():
             yield
     finally:
         mujoco.set_mju_user_warning(None)
@@ -623,21 +632,6 @@ def arguments_of(constructor) -> dict:
     arguments = inspect.signature(constructor).parameters.values()
     given = {x.name: x for x in arguments if x.default is not x.empty and x.name != "default_camera_config"}
     return {name: float(x.default) if x.annotation is float else x.default for name, x in given.items()}
-
-
-def limit_time(reset, step, max_steps):
-    """Those of a Task, from key -> (obs, state) and (state, action) -> (obs, state, reward, terminated)."""
-
-    def limited_reset(key):
-        obs, state = reset(key)
-        return obs, (state, jnp.int32(0))
-
-    def limited_step(key, state, action):
-        obs, library_state, reward, terminated = step(state[0], action)
-        time = state[1] + 1
-        return obs, (library_state, time), reward, terminated, time >= max_steps
-
-    return limited_reset, limited_step
 
 
 def take_max_steps(owner: str, options: dict, default: int) -> int:
@@ -706,6 +700,8 @@ def brax_task(env_id: str, **options) -> Task:
 
     The state is the physics' alone: what brax adds to it for its own training (metrics, info) is not read by a step.
     """
+    from env_wrappers import time_limit
+
     owner = f"brax::{env_id}"
     brax = import_silently("brax.envs", owner, "brax")
     check_options(owner, options, {"max_steps": 1000} | arguments_of(brax._envs[env_id]))
@@ -720,9 +716,9 @@ def brax_task(env_id: str, **options) -> Task:
         state = env.reset(key)
         return state.obs, state.pipeline_state
 
-    def step(physics, action):
+    def step(key, physics, action):
         state = env.step(brax.State(physics, obs=None, reward=jnp.float32(0), done=jnp.float32(0)), action)
-        return state.obs, state.pipeline_state, state.reward, state.done > 0.5
+        return state.obs, state.pipeline_state, state.reward, state.done > 0.5, False
 
     @functools.cache
     def renderer():
@@ -736,16 +732,16 @@ def brax_task(env_id: str, **options) -> Task:
         import mujoco
 
         data, draw = renderer()
-        data.qpos[:] = state[0].q
+        data.qpos[:] = state.q
         mujoco.mj_forward(env.sys.mj_model, data)
         return draw.render("rgb_array")
 
     observations = jax.eval_shape(reset, jax.random.key(0))[0].shape
     bodies = env.sys.num_links()
     masks = kinematic_masks(env_id, env, env.sys.q_size(), env.sys.qd_size(), 10 * bodies, 6 * bodies)
-    reset, step = limit_time(reset, step, max_steps)
     spaces = Box(-np.inf, np.inf, observations), Box(-1.0, 1.0, (env.action_size,))
-    return Task(reset, step, *spaces, max_steps, without_screen(render, owner), masks, costly_reset=True)
+    task = Task(reset, step, *spaces, max_steps, without_screen(render, owner), masks, costly_reset=True)
+    return time_limit(task, max_steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -780,6 +776,7 @@ def mujoco_task(env_id: str, **options) -> Task:
         return playground_task(env_id, **options)
     gymnasium = import_silently("gymnasium", owner, "gymnasium[mujoco]")
     import_silently("mujoco.batch", owner, "mujoco>=4")
+    from env_wrappers import time_limit
     from host_mujoco import HostMujoco
 
     spec = gymnasium.spec(env_id)
@@ -801,29 +798,28 @@ def mujoco_task(env_id: str, **options) -> Task:
         seed = jax.random.bits(key, dtype=jnp.uint32)
         return jax.pure_callback(host.reset, (obs, physics), seed, vmap_method="broadcast_all")
 
-    def step(state, action):
+    def step(key, state, action):
         given = jnp.concatenate([state, jax.lax.bitcast_convert_type(action, jnp.uint32)])
         results = jax.ShapeDtypeStruct((host.state_size + obs.shape[0] + 2,), jnp.uint32)
         results = jax.pure_callback(host.step, results, given, vmap_method="broadcast_all")
         state, results = jnp.split(results, [host.state_size])
         results = jax.lax.bitcast_convert_type(results, jnp.float32)
-        return results[:-2], state, results[-2], results[-1] > 0.5
-
-    def render(state):
-        return host.render(state[0])
+        return results[:-2], state, results[-2], results[-1] > 0.5, False
 
     entries = {"cinert": 10 * env.model.nbody, "cvel": 6 * env.model.nbody}  # of the v4 humanoids
     entries |= getattr(env, "observation_structure", {})
     masks = kinematic_masks(env_id, env, env.model.nq, env.model.nv, entries["cinert"], entries["cvel"])
     masks = {name: tuple(i for i in entries if i < obs.shape[0]) for name, entries in masks.items()}
-    reset, step = limit_time(reset, step, max_steps)
     action_space = Box(low, high, env.action_space.shape)
-    render = without_screen(render, owner)
-    return Task(reset, step, observation_space, action_space, max_steps, render, masks, costly_reset=True)
+    render = without_screen(host.render, owner)
+    task = Task(reset, step, observation_space, action_space, max_steps, render, masks, costly_reset=True)
+    return time_limit(task, max_steps)
 
 
 def playground_task(env_id: str, **options) -> Task:
     """An environment of MuJoCo Playground, in JAX; the only option is max_steps."""
+    from env_wrappers import time_limit
+
     owner = f"mujoco::{env_id}"
     registry = import_silently("mujoco_playground", owner, "playground").registry
     default = int(registry.get_default_config(env_id).episode_length)
@@ -836,13 +832,12 @@ def playground_task(env_id: str, **options) -> Task:
         state = env.reset(key)
         return state.obs, state
 
-    def step(state, action):
+    def step(key, state, action):
         state = env.step(state, action)
-        return state.obs, state, state.reward, state.done > 0.5
+        return state.obs, state, state.reward, state.done > 0.5, False
 
-    reset, step = limit_time(reset, step, max_steps)
     spaces = Box(-np.inf, np.inf, (env.observation_size,)), Box(-1.0, 1.0, (env.action_size,))
-    return Task(reset, step, *spaces, max_steps, costly_reset=True)
+    return time_limit(Task(reset, step, *spaces, max_steps, costly_reset=True), max_steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -957,12 +952,11 @@ def navix_task(env_id: str, **options) -> Task:
     limit = library.max_steps if hasattr(library, "disable_autoreset") else 4 * library.height * library.width
     defaults = {"observation": "symbolic_first_person", "max_steps": int(limit)}
     check_options(owner, options, defaults)
-    observation, max_steps = (defaults | options).values()
+    observation = options.get("observation", defaults["observation"])
+    max_steps = take_max_steps(owner, options, defaults["max_steps"])
     if observation not in NAVIX_OBSERVATIONS:
         hint = did_you_mean(observation, NAVIX_OBSERVATIONS)
         raise ValueError(f"{owner} has no observation {observation!r}{hint}; valid: {', '.join(NAVIX_OBSERVATIONS)}")
-    if max_steps < 1:
-        raise ValueError(f"option max_steps of {owner} must be at least 1, got {max_steps}")
     env = navix.make(env_id, observation_fn=getattr(navix.observations, observation), max_steps=max_steps)
     is_categorical, is_rgb = observation.startswith("categorical"), observation.startswith("rgb")
 

@@ -221,17 +221,29 @@ def check_sizes(config):
     if config.total_steps < config.steps_per_update:
         update = f"one update ({config.steps_per_update} steps)"
         raise ValueError(f"total_steps ({config.total_steps}) is less than {update}")
-    if config.video and not config.video.endswith(".gif"):
-        raise ValueError(f"video must be a file name that ends in .gif, got {config.video!r}")
-    if config.video and not Path(config.video).parent.is_dir():
-        raise ValueError(f"video must be in a folder that exists, got {config.video!r}")
+    if config.video:
+        check_gif("video", config.video)
     for option in ("video", "best"):
         if getattr(config, option) and not config.evaluate:
             raise ValueError(f"{option} needs a trained agent: give the run's directory with evaluate")
 
 
-def check_buffer(config, init) -> None:
-    """Tell the size of a replay buffer, before it is made.
+def check_gif(name: str, path: str) -> None:
+    """Refuse a path, the value of option `name`, that no .gif can be written to."""
+    if not path.endswith(".gif"):
+        raise ValueError(f"{name} must be a file name that ends in .gif, got {path!r}")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{name} must be in a folder that exists, got {path!r}")
+
+
+def check_drawable(env) -> None:
+    """Refuse an environment that its library cannot draw."""
+    if env.render is None:
+        raise UsageError(f"{env.id} cannot be drawn: its library has no renderer for it")
+
+
+def check_buffer(config, buffer) -> None:
+    """Tell the size of a replay buffer, before it is made, from the shapes and dtypes of its arrays.
 
     Raises:
       UsageError: it is larger than the memory that is free.
@@ -239,7 +251,6 @@ def check_buffer(config, init) -> None:
     import jax
     import psutil
 
-    buffer = jax.eval_shape(lambda: init(config, seed_keys(config))).buffer
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffer))
     memory = jax.devices()[0].memory_stats() or {"bytes_limit": psutil.virtual_memory().available}
     if size > memory["bytes_limit"]:
@@ -433,14 +444,16 @@ class Run:
         from loggers import GREEDY, check_keys, make_logger, read_metrics
 
         check_keys(config)
-        if hasattr(config, "buffer_size"):
-            check_buffer(config, init)
+        has_buffer = hasattr(config, "buffer_size")
+        if has_buffer or config.resume:
+            like = jax.eval_shape(lambda: init(config, seed_keys(config)))
+        if has_buffer:
+            check_buffer(config, like.buffer)
         self.config, self.signal, self.episodes, self.handlers = config, None, None, {}
         self.dir, self.lock = open_run_dir(config)
         self.checkpoints = Checkpoints(self.dir, config.keep_checkpoints)
         self.saved_step, notes = None, {"metrics_bytes": 0, "diverged": ()}
         if config.resume and self.checkpoints.steps():
-            like = jax.eval_shape(lambda: init(config, seed_keys(config)))
             self.state, self.saved_step, notes = self.checkpoints.restore(like)
         else:
             evaluations = sum(GREEDY in record for record in read_metrics(self.dir / METRICS_FILE))
@@ -570,8 +583,8 @@ def show(config, env, init, evaluate) -> None:
     from loggers import describe
 
     check_same(config, load_config(config.evaluate, type(config)), HARMLESS | EVALUATION)
-    if config.video and env.render is None:
-        raise UsageError(f"{config.env} cannot be drawn: its library has no renderer for it")
+    if config.video:
+        check_drawable(env)
     like = jax.eval_shape(lambda: init(config, seed_keys(config)))
     state, step, notes = Checkpoints(config.evaluate).restore(like, config.best)
     diverged = dict(notes["diverged"])

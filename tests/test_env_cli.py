@@ -21,6 +21,7 @@ def test_namespaces_are_listed():
     assert result.returncode == 0, result.stderr
     assert re.search(r"^gymnax +installed$", result.stdout, re.M)
     assert re.search(r"^popjaxrl +installed$", result.stdout, re.M)
+    assert re.search(r"^gxm +installed$", result.stdout, re.M)  # whose ids need Gymnasium only
 
 
 def test_environments_are_listed():
