@@ -62,7 +62,7 @@ class Config(Experiment):
     # Algorithm
     learning_rate: float = 1e-3  # step size of Adam
     anneal_lr: bool = True  # let the learning rate fall linearly to 0 at total_steps
-    num_envs: int = 16  # N, parallel environments
+    num_envs: int = 8  # N, parallel environments
     num_steps: int = 8  # T, steps of every environment between two updates; replayed sequences begin at every T-th
     gamma: float = 0.99  # discount per step
     buffer_size: int = 100_000  # transitions that are kept for replay
@@ -74,7 +74,7 @@ class Config(Experiment):
     tau: float = 0.02  # how far the target network is taken to the online network after each
     alpha: float = 0.2  # weight of the entropy, to begin with if it is tuned
     autotune: bool = True  # tune alpha so that the entropy comes to its target
-    target_entropy_ratio: float = 0.2  # target entropy over that of the uniform policy, log(num_actions)
+    target_entropy_ratio: float = 0.7  # target entropy over that of the uniform policy, log(num_actions)
 
     @property
     def steps_per_update(self) -> int:

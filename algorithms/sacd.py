@@ -63,7 +63,7 @@ class Config(Experiment):
     tau: float = 0.02  # how far the target network is taken to the online network after each
     alpha: float = 0.2  # weight of the entropy, to begin with if it is tuned
     autotune: bool = True  # tune alpha so that the entropy comes to its target
-    target_entropy_ratio: float = 0.2  # target entropy over that of the uniform policy, log(num_actions)
+    target_entropy_ratio: float = 0.7  # target entropy over that of the uniform policy, log(num_actions)
 
     @property
     def steps_per_update(self) -> int:
