@@ -1,22 +1,21 @@
 """Gymnasium's MuJoCo environments as functions of a state, instead of objects that have one.
 
 Everything that a step depends on is read from the simulator after it and given back to it before the next. Physics
-runs in MuJoCo's own threads, all environments at once; then Gymnasium's class computes observations and rewards, one
-after the other. Results are those of Gymnasium, to the last bit, whatever the number of environments and threads.
+runs in threads, on all cores; then Gymnasium's class computes observations and rewards, one environment after the
+other. Results are those of Gymnasium, to the last bit, whatever the number of environments and threads.
 
 Functions take and return numpy arrays with any leading axes, one row per environment.
 """
 
-import functools
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium
 import mujoco
 import numpy as np
-from mujoco.batch import Batch
 
-STATE = mujoco.mjtState.mjSTATE_INTEGRATION  # all that mj_step reads, which is also what a Batch keeps
+STATE = mujoco.mjtState.mjSTATE_INTEGRATION  # all that mj_step reads
 MAX_ROWS = 256  # simulated at once: each takes up to some MB
 
 
@@ -40,8 +39,11 @@ class HostMujoco:
         size = mujoco.mj_stateSize(self._model, STATE)
         self._parts = slice(size), slice(size, size + self._xpos.size), slice(size + self._xpos.size, None)
         self.state_size = 2 * (size + 2 * self._xpos.size)
-        self._simulated = None  # batch and row that the environment's step is about
-        self._batch = functools.cache(self._batch)
+        self._rows = []  # for each environment of a call: simulator, and views of controls and places of the bodies
+        self._simulated = None  # the simulator that has done the environment's step
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._threads = ThreadPoolExecutor(cores)
+        self._cores = cores
         self._lock = threading.Lock()  # programs that run at the same time call back at the same time
 
     def reset(self, seed):
@@ -92,27 +94,39 @@ class HostMujoco:
             return self.env.render()
 
     def _step_rows(self, before, action, after, obs, reward, terminated):
+        while len(self._rows) < len(before):
+            data = mujoco.MjData(self._model)
+            self._rows.append((data, data.ctrl, data.xpos.reshape(-1), data.xipos.reshape(-1)))
+        self._simulate(before, action, after)
         integration, xpos, xipos = (before[:, part] for part in self._parts)
-        batch = self._batch(len(before))
-        batch.state[:] = integration
-        batch.ctrl = action
-        batch.step(nstep=self.env.frame_skip)
-        results = batch.state, batch.xpos.reshape(xpos.shape), batch.xipos.reshape(xipos.shape)
-        np.concatenate(results, axis=1, out=after)
-        for row, (*now, act) in enumerate(zip(integration, xpos, xipos, action, strict=True)):
-            self._simulated = batch, row
-            mujoco.mj_setState(self._model, self._data, now[0], STATE)
-            self._xpos[:], self._xipos[:] = now[1:]
+        for row, act in enumerate(action):
+            mujoco.mj_setState(self._model, self._data, integration[row], STATE)
+            self._xpos[:], self._xipos[:] = xpos[row], xipos[row]
+            self._simulated = self._rows[row][0]
             obs[row], reward[row], terminated[row], _, _ = self.env.step(act)
+            self.env.data = self._data
+
+    def _simulate(self, before, action, after):
+        """The physics of a step, in as many threads as pay: one takes longer to wake up than a small model's step."""
+        work = len(before) * self.env.frame_skip * self._model.nv
+        num_threads = max(1, min(self._cores, len(before), work // 50))
+        shares = [range(first, len(before), num_threads) for first in range(num_threads)]
+        others = [self._threads.submit(self._simulate_rows, rows, before, action, after) for rows in shares[1:]]
+        self._simulate_rows(shares[0], before, action, after)
+        for other in others:
+            other.result()
+
+    def _simulate_rows(self, rows, before, action, after):
+        model, frame_skip, (integration, xpos, xipos) = self._model, self.env.frame_skip, self._parts
+        for row in rows:
+            data, ctrl, *places = self._rows[row]
+            mujoco.mj_setState(model, data, before[row, integration], STATE)
+            ctrl[:] = action[row]
+            mujoco.mj_step(model, data, nstep=frame_skip)
+            mujoco.mj_getState(model, data, after[row, integration], STATE)
+            after[row, xpos], after[row, xipos] = places
 
     def _take_simulated(self, ctrl, n_frames):
         """Stands in for `MujocoEnv._step_mujoco_simulation`: the physics of this step has been computed already."""
-        batch, row = self._simulated
-        batch.get_data(row, self._data)
-        mujoco.mj_rnePostConstraint(self._model, self._data)
-
-    def _batch(self, rows):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        # a thread takes longer to wake up than a few substeps of a small model
-        work = rows * self.env.frame_skip * self._model.nv
-        return Batch(self._model, rows, max(1, min(cores, rows, work // 50)), persistent=True)
+        self.env.data = self._simulated
+        mujoco.mj_rnePostConstraint(self._model, self._simulated)

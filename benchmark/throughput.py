@@ -1,6 +1,7 @@
 """Training speed against other JAX libraries: CartPole (SAC: Pendulum), environment steps per second.
 
     python benchmark/throughput.py --peer memorax PYTHON --peer rejax PYTHON --peer sbx PYTHON
+    python benchmark/throughput.py --grid    # instead: SAC by parallel environments and gradient steps per update
 
 Every system is a process of its own (the peers with environments of their own, of which PYTHON is the interpreter:
 `pip install memorax==1.0.1 "gymnax<1"`, `pip install rejax==0.1.3 "gymnax<1" six`, `pip install torch sbx-rl==0.28.0`),
@@ -94,8 +95,9 @@ def memorax_ppo(shape, cell="gru"):
     return run
 
 
-def ours_off_policy(script, num_envs, batch_size, hidden_size):
-    return ours(script, num_envs=num_envs, batch_size=batch_size, hidden_size=hidden_size, learning_starts=256)
+def ours_off_policy(script, num_envs, batch_size, hidden_size, **fields):
+    sizes = {"num_envs": num_envs, "batch_size": batch_size, "hidden_size": hidden_size}
+    return ours(script, **sizes, learning_starts=256, **fields)
 
 
 def rejax(algorithm, steps, **options):
@@ -183,13 +185,34 @@ def worker(name):
         print(json.dumps({"sps": steps / (time.perf_counter() - start)}), flush=True)
 
 
+def report_grid(rounds):
+    """SAC on Pendulum with batches of 256: the cells of the table take turns."""
+    all_envs, all_gradient_steps = (1, 4, 16, 64), (1, 4, 16)
+    runs = {(n, g): ours_off_policy("sac", n, 256, 256, gradient_steps=g) for n in all_envs for g in all_gradient_steps}
+    speeds = {cell: [] for cell in runs}
+    for turn in range(rounds + 1):
+        for (n, g), run in runs.items():
+            start = time.perf_counter()
+            steps = run(400 // g)
+            if turn:  # the first run compiles
+                speeds[n, g].append(steps / (time.perf_counter() - start))
+    print("| environments | " + " | ".join(f"{g} gradient steps" for g in all_gradient_steps) + " |")
+    print("|---" * (1 + len(all_gradient_steps)) + "|")
+    for n in all_envs:
+        row = (f"{statistics.median(speeds[n, g]):,.0f}" for g in all_gradient_steps)
+        print(f"| {n} | " + " | ".join(row) + " |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", nargs=2, action="append", default=[], metavar=("NAME", "PYTHON"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="only systems whose name contains this")
+    parser.add_argument("--grid", action="store_true", help="SAC by num_envs and gradient_steps instead")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.grid:
+        return report_grid(args.rounds)
     if args.worker:
         return worker(args.worker)
 

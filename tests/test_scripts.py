@@ -1,16 +1,22 @@
 """What every script must be: importable, documented, shaped alike, and helpful on the command line."""
 
 import dataclasses
+import gc
 import importlib
 import json
 import re
 import subprocess
 import sys
 import time
+from collections import Counter
 
+import jax
 import pytest
-from conftest import ALGORITHMS, REPLAY, SCRIPTS, command_line
+from conftest import ALGORITHMS, REPLAY, SCRIPTS, command_line, tiny
 from PIL import Image
+
+import experiment
+from experiment import seed_keys
 
 PAIRS = [  # most lines the second may remove from the first, and add to it
     ("ppo", "rppo", 40, 90),
@@ -65,6 +71,21 @@ def test_the_four_functions(script):
         assert callable(getattr(module, name))
     assert dataclasses.is_dataclass(module.Config) and module.Config.__dataclass_params__.frozen
     hash(module.Config())
+
+
+@pytest.mark.parametrize("script", ["dqn", "drqn", "pqn", "rpqn"])
+def test_memory_does_not_grow_with_total_steps(script):
+    """Neither the state nor any array that an update makes on its way."""
+    module = importlib.import_module(f"algorithms.{script}")
+
+    def arrays(total_steps):
+        config = tiny(module, total_steps=total_steps)
+        state = jax.eval_shape(lambda: module.init(config, seed_keys(config)))
+        program = module.train_chunk.trace(state, config.make_env(), 1).jaxpr
+        return Counter(re.findall(r":(\w+\[[\d,]*\])", str(program)))
+
+    few, many = arrays(1_000), arrays(10**9)
+    assert few == many and sum(few.values()) > 500
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -169,12 +190,24 @@ BAD_MEMORY = [
     + BAD_ACTIONS,
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_bad_input_gets_one_sentence_and_exit_code_2(script, args, message, tmp_path):
-    result = run(script, *args, cwd=tmp_path)
-    assert result.returncode == 2, result.stderr
-    assert message in words(result.stderr), result.stderr
-    assert "Traceback" not in result.stderr and not result.stdout
-    assert not list(tmp_path.iterdir())
+def test_bad_input_gets_one_sentence_and_exit_code_2(script, args, message, tmp_path, monkeypatch, capsys):
+    module = importlib.import_module(f"algorithms.{script}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *args])
+    monkeypatch.setattr(experiment, "use_compilation_cache", lambda folder: None)  # may start the process again
+    with pytest.raises(SystemExit) as ended:
+        experiment.launch(module.main, module.Config)
+    gc.enable()
+    output = capsys.readouterr()
+    assert ended.value.code == 2 and message in words(output.err), output.err
+    assert not output.out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args", [("--num-envs", "many"), ("--gamma", "1.5"), ("--resume", "nowhere")])
+def test_bad_input_ends_the_process_without_a_traceback(args, tmp_path):
+    result = run("rppo", *args, cwd=tmp_path)
+    assert result.returncode == 2 and args[1] in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr and not result.stdout and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
