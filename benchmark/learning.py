@@ -63,7 +63,7 @@ RESULTS = {  # panel of the figure: {label: command}
     "Pendulum-v1, velocity hidden": {
         "PPO": f"ppo_continuous.py {PENDULUM} {MASK} --total-steps 300_000",
         "SAC": f"sac.py {PENDULUM} {MASK}",
-        "RPPO, GRU": f"rppo_continuous.py {PENDULUM} {GRU} --total-steps 300_000",
+        "RPPO, GRU": f"rppo_continuous.py {PENDULUM} {GRU} --total-steps 1_000_000",
         "RSAC, GRU": f"rsac.py {PENDULUM} {GRU}",
     },
 }
@@ -121,13 +121,16 @@ def report_cells():
         print(f"| `{cell}` | {steps[-1]:,} | {np.median(returns[-1]):.2f} | {seeds} | {speed:,.0f} |")
 
 
+def all_commands():
+    return [command for commands in RESULTS.values() for command in commands.values()]
+
+
 def report():
-    print("| command | steps | greedy return, median of 5 seeds | the seeds |\n|---|---|---|---|")
-    for commands in RESULTS.values():
-        for command in commands.values():
-            steps, returns = evaluations(command)
-            seeds = ", ".join(f"{value:.2f}" for value in sorted(returns[-1]))
-            print(f"| `{command}` | {steps[-1]:,} | {np.median(returns[-1]):.2f} | {seeds} |")
+    print("| command | steps | greedy return, median | the seeds |\n|---|---|---|---|")
+    for command in filter(is_complete, all_commands()):
+        steps, returns = evaluations(command)
+        seeds = ", ".join(f"{value:.2f}" for value in sorted(returns[-1]))
+        print(f"| `{command}` | {steps[-1]:,} | {np.median(returns[-1]):.2f} | {seeds} |")
 
 
 def draw(path):
@@ -136,9 +139,11 @@ def draw(path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(RESULTS), figsize=(3.75 * len(RESULTS), 3.4), layout="constrained")
-    for axis, (title, commands) in zip(axes, RESULTS.items(), strict=True):
+    figure, axes = plt.subplots(2, len(RESULTS) // 2, figsize=(1.9 * len(RESULTS), 6.8), layout="constrained")
+    for axis, (title, commands) in zip(axes.flat, RESULTS.items(), strict=True):
         for label, command in commands.items():
+            if not is_complete(command):
+                continue
             steps, returns = evaluations(command)
             axis.plot(steps / 1e3, np.median(returns, axis=1), label=label, **style(label))
             axis.fill_between(steps / 1e3, returns.min(1), returns.max(1), alpha=0.1, color=style(label)["color"], lw=0)
@@ -147,7 +152,7 @@ def draw(path):
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=9)
     for axis in axes[:, 0]:
-        axis.set_ylabel("greedy return\nmedian, min and max of 5 seeds")
+        axis.set_ylabel("greedy return\nmedian, min and max of the seeds")
     figure.savefig(path, dpi=110)
     print(f"figure: {path}")
 
@@ -157,8 +162,7 @@ def main():
     parser.add_argument("--report", action="store_true", help="do not train")
     parser.add_argument("--cells", action="store_true", help="every memory on MemoryChain instead")
     args = parser.parse_args()
-    commands = CELL_COMMANDS if args.cells else [c for commands in RESULTS.values() for c in commands.values()]
-    for command in commands:
+    for command in CELL_COMMANDS if args.cells else all_commands():
         if not args.report and not is_complete(command):
             train(command, num_seeds=3 if args.cells else 5)
     if args.cells:
