@@ -166,12 +166,12 @@ class Environment:
 
     def _cast_state(self, task_state):
         # Libraries return weak types, and other dtypes from step than from reset: either compiles everything twice.
-        def cast(leaf, aval):
+        def cast_leaf(leaf, aval):
             if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
                 return leaf
             return strong(jnp.asarray(leaf).astype(aval.dtype))
 
-        return jax.tree.map(cast, task_state, self._state_avals)
+        return jax.tree.map(cast_leaf, task_state, self._state_avals)
 
 
 def cast(obs, space: Box):
@@ -775,7 +775,7 @@ def mujoco_task(env_id: str, **options) -> Task:
     if env_id in PLAYGROUND:
         return playground_task(env_id, **options)
     gymnasium = import_silently("gymnasium", owner, "gymnasium[mujoco]")
-    import_silently("mujoco.batch", owner, "mujoco>=4")
+    import_silently("mujoco", owner, "gymnasium[mujoco]")
     from env_wrappers import time_limit
     from host_mujoco import HostMujoco
 

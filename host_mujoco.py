@@ -9,7 +9,7 @@ Functions take and return numpy arrays with any leading axes, one row per enviro
 
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import gymnasium
 import mujoco
@@ -41,9 +41,8 @@ class HostMujoco:
         self.state_size = 2 * (size + 2 * self._xpos.size)
         self._rows = []  # for each environment of a call: simulator, and views of controls and places of the bodies
         self._simulated = None  # the simulator that has done the environment's step
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self._threads = ThreadPoolExecutor(cores)
-        self._cores = cores
+        self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._threads = ThreadPoolExecutor(self._cores)
         self._lock = threading.Lock()  # programs that run at the same time call back at the same time
 
     def reset(self, seed):
@@ -103,8 +102,10 @@ class HostMujoco:
             mujoco.mj_setState(self._model, self._data, integration[row], STATE)
             self._xpos[:], self._xipos[:] = xpos[row], xipos[row]
             self._simulated = self._rows[row][0]
-            obs[row], reward[row], terminated[row], _, _ = self.env.step(act)
-            self.env.data = self._data
+            try:
+                obs[row], reward[row], terminated[row], _, _ = self.env.step(act)
+            finally:
+                self.env.data = self._data
 
     def _simulate(self, before, action, after):
         """The physics of a step, in as many threads as pay: one takes longer to wake up than a small model's step."""
@@ -112,7 +113,10 @@ class HostMujoco:
         num_threads = max(1, min(self._cores, len(before), work // 50))
         shares = [range(first, len(before), num_threads) for first in range(num_threads)]
         others = [self._threads.submit(self._simulate_rows, rows, before, action, after) for rows in shares[1:]]
-        self._simulate_rows(shares[0], before, action, after)
+        try:
+            self._simulate_rows(shares[0], before, action, after)
+        finally:
+            wait(others)  # whatever happened: the next call takes the same simulators
         for other in others:
             other.result()
 

@@ -6,11 +6,12 @@ python benchmark/pictures.py    # trains what is missing under runs/learning, th
 import subprocess
 import sys
 
-from learning import MASKED, ROOT, is_complete, run_dir, train
+from learning import CARTPOLE, MASK, ROOT, is_complete, run_dir, train
 from PIL import Image, ImageDraw, ImageSequence
 
 BENCHMARK = ROOT / "benchmark"
-RUNS = {"PPO, no memory": f"ppo.py {MASKED}", "recurrent PPO, GRU": f"rppo.py {MASKED} --cell gru"}
+TASK = f"{CARTPOLE} {MASK}"
+RUNS = {"PPO, no memory": f"ppo.py {TASK}", "recurrent PPO, GRU": f"rppo.py {TASK} --cell gru"}
 
 
 def film(command, path):

@@ -25,7 +25,7 @@ def ours(script, **fields):
     import jax
 
     script = importlib.import_module(f"algorithms.{script}")
-    config = script.Config(total_steps=10**9, **fields)
+    config = script.Config(total_steps=10**8, **fields)
     env, state = config.make_env(), script.init(config, jax.random.key(0))
     if hasattr(script, "fill_buffer"):
         state = script.fill_buffer(state, env)

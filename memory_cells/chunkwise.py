@@ -57,7 +57,7 @@ def gated_memory(carry, q, k, v, log_f, log_i, starts, impl="auto"):
 
     Args:
       carry: S / exp(m) (B, heads, dk, dv + 1), and m (B, heads).
-      log_f: (T, B, heads), at most 0; log_i: likewise, any size. The others as in `linear_memory`.
+      log_f: (T, B, heads), at most 0; log_i: likewise, any finite size. The others as in `linear_memory`.
 
     Returns:
       The carry after the last step, and ys (T, B, heads, dv).

@@ -9,7 +9,8 @@ from pathlib import Path
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # for the scripts that the tests start, too
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Programs run once here, and for a moment: machine code that is not optimised is ready in half the time.
+# Most programs run for a moment here: machine code that is not optimised is ready in half the time. With XLA_FLAGS set,
+# to nothing for instance, they are compiled as users have them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax  # noqa: E402

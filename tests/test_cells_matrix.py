@@ -109,11 +109,12 @@ def test_recurrences_equal_the_papers_equations(rule, impl):
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_broken_step_breaks_the_rest_of_its_episode_and_nothing_else(rule, poison):
-    """In whichever input it is, and also where one chunk has steps of both."""
+    """In whichever of the inputs that are stored it is, and also where one chunk has steps of two episodes."""
     carry, inputs, starts = rule_inputs(rule, 40)
     inputs = [x.astype(jnp.float32) for x in inputs]
     starts = starts.at[:, 0].set(False).at[17, 0].set(True)
-    (last, expected), memory = RULES[rule](carry, *inputs, starts), jax.jit(RULES[rule])
+    memory = jax.jit(RULES[rule])
+    last, expected = memory(carry, *inputs, starts)
     for index in range(1, len(inputs)):
         broken = [x.at[6, 0].set(poison) if i == index else x for i, x in enumerate(inputs)]
         broken_last, ys = memory(carry, *broken, starts)

@@ -380,7 +380,7 @@ def test_make_refuses(id, options, message):
     ("id", "module", "install"),
     [
         ("mujoco::CheetahRun", "mujoco_playground", "playground"),
-        ("mujoco::Swimmer-v5", "mujoco.batch", "mujoco>=4"),
+        ("mujoco::Swimmer-v5", "mujoco", r"gymnasium\[mujoco\]"),
         ("brax::hopper", "brax.envs", "brax"),
     ],
 )

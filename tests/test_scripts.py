@@ -195,9 +195,9 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(script, args, message, tmp_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *args])
     monkeypatch.setattr(experiment, "use_compilation_cache", lambda folder: None)  # may start the process again
+    monkeypatch.setattr(gc, "disable", lambda: None)
     with pytest.raises(SystemExit) as ended:
         experiment.launch(module.main, module.Config)
-    gc.enable()
     output = capsys.readouterr()
     assert ended.value.code == 2 and message in words(output.err), output.err
     assert not output.out and not list(tmp_path.iterdir())
