@@ -290,6 +290,10 @@ def test_without_a_memory_the_sign_is_forgotten():
 # --- Learning --------------------------------------------------------------------------------------------------------
 
 
+def chain(length):
+    return {"env": "gymnax::MemoryChain-bsuite", "env_kwargs": {"memory_length": length}}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
@@ -298,16 +302,8 @@ def test_without_a_memory_the_sign_is_forgotten():
         (pqn, {}, 490),
         (pqn, {"env": "gymnax::Acrobot-v1"}, -95),
         (rpqn, {"cell": "gru", "mask": ("velocity",)}, 400),
-        (
-            rpqn,
-            {
-                "cell": "gru",
-                "env": "gymnax::MemoryChain-bsuite",
-                "env_kwargs": {"memory_length": 10},
-                "total_steps": 300_000,
-            },
-            0.95,
-        ),
+        (rpqn, {"cell": "gru", "total_steps": 300_000} | chain(10), 0.95),
+        (rpqn, {"cell": "gru", "total_steps": 500_000, "num_envs": 32, "num_steps": 128} | chain(100), 0.9),
     ],
 )
 def test_the_results_of_the_readme(script, changes, at_least):
