@@ -777,7 +777,7 @@ def mujoco_task(env_id: str, **options) -> Task:
     gymnasium = import_silently("gymnasium", owner, "gymnasium[mujoco]")
     import_silently("mujoco", owner, "gymnasium[mujoco]")
     from env_wrappers import time_limit
-    from host_mujoco import HostMujoco
+    from host_mujoco import HostMujoco, call_on_host
 
     spec = gymnasium.spec(env_id)
     arguments = arguments_of(gymnasium.envs.registration.load_env_creator(spec.entry_point))
@@ -791,17 +791,16 @@ def mujoco_task(env_id: str, **options) -> Task:
     env = host.env
     observation_space = Box(-np.inf, np.inf, env.observation_space.shape)
     low, high = env.action_space.low, env.action_space.high
-    obs = jax.ShapeDtypeStruct(observation_space.shape, jnp.float32)
-    physics = jax.ShapeDtypeStruct((host.state_size,), jnp.uint32)
+    size = host.state_size + observation_space.shape[0]
 
     def reset(key):
-        seed = jax.random.bits(key, dtype=jnp.uint32)
-        return jax.pure_callback(host.reset, (obs, physics), seed, vmap_method="broadcast_all")
+        results = call_on_host(host.reset, jax.random.bits(key, (1,), jnp.uint32), size)
+        state, obs = jnp.split(results, [host.state_size])
+        return jax.lax.bitcast_convert_type(obs, jnp.float32), state
 
     def step(key, state, action):
         given = jnp.concatenate([state, jax.lax.bitcast_convert_type(action, jnp.uint32)])
-        results = jax.ShapeDtypeStruct((host.state_size + obs.shape[0] + 2,), jnp.uint32)
-        results = jax.pure_callback(host.step, results, given, vmap_method="broadcast_all")
+        results = call_on_host(host.step, given, size + 2)
         state, results = jnp.split(results, [host.state_size])
         results = jax.lax.bitcast_convert_type(results, jnp.float32)
         return results[:-2], state, results[-2], results[-1] > 0.5, False
@@ -809,7 +808,8 @@ def mujoco_task(env_id: str, **options) -> Task:
     entries = {"cinert": 10 * env.model.nbody, "cvel": 6 * env.model.nbody}  # of the v4 humanoids
     entries |= getattr(env, "observation_structure", {})
     masks = kinematic_masks(env_id, env, env.model.nq, env.model.nv, entries["cinert"], entries["cvel"])
-    masks = {name: tuple(i for i in entries if i < obs.shape[0]) for name, entries in masks.items()}
+    num_entries = observation_space.shape[0]
+    masks = {name: tuple(i for i in entries if i < num_entries) for name, entries in masks.items()}
     action_space = Box(low, high, env.action_space.shape)
     render = without_screen(host.render, owner)
     task = Task(reset, step, observation_space, action_space, max_steps, render, masks, costly_reset=True)

@@ -121,7 +121,8 @@ def rejax(algorithm, steps, **options):
 
 def rejax_on_policy(algorithm):
     shape = {"env": "CartPole-v1", "num_envs": 32, "num_steps": 64, "num_epochs": 4, "num_minibatches": 16}
-    network = {"activation": "tanh" if algorithm == "ppo" else "relu", "hidden_layer_sizes": (64, 64)}
+    # its PQN always has two layers of 64 with LayerNorm
+    network = {"activation": "tanh", "hidden_layer_sizes": (64, 64)} if algorithm == "ppo" else {}
     return rejax(algorithm, 32 * 64, **shape, learning_rate=1e-3, max_grad_norm=0.5, agent_kwargs=network)
 
 
@@ -130,9 +131,9 @@ def rejax_dqn():
     return rejax("dqn", 10, env="CartPole-v1", **sizes)
 
 
-def rejax_sac():
+def rejax_sac(width):
     sizes = {"num_envs": 1, "batch_size": 256, "fill_buffer": 256, "buffer_size": 50_000, "total_timesteps": 10**9}
-    return rejax("sac", 1, env="Pendulum-v1", **sizes, hidden_layer_sizes=(256, 256))
+    return rejax("sac", 1, env="Pendulum-v1", **sizes, hidden_layer_sizes=(width, width))
 
 
 def sbx_sac():
@@ -162,9 +163,11 @@ SYSTEMS = {  # name: (interpreter, maker of a run function, updates per round)
     "rejax PQN, 32 x 64, 16 minibatches": ("rejax", lambda: rejax_on_policy("pqn"), 100),
     "dqn, 10 environments, batch 128": ("ours", lambda: ours_off_policy("dqn", 10, 128, 64), 10_000),
     "rejax DQN, 10 environments, batch 128": ("rejax", rejax_dqn, 10_000),
-    "sac, 1 environment, batch 256": ("ours", lambda: ours_off_policy("sac", 1, 256, 256), 2_000),
-    "rejax SAC, 1 environment, batch 256": ("rejax", rejax_sac, 2_000),
-    "sbx SAC, 1 environment, batch 256": ("sbx", sbx_sac, 2_000),
+    "sac, batch 256, two layers of 64": ("ours", lambda: ours_off_policy("sac", 1, 256, 64), 2_000),
+    "rejax SAC, batch 256, two layers of 64": ("rejax", lambda: rejax_sac(64), 2_000),
+    "sac, batch 256, two layers of 256": ("ours", lambda: ours_off_policy("sac", 1, 256, 256), 500),
+    "rejax SAC, batch 256, two layers of 256": ("rejax", lambda: rejax_sac(256), 500),
+    "sbx SAC, batch 256, two layers of 256": ("sbx", sbx_sac, 500),
 }
 
 

@@ -173,7 +173,7 @@ def test_dqn_keeps_the_true_next_observation():
     assert seen.terminated.any() and not seen.terminated[step == 6].all()
 
 
-@pytest.mark.parametrize("cell", ["gru", "gtrxl", pytest.param("mlstm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cell", ["gru", *(pytest.param(cell, marks=pytest.mark.slow) for cell in ("gtrxl", "mlstm"))])
 def test_replayed_values_are_those_of_acting(cell):
     """From the stored carry, over ends and starts, with and without burn-in: Q-values are those of the whole past."""
     config = small(drqn, cell=cell, learning_starts=200)

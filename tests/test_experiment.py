@@ -131,7 +131,7 @@ def test_configs_that_do_not_fit(tmp_path):
 
 @pytest.mark.parametrize(
     ("script", "stop_after"),  # updates: between two evaluations, or at one
-    [(script, 5) for script in SCRIPTS] + [("ppo", 3), ("dqn", 3)],
+    [(script, 5) for script in SCRIPTS] + [("ppo", 3)],
 )
 def test_resuming_is_as_if_nothing_had_happened(script, stop_after, tmp_path, monkeypatch, capsys):
     """N updates + save + load + N updates equal 2 N updates bit for bit, and so do the logs."""
