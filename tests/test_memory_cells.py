@@ -213,8 +213,8 @@ def test_environments_are_independent(name):
 
 
 @pytest.mark.parametrize("name", MEMORIES)
-def test_shapes_dtypes_and_parameters(name):
-    inputs = 5  # not the number of features
+@pytest.mark.parametrize("inputs", [D, 5])
+def test_shapes_dtypes_and_parameters(name, inputs):
     cell, params, carry, xs, starts = setup(name, inputs=inputs)
     initial = cell.initialize_carry(jax.random.key(0), (B, inputs))
     last, ys = sequence(cell, params, initial, xs, starts)
@@ -229,9 +229,14 @@ def test_shapes_dtypes_and_parameters(name):
     jax.tree.map(np.testing.assert_array_equal, from_step, from_sequence)
     assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(from_step))
 
-    rnn = nn.RNN(build(name), time_major=True)  # flax's own driver takes every cell
-    flax_ys = rnn.apply({"params": {"cell": params["params"]}}, xs)
-    assert_close(flax_ys, sequence(cell, params, initial, xs, jnp.zeros_like(starts))[1], 3e-5)
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_flax_drives_every_cell(name):
+    with jax.enable_x64(True):
+        cell, params, _, xs, starts = setup(name, dtype="float64")
+        initial = cell.initialize_carry(jax.random.key(0), (B, D))
+        ys = nn.RNN(build(name), time_major=True).apply({"params": {"cell": params["params"]}}, xs)
+        assert_close(ys, sequence(cell, params, initial, xs, jnp.zeros_like(starts))[1], 1e-10)
 
 
 @pytest.mark.parametrize("name", MEMORIES)
