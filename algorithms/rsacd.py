@@ -269,7 +269,7 @@ def rollout(state, env):
         "charts/episodic_length": info["episode_length"].sum(where=info["episode_done"]),
         "charts/episodes": info["episode_done"].sum(),
     }
-    buffer = make_replay(config).add(state.buffer, first_carry, batch)
+    buffer = jax.lax.optimization_barrier(make_replay(config).add(state.buffer, first_carry, batch))  # or XLA copies it
     return state.replace(buffer=buffer, updates=state.updates + 1), metrics
 
 
@@ -296,7 +296,7 @@ def update(state, env):
 @partial(jax.jit, static_argnames="env", donate_argnames="state")
 def train_chunk(state, env, num_updates):
     """Several updates of every seed; the sums of their metrics, and for how many updates these were finite."""
-    update_seeds = jax.jit(jax.vmap(partial(update, env=env)))  # also for one seed: batched, it runs a tenth faster
+    update_seeds = jax.jit(jax.vmap(partial(update, env=env)))  # also for one seed, else XLA copies the buffer
 
     def body(_, carry):
         state, sums, finite = carry
@@ -332,7 +332,7 @@ def init(config: Config, key) -> State:
 def fill_buffer(state, env):
     """The steps before learning starts."""
     num_rollouts = state.config.learning_starts // state.config.steps_per_update
-    return vmap_seeds(lambda state: jax.lax.fori_loop(0, num_rollouts, lambda _, s: rollout(s, env)[0], state))(state)
+    return jax.vmap(lambda state: jax.lax.fori_loop(0, num_rollouts, lambda _, s: rollout(s, env)[0], state))(state)
 
 
 def warmup(state: State, env, logger) -> State:
