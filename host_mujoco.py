@@ -1,15 +1,17 @@
 """Gymnasium's MuJoCo environments as functions of a state, instead of objects that have one.
 
-Everything that a step depends on is read from the simulator after it and given back to it before the next. Physics
-runs in threads, on all cores; then Gymnasium's class computes observations and rewards, one environment after the
-other. Results are those of Gymnasium, to the last bit, whatever the number of environments and threads.
+Everything that a step depends on is read from the simulator after it and given back to it before the next. Where there
+is enough of it, physics runs in threads, on all cores, before Gymnasium's class computes observations and rewards, one
+environment after the other; else that class does the whole step. Results are those of Gymnasium, to the last bit,
+whatever the number of environments and threads.
 
 Functions take and return numpy arrays with any leading axes, one row per environment.
 """
 
+import functools
 import os
 import threading
-import time
+import timeit
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import gymnasium
@@ -72,8 +74,9 @@ class HostMujoco:
         self._parts = slice(size), slice(size, size + self._xpos.size), slice(size + self._xpos.size, None)
         self.state_size = 2 * (size + 2 * self._xpos.size)
         self._rows = []  # for each environment of a call: simulator, and views of controls and places of the bodies
-        self._row_seconds = 0.0  # that one row of physics takes
-        self._simulated = None  # the simulator that has done the environment's step
+        physics = functools.partial(mujoco.mj_step, self._model, mujoco.MjData(self._model), nstep=self.env.frame_skip)
+        self._row_seconds = min(timeit.repeat(physics, number=1, repeat=10))  # that the physics of a row takes
+        self._simulated = None  # the simulator that has done the environment's step already
         self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self._threads = ThreadPoolExecutor(self._cores)
         self._lock = threading.Lock()  # programs that run at the same time call back at the same time
@@ -127,24 +130,27 @@ class HostMujoco:
             return self.env.render()
 
     def _step_rows(self, before, action, after, obs, reward, terminated):
-        while len(self._rows) < len(before):
-            data = mujoco.MjData(self._model)
-            self._rows.append((data, data.ctrl, data.xpos.reshape(-1), data.xipos.reshape(-1)))
-        self._simulate(before, action, after)
-        integration, xpos, xipos = (before[:, part] for part in self._parts)
+        num_threads = min(self._cores, len(before), int(len(before) * self._row_seconds / THREAD_SECONDS))
+        if num_threads > 1:
+            self._simulate(before, action, after, num_threads)
+        integration, xpos, xipos = self._parts
         for row, act in enumerate(action):
-            mujoco.mj_setState(self._model, self._data, integration[row], STATE)
-            self._xpos[:], self._xipos[:] = xpos[row], xipos[row]
-            self._simulated = self._rows[row][0]
+            mujoco.mj_setState(self._model, self._data, before[row, integration], STATE)
+            self._xpos[:], self._xipos[:] = before[row, xpos], before[row, xipos]
+            self._simulated = self._rows[row][0] if num_threads > 1 else None
             try:
                 obs[row], reward[row], terminated[row], _, _ = self.env.step(act)
             finally:
                 self.env.data = self._data
+            if num_threads <= 1:
+                mujoco.mj_getState(self._model, self._data, after[row, integration], STATE)
+                after[row, xpos], after[row, xipos] = self._xpos, self._xipos
 
-    def _simulate(self, before, action, after):
-        """The physics of a step, in as many threads as pay."""
-        began = time.perf_counter()
-        num_threads = max(1, min(self._cores, len(before), int(len(before) * self._row_seconds / THREAD_SECONDS)))
+    def _simulate(self, before, action, after, num_threads):
+        """The physics of a step in several threads, each environment in a simulator of its own."""
+        while len(self._rows) < len(before):
+            data = mujoco.MjData(self._model)
+            self._rows.append((data, data.ctrl, data.xpos.reshape(-1), data.xipos.reshape(-1)))
         shares = [range(first, len(before), num_threads) for first in range(num_threads)]
         others = [self._threads.submit(self._simulate_rows, rows, before, action, after) for rows in shares[1:]]
         try:
@@ -153,8 +159,6 @@ class HostMujoco:
             wait(others)  # whatever happened: the next call takes the same simulators
         for other in others:
             other.result()
-        if num_threads == 1:
-            self._row_seconds = (time.perf_counter() - began) / len(before)
 
     def _simulate_rows(self, rows, before, action, after):
         model, frame_skip, (integration, xpos, xipos) = self._model, self.env.frame_skip, self._parts
@@ -167,6 +171,8 @@ class HostMujoco:
             after[row, xpos], after[row, xipos] = places
 
     def _take_simulated(self, ctrl, n_frames):
-        """Stands in for `MujocoEnv._step_mujoco_simulation`: the physics of this step has been computed already."""
+        """Stands in for `MujocoEnv._step_mujoco_simulation`, whose work may be done already."""
+        if self._simulated is None:
+            return type(self.env)._step_mujoco_simulation(self.env, ctrl, n_frames)
         self.env.data = self._simulated
         mujoco.mj_rnePostConstraint(self._model, self._simulated)

@@ -164,7 +164,7 @@ def atari_loop(name, num_envs, length):
 FAMILIES = {  # id: (options, the library's own loop, steps per call)
     "gymnax::CartPole-v1": ({}, gymnax_loop, 1000),
     "brax::inverted_pendulum": ({"backend": "spring"}, brax_loop, 100),
-    "mujoco::HalfCheetah-v5": ({}, mujoco_loop, 20),
+    "mujoco::HalfCheetah-v5": ({}, mujoco_loop, 100),
     "craftax::Craftax-Classic-Symbolic-v1": ({}, craftax_loop, 20),
     "navix::Navix-DoorKey-8x8-v0": ({}, navix_loop, 100),
     "gxm::Gymnasium/ALE/Breakout-v5": ({}, atari_loop, 10),

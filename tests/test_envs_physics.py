@@ -110,8 +110,10 @@ def test_episodes_are_those_of_gymnasium(env_id):
         np.testing.assert_array_equal(next_obs, np.float32(obs))
 
 
-def test_vmaps_compute_what_single_environments_do():
-    """8 environments of 3 seeds, some of which fall: each as if it were alone."""
+def test_vmaps_compute_what_single_environments_do(monkeypatch):
+    """8 environments of 3 seeds, in threads, some of which fall: each as if it were alone."""
+    host_mujoco = pytest.importorskip("host_mujoco")
+    monkeypatch.setattr(host_mujoco, "THREAD_SECONDS", 1e-9)
     env, steps = make("mujoco::Hopper-v5"), 30
     keys = jax.random.split(jax.random.key(1), (3, 8))
     nested = jax.vmap(jax.vmap(lambda key: rollout(env, key, steps)))(keys)
