@@ -45,7 +45,7 @@ def scan_loop(reset, step, sample, num_envs, length):
     def strong_first(key):
         carry = reset(key)  # libraries give weak types at first and others later
         after = jax.eval_shape(step, key, carry, sample(key))[0]
-        return jax.tree.map(lambda x, aval: x.astype(aval.dtype), carry, after)
+        return jax.tree.map(lambda x, aval: jnp.asarray(x).astype(aval.dtype), carry, after)
 
     key = jax.random.key(0)
     carry = jax.jit(jax.vmap(strong_first))(jax.random.split(key, num_envs))
@@ -164,6 +164,7 @@ def atari_loop(name, num_envs, length):
 FAMILIES = {  # id: (options, the library's own loop, steps per call)
     "gymnax::CartPole-v1": ({}, gymnax_loop, 1000),
     "brax::inverted_pendulum": ({"backend": "spring"}, brax_loop, 100),
+    "brax::halfcheetah": ({"backend": "spring"}, brax_loop, 100),
     "mujoco::HalfCheetah-v5": ({}, mujoco_loop, 100),
     "craftax::Craftax-Classic-Symbolic-v1": ({}, craftax_loop, 20),
     "navix::Navix-DoorKey-8x8-v0": ({}, navix_loop, 100),
