@@ -181,10 +181,10 @@ def epsilon(updates, config):
 
 def epsilon_greedy(key, q_values, epsilon):
     """The best action (N,) of q_values (N, num_actions), or with probability epsilon any."""
-    explore_key, action_key = jax.random.split(key)
-    explore = jax.random.bernoulli(explore_key, epsilon, q_values.shape[:-1])
-    random_action = jax.random.randint(action_key, q_values.shape[:-1], 0, q_values.shape[-1])
-    return jnp.where(explore, random_action, q_values.argmax(axis=-1))
+    uniform, num_actions = jax.random.uniform(key, q_values.shape[:-1]), q_values.shape[-1]
+    # Where it is less than epsilon, it is uniform below epsilon: one number says whether to explore, and how.
+    random_action = jnp.minimum(uniform / epsilon * num_actions, num_actions - 1).astype(int)
+    return jnp.where(uniform < epsilon, random_action, q_values.argmax(axis=-1))
 
 
 def rescaled(x):
