@@ -149,7 +149,7 @@ def draw(path):
         axis.set(title=title, xlabel="thousand environment steps")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(fontsize=9, framealpha=0.8, edgecolor="none")
     for axis in axes[:, 0]:
         axis.set_ylabel("greedy return\nmedian, min and max of the seeds")
     figure.savefig(path, dpi=110)
