@@ -96,7 +96,9 @@ class SequenceReplay:
     def add(self, buffer, carry, transitions: Transition):
         """The buffer with a chunk more of every environment: transitions (T, N, ...), carry (N, ...) before them."""
         chunk = Chunk(carry, jax.tree.map(lambda x: x.swapaxes(0, 1), transitions))
-        return self._buffer.add(buffer, jax.tree.map(lambda x: x[:, None], chunk))
+        buffer = self._buffer.add(buffer, jax.tree.map(lambda x: x[:, None], chunk))
+        # XLA would merge the writing into the reading of the next sample, and copy the whole buffer for it.
+        return jax.lax.optimization_barrier(buffer)
 
     def sample(self, buffer, key) -> Sample:
         """A minibatch; the buffer must hold `length` steps of every environment."""

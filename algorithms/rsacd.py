@@ -269,7 +269,7 @@ def rollout(state, env):
         "charts/episodic_length": info["episode_length"].sum(where=info["episode_done"]),
         "charts/episodes": info["episode_done"].sum(),
     }
-    buffer = jax.lax.optimization_barrier(make_replay(config).add(state.buffer, first_carry, batch))  # or XLA copies it
+    buffer = make_replay(config).add(state.buffer, first_carry, batch)
     return state.replace(buffer=buffer, updates=state.updates + 1), metrics
 
 
