@@ -51,15 +51,15 @@ class Config(Experiment):
     # Algorithm
     learning_rate: float = 5e-4  # step size of RAdam
     anneal_lr: bool = True  # let the learning rate fall linearly to 0 at total_steps
-    num_envs: int = 64  # N, parallel environments
-    num_steps: int = 32  # T, steps of every environment between two updates
+    num_envs: int = 32  # N, parallel environments
+    num_steps: int = 128  # T, steps of every environment between two updates
     gamma: float = 0.99  # discount per step
     q_lambda: float = 0.95  # lambda of the targets
     update_epochs: int = 4  # passes over the collected steps in one update
     num_minibatches: int = 16  # gradient steps in one pass
     bptt: int = 0  # cut gradients through time at every multiple of this many steps; 0: nowhere
     start_e: float = 1.0  # probability of a random action at first
-    end_e: float = 0.05  # and in the end
+    end_e: float = 0.1  # and in the end
     exploration_fraction: float = 0.2  # it falls linearly for this part of total_steps
     max_grad_norm: float = 10.0  # gradients are clipped to this global norm
 

@@ -303,7 +303,7 @@ def chain(length):
         (pqn, {"env": "gymnax::Acrobot-v1"}, -95),
         (rpqn, {"cell": "gru", "mask": ("velocity",)}, 400),
         (rpqn, {"cell": "gru", "total_steps": 300_000} | chain(10), 0.95),
-        (rpqn, {"cell": "gru", "total_steps": 500_000, "num_envs": 32, "num_steps": 128} | chain(100), 0.9),
+        (rpqn, {"cell": "gru", "total_steps": 500_000} | chain(100), 0.9),
     ],
 )
 def test_the_results_of_the_readme(script, changes, at_least):
