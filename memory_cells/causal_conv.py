@@ -49,7 +49,9 @@ def _backward(residuals, d_ys):
     width, steps = sees.shape[:2]
 
     def d_tap(j):
-        return (_select(sees[j], jax.lax.dynamic_slice_in_dim(padded, j, steps)) * d_ys).sum((0, 1))
+        terms = _select(sees[j], jax.lax.dynamic_slice_in_dim(padded, j, steps)) * d_ys
+        # A sum over steps and environments; as a product it takes half the time on a CPU.
+        return jnp.einsum("tb,tbd->d", jnp.ones_like(terms[..., 0]), terms, precision="highest")
 
     # The same convolution, backward in time: padded[s] was tap j of step s - j.
     ends = (width - 1, width - 1)

@@ -12,12 +12,14 @@ Carry: S (B, heads, d, d), and the convolution's last inputs (B, K - 1, 3 H), ze
 floating-point operations per environment; sequences are parallel within chunks (see `chunkwise.py`).
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import delta_memory
+from memory_cells.chunkwise import CHUNK, delta_memory
 from memory_cells.deltanet import check_beta_scale, l2_normalise
 from memory_cells.dense import Dense
 from memory_cells.heads import merge_heads, split_heads
@@ -64,7 +66,7 @@ class GatedDeltaNet(SequenceCell):
         memory = jnp.zeros((*batch, self.num_heads, width, width))
         return memory, conv_buffer(self.conv_width, batch, 3 * self.features)
 
-    @in_pieces
+    @partial(in_pieces, length=CHUNK)
     def sequence(self, carry, xs, starts):
         memory, buffer = carry
         buffer, qkv = self.conv(buffer, self.qkv(xs), starts)

@@ -12,11 +12,13 @@ Cost per step: 8 H^2 + 4 H d floating-point operations per environment; sequence
 `chunkwise.py`).
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import linear_memory
+from memory_cells.chunkwise import CHUNK, linear_memory
 from memory_cells.dense import Dense
 from memory_cells.heads import merge_heads, split_heads
 from memory_cells.masked_rnn import SequenceCell, in_pieces
@@ -55,7 +57,7 @@ class LinearAttention(SequenceCell):
             self.conv_width, batch, input_shape[-1]
         )
 
-    @in_pieces
+    @partial(in_pieces, length=CHUNK)
     def sequence(self, carry, xs, starts):
         memory, buffer = carry
         buffer, us = self.conv(buffer, xs, starts)

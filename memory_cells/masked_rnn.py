@@ -11,8 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-PIECE = 64  # steps at most of `in_pieces`; measured on CPU, where 32 and 128 are slower
-
 
 def reset(carry, initial, starts):
     """The carry, with the environments where `starts` (B,) is True set to `initial` (same structure as the carry)."""
@@ -101,11 +99,12 @@ def split_steps(tree, length):
     return chunks, jax.tree.map(lambda a: a[whole:], tree) if whole < steps else None
 
 
-def in_pieces(sequence):
+def in_pieces(sequence, length):
     """Let the method `sequence` of a cell go through a long sequence piece by piece: on CPU, for impl = "auto".
 
     What a layer computes for a piece stays in the processor's cache. The gradient keeps the carries between pieces and
-    computes all else a second time, still faster than to fetch it from memory.
+    computes all else a second time, still faster than to fetch it from memory. A piece should not be longer than what
+    `sequence` itself computes twice (a chunk of chunkwise.py), or that is computed three times.
     """
 
     def piece(cell, carry, inputs):
@@ -113,9 +112,9 @@ def in_pieces(sequence):
 
     @wraps(sequence)
     def run(cell, carry, xs, starts):
-        if cell.impl != "auto" or jax.default_backend() != "cpu" or len(xs) <= PIECE:
+        if cell.impl != "auto" or jax.default_backend() != "cpu" or len(xs) <= length:
             return sequence(cell, carry, xs, starts)
-        pieces, rest = split_steps((xs, starts), PIECE)
+        pieces, rest = split_steps((xs, starts), length)
         scan = nn.scan(nn.remat(piece, prevent_cse=False), variable_broadcast="params", split_rngs={"params": False})
         carry, ys = scan(cell, carry, pieces)
         ys = ys.reshape(-1, *ys.shape[2:])

@@ -18,13 +18,14 @@ which makes sequences parallel within chunks.
 """
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import gated_memory
+from memory_cells.chunkwise import GATED_CHUNK, gated_memory
 from memory_cells.dense import Dense
 from memory_cells.heads import merge_heads, split_heads
 from memory_cells.masked_rnn import SequenceCell, in_pieces
@@ -81,7 +82,7 @@ class MLSTM(SequenceCell):
         memory = jnp.zeros((*batch, self.num_heads, width, width + 1))
         return (memory, jnp.zeros((*batch, self.num_heads))), conv_buffer(self.conv_width, batch, self.inner)
 
-    @in_pieces
+    @partial(in_pieces, length=GATED_CHUNK)
     def sequence(self, carry, xs, starts):
         memory, buffer = carry
         a, z = jnp.split(self.up(xs), 2, axis=-1)

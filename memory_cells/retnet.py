@@ -13,11 +13,13 @@ Carry: S (B, heads, d, d), t (B,), the number of steps of the episode that were 
 parallel within chunks (see `chunkwise.py`).
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import linear_memory
+from memory_cells.chunkwise import CHUNK, linear_memory
 from memory_cells.dense import Dense
 from memory_cells.heads import merge_heads, split_heads
 from memory_cells.masked_rnn import SequenceCell, episode_steps, in_pieces
@@ -62,7 +64,7 @@ class RetNet(SequenceCell):
         memory = jnp.zeros((*batch, self.num_heads, width, width))
         return memory, jnp.zeros(batch), conv_buffer(self.conv_width, batch, input_shape[-1])
 
-    @in_pieces
+    @partial(in_pieces, length=CHUNK)
     def sequence(self, carry, xs, starts):
         memory, count, buffer = carry
         buffer, us = self.conv(buffer, xs, starts)
