@@ -72,7 +72,8 @@ def test_epsilon_falls_in_environment_steps(script):
         at = lambda steps: script.epsilon(steps // config.steps_per_update, config)  # noqa: E731, B023
         np.testing.assert_allclose([at(0), at(10_000)], [0.9, 0.5], rtol=1e-6)
         np.testing.assert_allclose([at(20_000), at(50_000), at(100_000)], 0.1, rtol=1e-6)
-    np.testing.assert_allclose(script.epsilon(1, small(script, exploration_fraction=0.0)), 0.05, rtol=1e-6)
+    config = small(script, exploration_fraction=0.0, end_e=0.05)
+    np.testing.assert_allclose(script.epsilon(1, config), 0.05, rtol=1e-6)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
