@@ -7,10 +7,11 @@
 
 A pass reads T steps of B environments with resets, D = H inputs; its gradient is that of the mean squared output by
 parameters and inputs. Compiling is timed for the gradient; memory is what XLA sets aside for its intermediate values.
-Milliseconds are medians of repetitions that take turns among the systems of a row's cell and sizes; without repetitions
-only memory and compile times are measured. Where there are several numbers of steps a second table says how memory
-grows: a line through all of them, and by how many percent of the largest it misses one at most. The peer runs in an
-environment of its own (`pip install memorax==1.0.1 "gymnax<1"`); its cells get the sizes that are the defaults of ours.
+Milliseconds are medians of repetitions that take turns among the systems of a row's cell and sizes, each after a pass
+that is not timed; without repetitions only memory and compile times are measured. Where there are several numbers of
+steps a second table says how memory grows: a line through all of them, and by how many percent of the largest it misses
+one at most. The peer runs in an environment of its own (`pip install memorax==1.0.1 "gymnax<1"`); its cells get the
+sizes that are the defaults of ours.
 """
 
 import argparse
@@ -130,14 +131,14 @@ def measure(workers, systems, args, steps, envs):
         if result.get("memory", 0) > 1024 * args.limit:
             result["error"] = f"over the limit of {args.limit:g} GiB"
         results.append(result | {"forward": [], "gradient": []})
-    for repeat in range(args.repeats + 1 if args.repeats else 0):
+    for _ in range(args.repeats):
         for number, (library, _, _) in enumerate(systems):
             if "error" in results[number]:
                 continue
             times = workers[library].ask(number)
             if isinstance(times, dict):
                 results[number] |= times
-            elif repeat:  # the first run only warms up
+            else:
                 results[number]["forward"].append(times[0])
                 results[number]["gradient"].append(times[1])
     for process in workers.values():

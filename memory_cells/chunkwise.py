@@ -19,16 +19,17 @@ computed a second time. A single step (acting) does without chunks.
 Cost per step and head: 2 dk dv multiply-adds stepwise, about 2 dk dv + C (2 dk + dv) in chunks.
 """
 
-from functools import partial
+from functools import partial, wraps
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memory_cells.masked_rnn import reset, split_steps
 
-CHUNK = 32  # steps at most; measured on CPU, where 16 and 64 are slower
-GATED_CHUNK = 64  # 32 is slower: what is computed once per chunk counts for more
+CHUNK = 32  # steps at most; measured on CPU with 16 environments, where 16 and 64 are slower
+GATED_CHUNK = 64  # measured likewise, where 16 and 32 are slower
 
 
 def linear_memory(state, q, k, v, log_decay, starts, impl="auto"):
@@ -64,6 +65,33 @@ def gated_memory(carry, q, k, v, log_f, log_i, starts, impl="auto"):
     """
     v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
     return _run(_gated_step, _gated_chunk, carry, (q, k, v, log_f, log_i), starts, impl, GATED_CHUNK)
+
+
+def in_pieces(sequence, length=CHUNK):
+    """Let the method `sequence` of a cell go through a long sequence piece by piece: on CPU, for impl = "auto".
+
+    What a layer computes for a piece stays in the processor's cache. The gradient keeps the carries between pieces and
+    computes all else a second time, still faster than to fetch it from memory. A piece is one chunk of the cell's
+    memory: of several, each computed twice by itself, everything would be computed three times.
+    """
+
+    def piece(cell, carry, inputs):
+        return sequence(cell, carry, *inputs)
+
+    @wraps(sequence)
+    def run(cell, carry, xs, starts):
+        if cell.impl != "auto" or jax.default_backend() != "cpu" or len(xs) <= length:
+            return sequence(cell, carry, xs, starts)
+        pieces, rest = split_steps((xs, starts), length)
+        scan = nn.scan(nn.remat(piece, prevent_cse=False), variable_broadcast="params", split_rngs={"params": False})
+        carry, ys = scan(cell, carry, pieces)
+        ys = ys.reshape(-1, *ys.shape[2:])
+        if rest is not None:
+            carry, rest_ys = sequence(cell, carry, *rest)
+            ys = jnp.concatenate([ys, rest_ys])
+        return carry, ys
+
+    return run
 
 
 @partial(

@@ -12,18 +12,16 @@ Carry: S (B, heads, d, d), and the convolution's last inputs (B, K - 1, 3 H), ze
 floating-point operations per environment; sequences are parallel within chunks (see `chunkwise.py`).
 """
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import CHUNK, delta_memory
+from memory_cells.chunkwise import delta_memory, in_pieces
 from memory_cells.deltanet import check_beta_scale, l2_normalise
 from memory_cells.dense import Dense
 from memory_cells.heads import merge_heads, split_heads
-from memory_cells.masked_rnn import SequenceCell, in_pieces
+from memory_cells.masked_rnn import SequenceCell
 from memory_cells.short_conv import ShortConv, conv_buffer
 
 
@@ -35,7 +33,7 @@ class GatedDeltaNet(SequenceCell):
       num_heads: independent memories.
       conv_width: K, the steps that queries, keys and values see; 0 leaves the convolution out.
       beta_scale: upper limit of the write strength, 1 or 2.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py` and `in_pieces`.
+      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
     """
 
     num_heads: int = 4
@@ -66,7 +64,7 @@ class GatedDeltaNet(SequenceCell):
         memory = jnp.zeros((*batch, self.num_heads, width, width))
         return memory, conv_buffer(self.conv_width, batch, 3 * self.features)
 
-    @partial(in_pieces, length=CHUNK)
+    @in_pieces
     def sequence(self, carry, xs, starts):
         memory, buffer = carry
         buffer, qkv = self.conv(buffer, self.qkv(xs), starts)

@@ -12,16 +12,14 @@ Cost per step: 8 H^2 + 4 H d floating-point operations per environment; sequence
 `chunkwise.py`).
 """
 
-from functools import partial
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import CHUNK, linear_memory
+from memory_cells.chunkwise import in_pieces, linear_memory
 from memory_cells.dense import Dense
 from memory_cells.heads import merge_heads, split_heads
-from memory_cells.masked_rnn import SequenceCell, in_pieces
+from memory_cells.masked_rnn import SequenceCell
 from memory_cells.short_conv import ShortConv, conv_buffer
 
 
@@ -32,7 +30,7 @@ class LinearAttention(SequenceCell):
       features: H, the size of the output; a multiple of `num_heads`.
       num_heads: independent memories.
       conv_width: K, the steps that the convolution sees; 0 leaves it out: the paper's layer.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py` and `in_pieces`.
+      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
     """
 
     num_heads: int = 4
@@ -57,7 +55,7 @@ class LinearAttention(SequenceCell):
             self.conv_width, batch, input_shape[-1]
         )
 
-    @partial(in_pieces, length=CHUNK)
+    @in_pieces
     def sequence(self, carry, xs, starts):
         memory, buffer = carry
         buffer, us = self.conv(buffer, xs, starts)

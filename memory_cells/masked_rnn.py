@@ -5,8 +5,6 @@ Arrays are time-major: T steps, B environments, D input features, H output featu
 carry *before* it reads that observation. Nothing else in a script ever has to touch the carry at an episode's end.
 """
 
-from functools import wraps
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -97,33 +95,6 @@ def split_steps(tree, length):
     whole = steps - steps % num_chunks
     chunks = jax.tree.map(lambda a: a[:whole].reshape(num_chunks, -1, *a.shape[1:]), tree)
     return chunks, jax.tree.map(lambda a: a[whole:], tree) if whole < steps else None
-
-
-def in_pieces(sequence, length):
-    """Let the method `sequence` of a cell go through a long sequence piece by piece: on CPU, for impl = "auto".
-
-    What a layer computes for a piece stays in the processor's cache. The gradient keeps the carries between pieces and
-    computes all else a second time, still faster than to fetch it from memory. A piece should not be longer than what
-    `sequence` itself computes twice (a chunk of chunkwise.py), or that is computed three times.
-    """
-
-    def piece(cell, carry, inputs):
-        return sequence(cell, carry, *inputs)
-
-    @wraps(sequence)
-    def run(cell, carry, xs, starts):
-        if cell.impl != "auto" or jax.default_backend() != "cpu" or len(xs) <= length:
-            return sequence(cell, carry, xs, starts)
-        pieces, rest = split_steps((xs, starts), length)
-        scan = nn.scan(nn.remat(piece, prevent_cse=False), variable_broadcast="params", split_rngs={"params": False})
-        carry, ys = scan(cell, carry, pieces)
-        ys = ys.reshape(-1, *ys.shape[2:])
-        if rest is not None:
-            carry, rest_ys = sequence(cell, carry, *rest)
-            ys = jnp.concatenate([ys, rest_ys])
-        return carry, ys
-
-    return run
 
 
 class Stack(MemoryCell):

@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import GATED_CHUNK, gated_memory
+from memory_cells.chunkwise import GATED_CHUNK, gated_memory, in_pieces
 from memory_cells.dense import Dense
 from memory_cells.heads import merge_heads, split_heads
-from memory_cells.masked_rnn import SequenceCell, in_pieces
+from memory_cells.masked_rnn import SequenceCell
 from memory_cells.short_conv import ShortConv, conv_buffer
 
 BLOCK = 4  # channels that are mixed by the projections to q, k and v
@@ -42,7 +42,7 @@ class MLSTM(SequenceCell):
       num_heads: independent matrix memories.
       conv_width: K, the steps that queries and keys see through the convolution; 0 leaves it out.
       num_blocks: blocks of the network that this is one of; its output starts as much smaller.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py` and `in_pieces`.
+      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
     """
 
     num_heads: int = 4

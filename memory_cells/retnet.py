@@ -13,16 +13,14 @@ Carry: S (B, heads, d, d), t (B,), the number of steps of the episode that were 
 parallel within chunks (see `chunkwise.py`).
 """
 
-from functools import partial
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import CHUNK, linear_memory
+from memory_cells.chunkwise import in_pieces, linear_memory
 from memory_cells.dense import Dense
 from memory_cells.heads import merge_heads, split_heads
-from memory_cells.masked_rnn import SequenceCell, episode_steps, in_pieces
+from memory_cells.masked_rnn import SequenceCell, episode_steps
 from memory_cells.short_conv import ShortConv, conv_buffer
 
 
@@ -33,7 +31,7 @@ class RetNet(SequenceCell):
       features: H, the size of the output; an even multiple of `num_heads`.
       num_heads: independent memories, one decay each.
       conv_width: K, the steps that the convolution sees; 0 leaves it out: the paper's layer.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py` and `in_pieces`.
+      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
     """
 
     num_heads: int = 4
@@ -64,7 +62,7 @@ class RetNet(SequenceCell):
         memory = jnp.zeros((*batch, self.num_heads, width, width))
         return memory, jnp.zeros(batch), conv_buffer(self.conv_width, batch, input_shape[-1])
 
-    @partial(in_pieces, length=CHUNK)
+    @in_pieces
     def sequence(self, carry, xs, starts):
         memory, count, buffer = carry
         buffer, us = self.conv(buffer, xs, starts)
