@@ -24,6 +24,7 @@ import functools
 import importlib
 import inspect
 import io
+import math
 import os
 import sys
 import types
@@ -84,7 +85,7 @@ class Task:
     max_steps: steps after which the task truncates by itself.
     render: state -> uint8 image (height, width, 3), on the host; None if the library cannot draw it.
     masks: names for entries of the observation, as those of `NAMED_MASKS`.
-    costly_reset: worth a branch, so that it is computed in those steps only that end an episode.
+    costly_reset: worth a loop, so that it is computed for those environments only whose episode ends.
     """
 
     reset: Callable
@@ -194,15 +195,28 @@ def where(condition, function, key, otherwise):
 
 
 def branch_where(condition, function, key, otherwise):
-    """`where` that computes the function only if the condition holds, under vmap: if it does for any of the batch.
+    """`where` that computes the function only where the condition holds, under vmap: sqrt(n) of a batch of n at a time.
 
-    Where it does not hold, the function gets the same constant key: a task that looks can spare itself the work.
+    A group that the condition does not fill computes its first member again: a task that looks can spare itself that.
     """
 
     @jax.custom_batching.custom_vmap  # a plain cond would become a select, which computes both branches
     def branch(condition, key, otherwise):
-        keys = jnp.where(condition, key, jnp.zeros_like(key))
-        return jax.lax.cond(condition.any(), lambda: where(condition, function, keys, otherwise), lambda: otherwise)
+        if condition.ndim == 0:
+            return jax.lax.cond(condition, lambda: function(key), lambda: otherwise)
+        if condition.size == 1:  # of a batch of one a loop would compute all outside, always
+            return jax.tree.map(lambda x: x[None], branch(*jax.tree.map(lambda x: x[0], (condition, key, otherwise))))
+
+        def body(loop):
+            waiting, result = loop
+            (rows,) = jnp.nonzero(waiting, size=math.isqrt(waiting.size), fill_value=waiting.argmax())
+            computed = jax.vmap(function)(flat_key[rows])
+            return waiting.at[rows].set(False), jax.tree.map(lambda x, y: x.at[rows].set(y), result, computed)
+
+        axes, flat_key = condition.ndim, key.reshape(-1)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), (condition, otherwise))
+        _, result = jax.lax.while_loop(lambda loop: loop[0].any(), body, flat)
+        return jax.tree.map(lambda x, y: x.reshape(y.shape), result, otherwise)
 
     @branch.def_vmap
     def _(size, is_batched, *args):
@@ -210,7 +224,7 @@ def branch_where(condition, function, key, otherwise):
             return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
 
         condition, key, otherwise = jax.tree.map(batched, args, tuple(is_batched))
-        result = branch_where(condition, jax.vmap(function), key, otherwise)
+        result = branch_where(condition, function, key, otherwise)
         return result, jax.tree.map(lambda _: True, result)
 
     return branch(condition, key, otherwise)

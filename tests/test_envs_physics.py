@@ -163,15 +163,13 @@ def test_programs_at_the_same_time_do_not_meet():
 
 
 def test_only_ended_episodes_are_reset_on_the_host(monkeypatch):
-    """Gymnasium's reset is as dear as its step: it is called for those episodes that end, and once for all others."""
+    """Gymnasium's reset is as dear as its step: it is called for those episodes that end only."""
     env = make("mujoco::Hopper-v5", max_steps=1000, reset_noise_scale=0.004)
     resets, reset_model = [], HopperEnv.reset_model
     monkeypatch.setattr(HopperEnv, "reset_model", lambda env: resets.append(env) or reset_model(env))
     *_, info = jax.vmap(lambda key: rollout(env, key, 60))(jax.random.split(jax.random.key(0), 4))[1]
     ends = np.asarray(info["episode_done"])
-    # the last: one stands for those not ended
-    assert ends.any() and len(resets) == 4 + ends.sum() + ends.any(axis=0).sum()
-    assert len(resets) < ends.size / 2
+    assert ends.any() and len(resets) == 4 + ends.sum() < ends.size / 2
 
 
 def test_truncation_and_termination_are_told_apart():
@@ -247,26 +245,39 @@ def test_brax_steps_are_those_of_brax():
 
 
 def test_a_costly_beginning_is_computed_where_an_episode_ends_only():
-    """The branch gives what computing always gives, alone and in batches of batches, some of which have no end."""
+    """The branch gives what computing always gives, alone and in batches of batches, in groups of sqrt(n) of n."""
     calls = []
 
-    def first(key):
-        jax.debug.callback(lambda _: calls.append(1), key, ordered=False)
+    def always(key):
         return jax.random.uniform(key, (2,))
 
-    def both(done, key, x):
-        return envs.branch_where(done, first, key, x), envs.where(done, lambda k: jax.random.uniform(k, (2,)), key, x)
+    def first(key):
+        return jax.pure_callback(counted, jax.eval_shape(always, key), always(key), vmap_method="sequential")
 
-    keys = jax.random.split(jax.random.key(0), (4, 3))
-    done = jnp.zeros((4, 3), bool).at[2, 1].set(True)
-    x = jnp.ones((4, 3, 2))
-    for function, at in [(both, (2, 1)), (both, (0, 0)), (jax.vmap(both), 2), (jax.vmap(jax.vmap(both)), slice(None))]:
-        np.testing.assert_array_equal(*jax.jit(function)(done[at], keys[at], x[at]))
-    jax.effects_barrier()
-    calls.clear()
-    jax.block_until_ready(jax.jit(jax.vmap(jax.vmap(both)))(jnp.zeros_like(done), keys, x))
-    jax.effects_barrier()
-    assert not calls
+    def counted(x):
+        calls.append(x)
+        return x
+
+    def both(done, key, x):
+        return envs.branch_where(done, first, key, x), envs.where(done, always, key, x)
+
+    keys, x = jax.random.split(jax.random.key(0), (8, 9)), jnp.ones((8, 9, 2))
+    three = jnp.zeros((8, 9), bool).at[[0, 2, 7], [8, 1, 3]].set(True)
+    of_all, of_some, of_one = np.s_[:, :], np.s_[2], np.s_[2, 1:2]
+    alone, batch, batches = both, jax.vmap(both), jax.vmap(jax.vmap(both))
+    for function, at, ends, computed in [
+        (alone, (2, 1), three, 1),
+        (alone, (0, 0), three, 0),
+        (batch, of_one, three, 1),
+        (batch, of_one, ~three, 0),
+        (batch, of_some, three, 3),
+        (batches, of_all, three, 8),
+        (batches, of_all, jnp.zeros_like(three), 0),
+        (batches, of_all, jnp.ones_like(three), 72),
+    ]:
+        calls.clear()
+        np.testing.assert_array_equal(*jax.jit(function)(ends[at], keys[at], x[at]))
+        assert len(calls) == computed
 
 
 # --- Masks -----------------------------------------------------------------------------------------------------------
