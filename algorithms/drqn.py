@@ -8,7 +8,8 @@ Q' is the target network, a copy of Q that follows it slowly; that Q chooses the
 Q-learning (van Hasselt et al. 2016, arXiv 1509.06461): the maximum of a noisy estimate is too high. Here s is the state
 of a memory that has read the episode so far. As in R2D2 (Kapturowski et al. 2019, openreview.net/forum?id=r1lyTjAqYX),
 minibatches are sequences of steps with the carry that the memory had before them; Q and Q' both read them from there,
-the first `burn_in` steps only to bring that carry, which older parameters made, up to date.
+the first `burn_in` steps only to bring that carry, which older parameters made, up to date; and y has the rewards of
+`n_step` steps before the value, whatever was explored in these.
 `diff algorithms/dqn.py algorithms/drqn.py` shows what memory changes.
 
     python algorithms/drqn.py --env gymnax::CartPole-v1 --cell slstm
@@ -60,18 +61,18 @@ class Config(Experiment):
     gamma: float = 0.99  # discount per step
     buffer_size: int = 50_000  # transitions that are kept for replay
     learning_starts: int = 1_000  # steps before the first update, to begin with a filled buffer
-    batch_size: int = 32  # sequences in a minibatch
-    sequence_length: int = 16  # L, steps of a sequence that are learned from
-    burn_in: int = 8  # steps before these that bring the memory up to date
+    batch_size: int = 16  # sequences in a minibatch
+    sequence_length: int = 32  # L, steps of a sequence that are learned from
+    burn_in: int = 16  # steps before these that bring the memory up to date
     prioritized: bool = False  # prefer sequences with large errors (Schaul et al. 2016, R2D2 section 2.3)
-    n_step: int = 1  # rewards in a target before the value
+    n_step: int = 5  # rewards in a target before the value
     rescale: bool = False  # learn values on R2D2's scale sign(x) (sqrt(|x| + 1) - 1) + 0.001 x
     gradient_steps: int = 4  # minibatches of an update
     target_network_frequency: int = 1  # gradient steps between two steps of the target network
     tau: float = 0.01  # how far one takes it to the online network; 1: all the way
     double_q: bool = True  # the online network chooses the action that the target network values
     start_e: float = 1.0  # probability of a random action at first
-    end_e: float = 0.05  # and in the end
+    end_e: float = 0.1  # and in the end
     exploration_fraction: float = 0.2  # it falls linearly for this part of total_steps
     max_grad_norm: float = 10.0  # gradients are clipped to this global norm
 

@@ -171,8 +171,8 @@ BAD_ACTIONS = [
 ]
 BAD_SEQUENCES = [
     (("--burn-in", "-1"), "burn_in must be 0 or more, got -1"),
-    (("--learning-starts", "100"), "learning_starts (100) must be at least 256, for sequences of burn_in +"),
-    (("--buffer-size", "300"), "buffer_size (300) must be at least 384, for sequences of burn_in +"),
+    (("--learning-starts", "100"), "learning_starts (100) must be at least 640, for sequences of burn_in +"),
+    (("--buffer-size", "300"), "buffer_size (300) must be at least 768, for sequences of burn_in +"),
 ]
 BAD_Q = [
     (("--q-lambda", "1.5"), "q_lambda must be between 0 and 1, got 1.5"),
