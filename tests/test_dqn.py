@@ -227,11 +227,11 @@ def test_burn_in_gets_no_gradient_and_both_networks_read_it():
     assert (gradient[-1] == 0).all()  # the last observation is only bootstrapped from
     other = jax.jit(loss)(obs.at[:4].add(1.0), state.params, state.target_params)
     assert abs(other - value) > 1e-6  # what is remembered counts
-    # With equal networks and gamma = 1, the target of a row without reward is the greedy value in the next row.
+    # With equal networks and gamma = 1, the one-step target of a row without reward is the greedy value in the next.
     _, q_values = network.apply(state.params, sample.carry, sample.batch.inputs, sample.batch.start, 4)
     _, batch, *_ = sample
     batch = jax.tree.map(lambda x: x[4:], batch._replace(reward=jnp.zeros_like(batch.reward)))
-    targets = drqn.q_targets(batch, q_values, q_values, small(drqn, gamma=1.0))
+    targets = drqn.q_targets(batch, q_values, q_values, small(drqn, gamma=1.0, n_step=1))
     expected = jnp.where(batch.terminated[:-1], 0.0, q_values[1:].max(axis=-1))
     np.testing.assert_allclose(targets, expected, atol=1e-6)
 
