@@ -8,6 +8,7 @@ whatever the number of environments and threads.
 Functions take and return numpy arrays with any leading axes, one row per environment.
 """
 
+import ctypes
 import functools
 import os
 import threading
@@ -21,11 +22,13 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-STATE = mujoco.mjtState.mjSTATE_INTEGRATION  # all that mj_step reads
+STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # all that mj_step reads; to hand over the enum costs another copy
 MAX_ROWS = 256  # simulated at once: each takes up to some MB
-THREAD_SECONDS = 5e-4  # of physics that are worth another thread: it takes long to wake up, and Python's lock
+THREAD_SECONDS = 2e-4  # of physics that are worth another thread: it takes long to wake up, and Python's lock
 
-# What `jax.pure_callback` does for one array, in 4 microseconds instead of 60: that makes a jax array of it first.
+# What `jax.pure_callback` does for one array, in 4 microseconds instead of 60: that makes a jax array of it first. On
+# the threads of XLA, which Python does not know, its first call keeps what the others would take 20 more to make.
+_thread = threading.local()
 _call = Primitive("call_on_host")
 _call.def_abstract_eval(lambda rows, *, function, size: jax.core.ShapedArray((*rows.shape[:-1], size), rows.dtype))
 _call.def_impl(lambda rows, *, function, size: jax.numpy.asarray(function(np.asarray(rows))))
@@ -37,6 +40,9 @@ def _batch(args, axes, **how):
 
 def _lower(context, rows, *, function, size):
     def callback(rows):
+        if not hasattr(_thread, "is_kept"):  # or Python makes and discards a state of this thread in every call
+            ctypes.pythonapi.PyGILState_Ensure()
+            _thread.is_kept = True
         return (function(np.asarray(rows)),)
 
     avals = context.avals_in, context.avals_out
@@ -67,19 +73,26 @@ class HostMujoco:
 
     def __init__(self, env: gymnasium.Env):
         self.env = env.unwrapped
-        self.env._step_mujoco_simulation = self._take_simulated
         self._model, self._data = self.env.model, self.env.data
         self._xpos, self._xipos = self._data.xpos.reshape(-1), self._data.xipos.reshape(-1)  # views
         size = mujoco.mj_stateSize(self._model, STATE)
         self._parts = slice(size), slice(size, size + self._xpos.size), slice(size + self._xpos.size, None)
         self.state_size = 2 * (size + 2 * self._xpos.size)
         self._rows = []  # for each environment of a call: simulator, and views of controls and places of the bodies
-        physics = functools.partial(mujoco.mj_step, self._model, mujoco.MjData(self._model), nstep=self.env.frame_skip)
-        self._row_seconds = min(timeit.repeat(physics, number=1, repeat=10))  # that the physics of a row takes
+        self._row_seconds = self._time_physics()
         self._simulated = None  # the simulator that has done the environment's step already
         self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self._threads = ThreadPoolExecutor(self._cores)
         self._lock = threading.Lock()  # programs that run at the same time call back at the same time
+
+    def _time_physics(self):
+        """The seconds that the physics of a step take, once the bodies touch what they fall on: contacts double them."""
+        data, seconds = mujoco.MjData(self._model), []
+        physics = functools.partial(mujoco.mj_step, self._model, data, nstep=self.env.frame_skip)
+        for ctrl in np.random.default_rng(0).uniform(-1.0, 1.0, (50, self._model.nu)):
+            data.ctrl[:] = ctrl
+            seconds.append(timeit.timeit(physics, number=1))
+        return np.median(seconds[25:])
 
     def reset(self, seed):
         """Seeds (..., 1) uint32 -> states and the bits of first observations (..., state_size + observations) uint32.
@@ -137,14 +150,22 @@ class HostMujoco:
         for row, act in enumerate(action):
             mujoco.mj_setState(self._model, self._data, before[row, integration], STATE)
             self._xpos[:], self._xipos[:] = before[row, xpos], before[row, xipos]
-            self._simulated = self._rows[row][0] if num_threads > 1 else None
-            try:
+            if num_threads > 1:
+                obs[row], reward[row], terminated[row] = self._finish_step(row, act)
+            else:
                 obs[row], reward[row], terminated[row], _, _ = self.env.step(act)
-            finally:
-                self.env.data = self._data
-            if num_threads <= 1:
                 mujoco.mj_getState(self._model, self._data, after[row, integration], STATE)
                 after[row, xpos], after[row, xipos] = self._xpos, self._xipos
+
+    def _finish_step(self, row, action):
+        """What Gymnasium's class makes of a step whose physics have been simulated in a simulator of its own."""
+        self._simulated = self._rows[row][0]
+        self.env._step_mujoco_simulation = self._take_simulated
+        try:
+            return self.env.step(action)[:3]
+        finally:
+            self.env.data = self._data
+            del self.env._step_mujoco_simulation
 
     def _simulate(self, before, action, after, num_threads):
         """The physics of a step in several threads, each environment in a simulator of its own."""
@@ -171,8 +192,6 @@ class HostMujoco:
             after[row, xpos], after[row, xipos] = places
 
     def _take_simulated(self, ctrl, n_frames):
-        """Stands in for `MujocoEnv._step_mujoco_simulation`, whose work may be done already."""
-        if self._simulated is None:
-            return type(self.env)._step_mujoco_simulation(self.env, ctrl, n_frames)
+        """Stands in for `MujocoEnv._step_mujoco_simulation`, whose work is done already."""
         self.env.data = self._simulated
         mujoco.mj_rnePostConstraint(self._model, self._simulated)

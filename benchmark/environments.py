@@ -166,6 +166,7 @@ FAMILIES = {  # id: (options, the library's own loop, steps per call)
     "brax::inverted_pendulum": ({"backend": "spring"}, brax_loop, 100),
     "brax::halfcheetah": ({"backend": "spring"}, brax_loop, 100),
     "mujoco::HalfCheetah-v5": ({}, mujoco_loop, 100),
+    "mujoco::Ant-v5": ({}, mujoco_loop, 50),
     "craftax::Craftax-Classic-Symbolic-v1": ({}, craftax_loop, 20),
     "navix::Navix-DoorKey-8x8-v0": ({}, navix_loop, 100),
     "gxm::Gymnasium/ALE/Breakout-v5": ({}, atari_loop, 10),

@@ -134,6 +134,29 @@ def test_more_environments_than_are_simulated_at_once(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, whole, jax.device_get(run(keys)))
 
 
+def test_python_keeps_the_state_of_the_threads_that_call():
+    """It would make that of a thread of XLA's anew in every call, which takes as long as a light environment's step."""
+    host_mujoco = pytest.importorskip("host_mujoco")
+    local, thread_of_call, is_new = threading.local(), [], []
+
+    def identity(rows):
+        thread_of_call.append(threading.get_ident())
+        is_new.append(not hasattr(local, "seen"))
+        local.seen = True
+        return rows
+
+    def step(keys, _):
+        rows = jnp.concatenate([jax.random.uniform(key, (8, 6)) for key in keys])  # enough to do for several threads
+        return jax.vmap(jax.random.fold_in)(keys, jnp.arange(8)), host_mujoco.call_on_host(identity, rows, 6)
+
+    keys = jax.random.split(jax.random.key(0), 8)
+    jax.block_until_ready(jax.jit(lambda keys: jax.lax.scan(step, keys, length=50))(keys))
+    assert len(is_new) == 50
+    if set(thread_of_call) == {threading.get_ident()}:
+        pytest.skip("with a single core XLA has no threads")
+    assert sum(is_new) == len(set(thread_of_call))
+
+
 def test_keys_decide():
     env = make("mujoco::HalfCheetah-v5")
     one, same, other = (rollout(env, jax.random.key(key), 5) for key in (0, 0, 1))
