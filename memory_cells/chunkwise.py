@@ -252,12 +252,12 @@ def unit_lower_inverse(a):
     size = a.shape[-1]
     if size % 2 or size <= 8:
         return _inverse_by_masks(a)
-    half = size // 2
-    x, y = unit_lower_inverse(jnp.stack([a[..., :half, :half], a[..., half:, half:]]))
-    corner = -y @ a[..., half:, :half] @ x
-    return jnp.concatenate(
-        [jnp.concatenate([x, jnp.zeros_like(x)], axis=-1), jnp.concatenate([corner, y], axis=-1)], axis=-2
-    )
+    half, matrices = size // 2, a.reshape(-1, size, size)  # XLA's compiler fails at products with an axis for each half
+    halves = jnp.concatenate([matrices[:, :half, :half], matrices[:, half:, half:]])
+    x, y = jnp.split(unit_lower_inverse(halves), 2)
+    corner = -y @ matrices[:, half:, :half] @ x
+    upper, lower = jnp.concatenate([x, jnp.zeros_like(x)], axis=2), jnp.concatenate([corner, y], axis=2)
+    return jnp.concatenate([upper, lower], axis=1).reshape(a.shape)
 
 
 @unit_lower_inverse.defjvp

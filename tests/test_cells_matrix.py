@@ -1,5 +1,7 @@
 """Matrix memories: equal to independent implementations, step by step equal to chunks, and what the papers promise."""
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -171,6 +173,21 @@ def test_unit_lower_inverse(size):
     direct = lambda a: jnp.sin(jnp.linalg.inv(jnp.eye(size) + a)).sum()  # noqa: E731
     gradient = jax.grad(lambda a: jnp.sin(unit_lower_inverse(a)).sum())(a)
     np.testing.assert_allclose(jnp.tril(gradient, -1), jnp.tril(jax.grad(direct)(a), -1), atol=1e-3)
+
+
+def test_unit_lower_inverse_of_three_seeds_compiles():
+    """Differentiated, with an axis for each half, it ended the process that compiled it: a bug of XLA's in JAX 0.11."""
+    program = """
+import jax, jax.numpy as jnp, numpy as np
+from memory_cells.chunkwise import unit_lower_inverse
+a = np.tril(np.random.default_rng(0).normal(size=(3, 2, 4, 32, 32)), -1) / 8
+gradient = jax.jit(jax.vmap(jax.grad(lambda a: unit_lower_inverse(a).sum())))(jnp.float32(a))
+inverse = np.linalg.inv(np.eye(32) + a).swapaxes(-1, -2)
+np.testing.assert_allclose(gradient, -inverse @ np.ones((32, 32)) @ inverse, atol=1e-3)
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # --- The cells -------------------------------------------------------------------------------------------------------
