@@ -30,6 +30,7 @@ from memory_cells.masked_rnn import reset, split_steps
 
 CHUNK = 32  # steps at most; measured on CPU with 16 environments, where 16 and 64 are slower
 GATED_CHUNK = 64  # measured likewise, where 16 and 32 are slower
+CACHED = 2**18  # inputs for which all that a layer computes stays in the processor's cache, more or less
 
 
 def linear_memory(state, q, k, v, log_decay, starts, impl="auto"):
@@ -68,11 +69,12 @@ def gated_memory(carry, q, k, v, log_f, log_i, starts, impl="auto"):
 
 
 def in_pieces(sequence, length=CHUNK):
-    """Let the method `sequence` of a cell go through a long sequence piece by piece: on CPU, for impl = "auto".
+    """Let the method `sequence` of a cell go through many inputs piece by piece: on CPU, for impl = "auto".
 
     What a layer computes for a piece stays in the processor's cache. The gradient keeps the carries between pieces and
-    computes all else a second time, still faster than to fetch it from memory. A piece is one chunk of the cell's
-    memory: of several, each computed twice by itself, everything would be computed three times.
+    computes all else a second time, still faster than to fetch it from memory, where it is not in the cache anyway. A
+    piece is one chunk of the cell's memory: of several, each computed twice by itself, everything would be computed
+    three times.
     """
 
     def piece(cell, carry, inputs):
@@ -80,7 +82,7 @@ def in_pieces(sequence, length=CHUNK):
 
     @wraps(sequence)
     def run(cell, carry, xs, starts):
-        if cell.impl != "auto" or jax.default_backend() != "cpu" or len(xs) <= length:
+        if cell.impl != "auto" or jax.default_backend() != "cpu" or len(xs) <= length or xs.size <= CACHED:
             return sequence(cell, carry, xs, starts)
         pieces, rest = split_steps((xs, starts), length)
         scan = nn.scan(nn.remat(piece, prevent_cse=False), variable_broadcast="params", split_rngs={"params": False})
