@@ -41,8 +41,8 @@ def _batch(args, axes, **how):
 def _lower(context, rows, *, function, size):
     def callback(rows):
         if not hasattr(_thread, "is_kept"):
-            # Of a thread of XLA's Python makes a state for every call, and discards it: 20 to 30 microseconds. Taken once
-            # more than it is released, it stays.
+            # Of a thread of XLA's Python makes a state for every call, and discards it: 20 to 30 microseconds. Taken
+            # once more than it is released, it stays.
             ctypes.pythonapi.PyGILState_Ensure()
             _thread.is_kept = True
         return (function(np.asarray(rows)),)
@@ -88,7 +88,7 @@ class HostMujoco:
         self._lock = threading.Lock()  # programs that run at the same time call back at the same time
 
     def _time_physics(self):
-        """The seconds that the physics of a step take, once the bodies touch what they fall on: contacts double them."""
+        """The seconds that a step's physics take, once the bodies touch what they fall on: contacts double them."""
         data, seconds = mujoco.MjData(self._model), []
         physics = functools.partial(mujoco.mj_step, self._model, data, nstep=self.env.frame_skip)
         for ctrl in np.random.default_rng(0).uniform(-1.0, 1.0, (50, self._model.nu)):
