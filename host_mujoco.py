@@ -81,13 +81,12 @@ class HostMujoco:
         self._parts = slice(size), slice(size, size + self._xpos.size), slice(size + self._xpos.size, None)
         self.state_size = 2 * (size + 2 * self._xpos.size)
         self._rows = []  # for each environment of a call: simulator, and views of controls and places of the bodies
-        self._row_seconds = self._time_physics()
-        self._simulated = None  # the simulator that has done the environment's step already
         self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self._threads = ThreadPoolExecutor(self._cores)
         self._lock = threading.Lock()  # programs that run at the same time call back at the same time
 
-    def _time_physics(self):
+    @functools.cached_property  # for most that is asked of an environment nobody needs it
+    def _row_seconds(self):
         """The seconds that a step's physics take, once the bodies touch what they fall on: contacts double them."""
         data, seconds = mujoco.MjData(self._model), []
         physics = functools.partial(mujoco.mj_step, self._model, data, nstep=self.env.frame_skip)
@@ -161,8 +160,12 @@ class HostMujoco:
 
     def _finish_step(self, row, action):
         """What Gymnasium's class makes of a step whose physics have been simulated in a simulator of its own."""
-        self._simulated = self._rows[row][0]
-        self.env._step_mujoco_simulation = self._take_simulated
+
+        def take_simulated(ctrl, n_frames):
+            self.env.data = self._rows[row][0]
+            mujoco.mj_rnePostConstraint(self._model, self.env.data)
+
+        self.env._step_mujoco_simulation = take_simulated  # in the place of the method that would simulate it
         try:
             return self.env.step(action)[:3]
         finally:
@@ -192,8 +195,3 @@ class HostMujoco:
             mujoco.mj_step(model, data, nstep=frame_skip)
             mujoco.mj_getState(model, data, after[row, integration], STATE)
             after[row, xpos], after[row, xipos] = places
-
-    def _take_simulated(self, ctrl, n_frames):
-        """Stands in for `MujocoEnv._step_mujoco_simulation`, whose work is done already."""
-        self.env.data = self._simulated
-        mujoco.mj_rnePostConstraint(self._model, self._simulated)
