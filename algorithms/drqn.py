@@ -31,6 +31,7 @@ from envs import Discrete, Episodes, make, play
 from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
 from loggers import summarize
 from memory_cells import CELLS, MaskedRNN, make_cell
+from products import fast_dot_general
 from replay import SequenceReplay, Transition
 
 
@@ -95,7 +96,7 @@ class Config(Experiment):
 
 # --- Networks --------------------------------------------------------------------------------------------------------
 def dense(features, scale=2**0.5):
-    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale))
+    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dot_general=fast_dot_general)
 
 
 class Inputs(NamedTuple):
@@ -233,7 +234,7 @@ def td_loss(params, target_params, network, config, sample):
 # --- One update of one seed ------------------------------------------------------------------------------------------
 def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
-    config, network = state.config, QNetwork(state.config)
+    config, network, first_carry = state.config, QNetwork(state.config), state.carry
     step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
 
     def env_step(state, _):
@@ -242,13 +243,11 @@ def rollout(state, env):
         action = epsilon_greedy(action_key, q_values, epsilon(state.updates, config))
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
-        ending = info["final_obs"], terminated, info["episode_done"]
-        transition = Transition(state.inputs, state.start, action, reward, *ending)
         inputs, start = Inputs(obs, action, reward), info["episode_done"]
+        transition = Transition(state.inputs, state.start, action, reward, info["final_obs"], terminated, start)
         state = state.replace(env_state=env_state, carry=carry, inputs=inputs, start=start, key=key)
         return state, (transition, info)
 
-    first_carry = state.carry
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
     metrics = {
         "charts/epsilon": epsilon(state.updates, config),

@@ -27,6 +27,7 @@ from flax import struct
 from envs import Discrete, Episodes, make, play
 from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
 from loggers import summarize
+from products import fast_dot_general
 
 
 # --- Config ----------------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ class Config(Experiment):
 
 # --- Networks --------------------------------------------------------------------------------------------------------
 def dense(features, scale=2**0.5):
-    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale))
+    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dot_general=fast_dot_general)
 
 
 class QNetwork(nn.Module):

@@ -34,6 +34,7 @@ from envs import Box, Episodes, make, play
 from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
 from loggers import summarize
 from memory_cells import CELLS, MaskedRNN, make_cell
+from products import fast_dot_general
 from replay import SequenceReplay, Transition
 
 
@@ -93,7 +94,7 @@ class Config(Experiment):
 
 # --- Networks --------------------------------------------------------------------------------------------------------
 def dense(features, scale=2**0.5):
-    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale))
+    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dot_general=fast_dot_general)
 
 
 class Inputs(NamedTuple):
@@ -147,7 +148,7 @@ class ActorCritic(nn.Module):
     def setup(self):
         self.actor_torso, self.critic_torso = Torso(self.config), Torso(self.config)
         self.actor_head = Head(self.config, 2 * self.config.make_env().action_space.shape[0], scale=0.01)
-        self.critic_heads = nn.vmap(Head, {"params": 0}, {"params": True}, None, axis_size=2)(self.config, 1, scale=1.0)
+        self.critic_heads = nn.vmap(Head, {"params": 0}, {"params": True}, axis_size=2)(self.config, 1, scale=1.0)
         self.log_alpha = self.param("log_alpha", nn.initializers.constant(np.log(self.config.alpha)), ())
 
     def read(self, carry, inputs, starts, burn_in=0):
@@ -165,7 +166,8 @@ class ActorCritic(nn.Module):
 
     def values(self, features, action):
         """features (..., size), action (..., num_actions) -> Q_1 and Q_2 (2, ...)."""
-        return self.critic_heads(jnp.concatenate([features, action], axis=-1))[..., 0]
+        x = jnp.concatenate([features, action], axis=-1)
+        return self.critic_heads(jnp.broadcast_to(x, (2, *x.shape)))[..., 0]  # a copy each is faster than one
 
     def __call__(self, carry, inputs, start):
         """A sequence of length 1: carry, Inputs (N, ...), start (N,) -> carry, policy, and the values of its mean."""
@@ -252,7 +254,7 @@ def sac_loss(params, target_params, network, sample, key):
 # --- One update of one seed ------------------------------------------------------------------------------------------
 def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
-    config, network = state.config, ActorCritic(state.config)
+    config, network, first_carry = state.config, ActorCritic(state.config), state.carry
     step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
 
     def env_step(state, _):
@@ -263,13 +265,11 @@ def rollout(state, env):
         action = jnp.where(state.updates < config.learning_starts // config.steps_per_update, random_action, action)
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
-        ending = info["final_obs"], terminated, info["episode_done"]
-        transition = Transition(state.inputs, state.start, action, reward, *ending)
         inputs, start = Inputs(obs, action, reward), info["episode_done"]
+        transition = Transition(state.inputs, state.start, action, reward, info["final_obs"], terminated, start)
         state = state.replace(env_state=env_state, carry=carry, inputs=inputs, start=start, key=key)
         return state, (transition, info)
 
-    first_carry = state.carry
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
     metrics = {
         "charts/episodic_return": info["episode_return"].sum(where=info["episode_done"]),

@@ -36,6 +36,7 @@ from envs import Discrete, Episodes, make, play
 from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
 from loggers import summarize
 from memory_cells import CELLS, MaskedRNN, make_cell
+from products import fast_dot_general
 from replay import SequenceReplay, Transition
 
 
@@ -95,7 +96,7 @@ class Config(Experiment):
 
 # --- Networks --------------------------------------------------------------------------------------------------------
 def dense(features, scale=2**0.5):
-    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale))
+    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dot_general=fast_dot_general)
 
 
 class Inputs(NamedTuple):
@@ -150,7 +151,7 @@ class ActorCritic(nn.Module):
     def setup(self):
         self.actor_torso, self.critic_torso = Torso(self.config), Torso(self.config)
         self.actor_head = Head(self.config, self.config.make_env().action_space.n, scale=0.01)
-        twins = nn.vmap(Head, {"params": 0}, {"params": True}, None, axis_size=2)
+        twins = nn.vmap(Head, {"params": 0}, {"params": True}, axis_size=2)
         self.critic_heads = twins(self.config, self.config.make_env().action_space.n, scale=1.0)
         self.log_alpha = self.param("log_alpha", nn.initializers.constant(np.log(self.config.alpha)), ())
 
@@ -168,7 +169,7 @@ class ActorCritic(nn.Module):
 
     def values(self, features):
         """features (..., size) -> Q_1 and Q_2 of all actions (2, ..., num_actions)."""
-        return self.critic_heads(features)
+        return self.critic_heads(jnp.broadcast_to(features, (2, *features.shape)))  # a copy each is faster than one
 
     def __call__(self, carry, inputs, start):
         """A sequence of length 1: carry, Inputs (N, ...), start (N,) -> carry, logits and values of all actions."""
@@ -245,7 +246,7 @@ def sacd_loss(params, target_params, network, sample):
 # --- One update of one seed ------------------------------------------------------------------------------------------
 def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
-    config, network = state.config, ActorCritic(state.config)
+    config, network, first_carry = state.config, ActorCritic(state.config), state.carry
     step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
 
     def env_step(state, _):
@@ -256,13 +257,11 @@ def rollout(state, env):
         action = jnp.where(state.updates < config.learning_starts // config.steps_per_update, random_action, action)
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
-        ending = info["final_obs"], terminated, info["episode_done"]
-        transition = Transition(state.inputs, state.start, action, reward, *ending)
         inputs, start = Inputs(obs, action, reward), info["episode_done"]
+        transition = Transition(state.inputs, state.start, action, reward, info["final_obs"], terminated, start)
         state = state.replace(env_state=env_state, carry=carry, inputs=inputs, start=start, key=key)
         return state, (transition, info)
 
-    first_carry = state.carry
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
     metrics = {
         "charts/episodic_return": info["episode_return"].sum(where=info["episode_done"]),

@@ -137,10 +137,11 @@ def rejax_sac(width):
     return rejax("sac", 1, env="Pendulum-v1", **sizes, hidden_layer_sizes=(width, width))
 
 
-def sbx_sac():
+def sbx_sac(width):
     from sbx import SAC
 
-    agent = SAC("MlpPolicy", "Pendulum-v1", learning_starts=256, buffer_size=50_000)  # batch 256, 256 x 2 by default
+    sizes = {"learning_starts": 256, "buffer_size": 50_000, "policy_kwargs": {"net_arch": [width, width]}}
+    agent = SAC("MlpPolicy", "Pendulum-v1", batch_size=256, **sizes)
 
     def run(updates):
         agent.learn(max(updates, 1), reset_num_timesteps=False)
@@ -166,9 +167,10 @@ SYSTEMS = {  # name: (interpreter, maker of a run function, updates per round)
     "rejax DQN, 10 environments, batch 128": ("rejax", rejax_dqn, 10_000),
     "sac, batch 256, two layers of 64": ("ours", lambda: ours_off_policy("sac", 1, 256, 64), 2_000),
     "rejax SAC, batch 256, two layers of 64": ("rejax", lambda: rejax_sac(64), 2_000),
+    "sbx SAC, batch 256, two layers of 64": ("sbx", lambda: sbx_sac(64), 500),
     "sac, batch 256, two layers of 256": ("ours", lambda: ours_off_policy("sac", 1, 256, 256), 500),
     "rejax SAC, batch 256, two layers of 256": ("rejax", lambda: rejax_sac(256), 500),
-    "sbx SAC, batch 256, two layers of 256": ("sbx", sbx_sac, 500),
+    "sbx SAC, batch 256, two layers of 256": ("sbx", lambda: sbx_sac(256), 500),
 }
 
 

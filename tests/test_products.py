@@ -1,0 +1,46 @@
+"""The product of a dense layer is `nn.Dense`'s own, and so is its gradient, but by products that a CPU does fast."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from products import fast_dot_general
+
+
+def loss(kernel, x, dot_general):
+    return jnp.sin(nn.Dense(kernel.shape[1], use_bias=False, dot_general=dot_general).apply(params(kernel), x)).sum()
+
+
+def params(kernel):
+    return {"params": {"kernel": kernel}}
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (4, 5, 3)])
+@pytest.mark.parametrize("features", [1, 3, 7])
+def test_values_and_gradients_are_those_of_dense(shape, features):
+    x, kernel = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(1), (3, features))
+    ours, theirs = (jax.value_and_grad(loss, (0, 1))(kernel, x, f) for f in (fast_dot_general, None))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
+
+
+def test_vmap_over_kernels_and_inputs():
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 5, 3)), jax.random.normal(jax.random.key(1), (2, 3, 7))
+    for axes in ((0, 0, None), (0, None, None), (None, 0, None)):
+        args = kernel if axes[0] == 0 else kernel[0], x if axes[1] == 0 else x[0]
+        ours, theirs = (jax.vmap(jax.grad(loss, (0, 1)), axes)(*args, f) for f in (fast_dot_general, None))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
+
+
+@pytest.mark.parametrize("features", [3, 7])
+def test_no_product_of_the_gradient_sums_over_two_first_axes(features):
+    def products(dot_general):
+        gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+        text = gradient.lower(jnp.ones((4, features)), jnp.ones((9, 4)), dot_general).as_text()
+        return set(re.findall(r"contracting_dims = \[(\d)\] x \[(\d)\]", text))
+
+    assert ("0", "0") in products(None)
+    assert products(fast_dot_general) == {("1", "0")}
