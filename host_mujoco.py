@@ -64,9 +64,9 @@ def call_on_host(function, rows, size):
 class HostMujoco:
     """`reset` and `step` of one of Gymnasium's environments, for many at a time.
 
-    A state is the integration state of MuJoCo and the places of the bodies: some rewards compare them with those before
-    the step, which MuJoCo computes on its way, a substep late. It is handed out as pairs of uint32, which JAX carries
-    as they are; float64 it would round.
+    A state is the integration state of MuJoCo and, for those who look at them before a step, the places of the bodies:
+    their rewards compare them with those after it, which MuJoCo computes on its way, a substep late. It is handed out
+    as pairs of uint32, which JAX carries as they are; float64 it would round.
 
     Attributes:
       env: the environment, for its spaces and its model.
@@ -76,11 +76,11 @@ class HostMujoco:
     def __init__(self, env: gymnasium.Env):
         self.env = env.unwrapped
         self._model, self._data = self.env.model, self.env.data
-        self._xpos, self._xipos = self._data.xpos.reshape(-1), self._data.xipos.reshape(-1)  # views
         size = mujoco.mj_stateSize(self._model, STATE)
-        self._parts = slice(size), slice(size, size + self._xpos.size), slice(size + self._xpos.size, None)
-        self.state_size = 2 * (size + 2 * self._xpos.size)
-        self._rows = []  # for each environment of a call: simulator, and views of controls and places of the bodies
+        self._integration, self._with_places = slice(size), not self._read_before_physics() <= {"qpos", "qvel"}
+        self._places = self._places_of(self._data)
+        self.state_size = 2 * (size + sum(place.size for place, _ in self._places))
+        self._rows = []  # for each environment of a call: simulator, its controls, and the places of its bodies
         self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self._threads = ThreadPoolExecutor(self._cores)
         self._lock = threading.Lock()  # programs that run at the same time call back at the same time
@@ -95,6 +95,26 @@ class HostMujoco:
             seconds.append(timeit.timeit(physics, number=1))
         return np.median(seconds[25:])
 
+    def _read_before_physics(self):
+        """The names of what a step of Gymnasium's class reads from the simulator before it simulates."""
+        names = set()
+
+        class Recorder:
+            def __getattr__(_, name):
+                names.add(name)
+                return getattr(self._data, name)
+
+        self.env.data = Recorder()
+        self._step_without_physics(np.zeros(self.env.action_space.shape), lambda: setattr(self.env, "data", self._data))
+        return names
+
+    def _places_of(self, data):
+        """Views of the places of the bodies that a state has, each with its part of the state."""
+        if not self._with_places:
+            return []
+        first, views = self._integration.stop, (data.xpos.reshape(-1), data.xipos.reshape(-1))
+        return [(view, slice(first + i * view.size, first + (i + 1) * view.size)) for i, view in enumerate(views)]
+
     def reset(self, seed):
         """Seeds (..., 1) uint32 -> states and the bits of first observations (..., state_size + observations) uint32.
 
@@ -106,9 +126,9 @@ class HostMujoco:
         with self._lock:
             for row, value in enumerate(seeds):
                 obs[row] = self.env.reset(seed=int(value))[0]
-                integration, xpos, xipos = (states[row, part] for part in self._parts)
-                mujoco.mj_getState(self._model, self._data, integration, STATE)
-                xpos[:], xipos[:] = self._xpos, self._xipos
+                mujoco.mj_getState(self._model, self._data, states[row, self._integration], STATE)
+                for place, part in self._places:
+                    states[row, part] = place
         result = np.concatenate([states.view(np.uint32), obs.view(np.uint32)], axis=1)
         return result[row_of.reshape(seed.shape[:-1])]  # numpy 2.0 returns another shape than the others
 
@@ -137,7 +157,7 @@ class HostMujoco:
 
     def render(self, state):
         """State (state_size,) -> image (height, width, 3) uint8; MuJoCo must find a way to draw."""
-        integration = np.asarray(state).view(np.float64)[self._parts[0]]
+        integration = np.asarray(state).view(np.float64)[self._integration]
         with self._lock:
             mujoco.mj_setState(self._model, self._data, integration, STATE)
             mujoco.mj_forward(self._model, self._data)
@@ -147,27 +167,32 @@ class HostMujoco:
         num_threads = min(self._cores, len(before), int(len(before) * self._row_seconds / THREAD_SECONDS))
         if num_threads > 1:
             self._simulate(before, action, after, num_threads)
-        integration, xpos, xipos = self._parts
         for row, act in enumerate(action):
-            mujoco.mj_setState(self._model, self._data, before[row, integration], STATE)
-            self._xpos[:], self._xipos[:] = before[row, xpos], before[row, xipos]
+            mujoco.mj_setState(self._model, self._data, before[row, self._integration], STATE)
+            for place, part in self._places:
+                place[:] = before[row, part]
             if num_threads > 1:
                 obs[row], reward[row], terminated[row] = self._finish_step(row, act)
             else:
                 obs[row], reward[row], terminated[row], _, _ = self.env.step(act)
-                mujoco.mj_getState(self._model, self._data, after[row, integration], STATE)
-                after[row, xpos], after[row, xipos] = self._xpos, self._xipos
+                mujoco.mj_getState(self._model, self._data, after[row, self._integration], STATE)
+                for place, part in self._places:
+                    after[row, part] = place
 
     def _finish_step(self, row, action):
         """What Gymnasium's class makes of a step whose physics have been simulated in a simulator of its own."""
 
-        def take_simulated(ctrl, n_frames):
+        def take_simulated():
             self.env.data = self._rows[row][0]
             mujoco.mj_rnePostConstraint(self._model, self.env.data)
 
-        self.env._step_mujoco_simulation = take_simulated  # in the place of the method that would simulate it
+        return self._step_without_physics(action, take_simulated)[:3]
+
+    def _step_without_physics(self, action, instead):
+        """A step of Gymnasium's class in which a function is called instead of the physics."""
+        self.env._step_mujoco_simulation = lambda ctrl, n_frames: instead()
         try:
-            return self.env.step(action)[:3]
+            return self.env.step(action)
         finally:
             self.env.data = self._data
             del self.env._step_mujoco_simulation
@@ -176,7 +201,7 @@ class HostMujoco:
         """The physics of a step in several threads, each environment in a simulator of its own."""
         while len(self._rows) < len(before):
             data = mujoco.MjData(self._model)
-            self._rows.append((data, data.ctrl, data.xpos.reshape(-1), data.xipos.reshape(-1)))
+            self._rows.append((data, data.ctrl, self._places_of(data)))
         shares = [range(first, len(before), num_threads) for first in range(num_threads)]
         others = [self._threads.submit(self._simulate_rows, rows, before, action, after) for rows in shares[1:]]
         try:
@@ -187,11 +212,12 @@ class HostMujoco:
             other.result()
 
     def _simulate_rows(self, rows, before, action, after):
-        model, frame_skip, (integration, xpos, xipos) = self._model, self.env.frame_skip, self._parts
+        model, frame_skip, integration = self._model, self.env.frame_skip, self._integration
         for row in rows:
-            data, ctrl, *places = self._rows[row]
+            data, ctrl, places = self._rows[row]
             mujoco.mj_setState(model, data, before[row, integration], STATE)
             ctrl[:] = action[row]
             mujoco.mj_step(model, data, nstep=frame_skip)
             mujoco.mj_getState(model, data, after[row, integration], STATE)
-            after[row, xpos], after[row, xipos] = places
+            for place, part in places:
+                after[row, part] = place

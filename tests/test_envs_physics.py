@@ -124,6 +124,28 @@ def test_vmaps_compute_what_single_environments_do(monkeypatch):
         jax.tree.map(lambda x, y, at=(seed, row): np.testing.assert_array_equal(x[at], y), nested, alone)
 
 
+@pytest.mark.parametrize("thread_seconds", [1e-9, 1e9])
+def test_rewards_compare_places_of_the_same_environment(thread_seconds, monkeypatch):
+    """Ant looks at its torso's before a step: of several ants, each at its own."""
+    host_mujoco = pytest.importorskip("host_mujoco")
+    monkeypatch.setattr(host_mujoco, "THREAD_SECONDS", thread_seconds)
+    env, keys = make("mujoco::Ant-v5"), jax.random.split(jax.random.key(1), 3)
+    together = jax.vmap(lambda key: rollout(env, key, 5))(keys)
+    for row, key in enumerate(keys):
+        jax.tree.map(lambda x, y, at=row: np.testing.assert_array_equal(x[at], y), together, rollout(env, key, 5))
+
+
+def test_only_those_who_look_at_places_carry_them():
+    host_mujoco = pytest.importorskip("host_mujoco")
+    with_places = set()
+    for env_id in GYMNASIUM:
+        with envs.quiet():
+            host = host_mujoco.HostMujoco(gymnasium.make(env_id))
+        size = host_mujoco.mujoco.mj_stateSize(host.env.model, host_mujoco.STATE)
+        with_places |= {env_id} if host.state_size > 2 * size else set()
+    assert with_places == {"Reacher-v4", "Ant-v4", "Ant-v5", "Humanoid-v4", "Humanoid-v5"}
+
+
 def test_more_environments_than_are_simulated_at_once(monkeypatch):
     host_mujoco = pytest.importorskip("host_mujoco")
     env = make("mujoco::InvertedPendulum-v5")
