@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-import flashbax as fbx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,6 +32,7 @@ from envs import Box, Episodes, make, play
 from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
 from loggers import summarize
 from products import fast_dot_general
+from replay import ItemReplay
 
 
 # --- Config ----------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class Transition(NamedTuple):
 
 
 def make_replay(config: Config):
-    return fbx.make_item_buffer(config.buffer_size, 1, config.batch_size, add_sequences=True, add_batches=True)
+    return ItemReplay(config.buffer_size, config.batch_size)
 
 
 # --- Mathematics -----------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def rollout(state, env):
         "charts/episodic_length": info["episode_length"].sum(where=info["episode_done"]),
         "charts/episodes": info["episode_done"].sum(),
     }
-    buffer = jax.lax.optimization_barrier(make_replay(config).add(state.buffer, batch))  # or XLA copies it
+    buffer = make_replay(config).add(state.buffer, batch)
     return state.replace(buffer=buffer, updates=state.updates + 1), metrics
 
 
@@ -258,7 +258,7 @@ def update(state, env):
 
     def gradient_step(state, _):
         key, sample_key, loss_key = jax.random.split(state.key, 3)
-        batch = make_replay(config).sample(state.buffer, sample_key).experience
+        batch = make_replay(config).sample(state.buffer, sample_key)
         gradients, parts = jax.grad(sac_loss, has_aux=True)(state.params, state.target_params, network, batch, loss_key)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)

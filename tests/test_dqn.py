@@ -11,7 +11,7 @@ from algorithms import dqn, drqn
 from experiment import seed_keys
 from loggers import Logger
 from memory_cells import CELLS
-from replay import Sequence, SequenceReplay, Transition, as_seen
+from replay import ItemReplay, Sequence, SequenceReplay, Transition, as_seen
 
 SCRIPTS = [dqn, drqn]
 SIZES = {"num_envs": 4, "hidden_size": 16, "log": (), "eval_episodes": 8, "batch_size": 16, "buffer_size": 512}
@@ -110,6 +110,21 @@ def numbered(num_envs, first, num_steps, episode_length=5):
     done = time % episode_length == episode_length - 1
     terminated = done & (time % 2 == 0)
     return Transition(inputs, time % episode_length == 0, number, 10.0 * number, number + 0.5, terminated, done)
+
+
+@pytest.mark.parametrize(("added", "expected"), [(6, range(6)), (9, range(9)), (21, range(12, 21))])
+def test_every_item_of_the_buffer_is_as_likely_as_another(added, expected):
+    replay = ItemReplay(buffer_size=9, batch_size=4)
+    buffer = replay.init({"number": jnp.int32(0), "obs": jnp.zeros(2)})
+    for number in range(added):
+        buffer = replay.add(
+            buffer, {"number": jnp.full((1, 1), number), "obs": jnp.full((1, 1, 2), number, jnp.float32)}
+        )
+    batch = jax.vmap(replay.sample, (None, 0))(buffer, jax.random.split(jax.random.key(0), 25_000))
+    numbers, counts = np.unique(batch["number"], return_counts=True)
+    np.testing.assert_array_equal(numbers, expected)
+    np.testing.assert_allclose(counts / 100_000, 1 / len(expected), atol=0.005)  # five standard deviations
+    np.testing.assert_array_equal(batch["obs"], jnp.stack([batch["number"]] * 2, axis=-1))
 
 
 @pytest.mark.parametrize("prioritized", [False, True])

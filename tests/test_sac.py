@@ -37,7 +37,7 @@ def filled(script, **changes):
     env, state = start(config, script)
     state = one_seed(script.fill_buffer(state, env))
     sample = script.make_replay(config).sample(state.buffer, jax.random.key(1))
-    return config, script.ActorCritic(config), state, sample if script in RECURRENT else sample.experience
+    return config, script.ActorCritic(config), state, sample
 
 
 def loss_of(script, part=None):
