@@ -64,9 +64,9 @@ def call_on_host(function, rows, size):
 class HostMujoco:
     """`reset` and `step` of one of Gymnasium's environments, for many at a time.
 
-    A state is the integration state of MuJoCo and, for those who look at them before a step, the places of the bodies:
-    their rewards compare them with those after it, which MuJoCo computes on its way, a substep late. It is handed out
-    as pairs of uint32, which JAX carries as they are; float64 it would round.
+    A state is the integration state of MuJoCo and, where the environment's step reads them before it simulates, the
+    places of the bodies: MuJoCo computes them on its way, a substep late, so that the rest does not tell them. It is
+    handed out as pairs of uint32, which JAX carries as they are; float64 it would round.
 
     Attributes:
       env: the environment, for its spaces and its model.
@@ -77,7 +77,10 @@ class HostMujoco:
         self.env = env.unwrapped
         self._model, self._data = self.env.model, self.env.data
         size = mujoco.mj_stateSize(self._model, STATE)
-        self._integration, self._with_places = slice(size), not self._read_before_physics() <= {"qpos", "qvel"}
+        read = self._read_before_physics() - {"qpos", "qvel"}
+        if unknown := read - {"xpos", "xipos", "body"}:
+            raise NotImplementedError(f"its step reads {sorted(unknown)} before it simulates, which states do not have")
+        self._integration, self._with_places = slice(size), bool(read)
         self._places = self._places_of(self._data)
         self.state_size = 2 * (size + sum(place.size for place, _ in self._places))
         self._rows = []  # for each environment of a call: simulator, its controls, and the places of its bodies

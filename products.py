@@ -7,10 +7,10 @@ import jax
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def fast_dot_general(x, kernel, dimension_numbers, precision=None):
-    """x (..., in), kernel (in, out) -> (..., out), for `nn.Dense(dot_general=fast_dot_general)`.
+    """x (..., in), kernel (in, out) -> (..., out), for `nn.Dense(dot_general=fast_dot_general)` only.
 
     The gradient of the kernel is a sum over the rows of x. JAX writes it as a product that sums over the first axes of
-    two matrices, which XLA's fast kernels for CPUs do not take. Here the smaller of the two is transposed before.
+    two matrices, which XLA's fast kernels for CPUs do not take. Here the smaller of the two is transposed first.
     """
     return jax.lax.dot_general(x, kernel, dimension_numbers, precision)
 
@@ -22,9 +22,9 @@ def _forward(x, kernel, dimension_numbers, precision):
 def _backward(dimension_numbers, precision, saved, gradient):
     (x, kernel), matmul = saved, partial(jax.numpy.matmul, precision=precision)
     rows, gradients = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    if x.shape[-1] <= gradient.shape[-1]:
-        return matmul(gradient, kernel.T), matmul(rows.T, gradients)
-    return matmul(gradient, kernel.T), matmul(gradients.T, rows).T
+    is_smaller = x.shape[-1] <= gradient.shape[-1]
+    kernel_gradient = matmul(rows.T, gradients) if is_smaller else matmul(gradients.T, rows).T
+    return matmul(gradient, kernel.T), kernel_gradient
 
 
 fast_dot_general.defvjp(_forward, _backward)

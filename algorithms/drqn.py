@@ -244,7 +244,7 @@ def rollout(state, env):
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         inputs, start = Inputs(obs, action, reward), info["episode_done"]
-        transition = Transition(state.inputs, state.start, action, reward, info["final_obs"], terminated, start)
+        transition = Transition(state.inputs, state.start, action, reward, info["final_obs"], terminated, done=start)
         state = state.replace(env_state=env_state, carry=carry, inputs=inputs, start=start, key=key)
         return state, (transition, info)
 

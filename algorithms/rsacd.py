@@ -169,7 +169,7 @@ class ActorCritic(nn.Module):
 
     def values(self, features):
         """features (..., size) -> Q_1 and Q_2 of all actions (2, ..., num_actions)."""
-        return self.critic_heads(jnp.broadcast_to(features, (2, *features.shape)))  # a copy each is faster than one
+        return self.critic_heads(jnp.broadcast_to(features, (2, *features.shape)))  # copies are faster than sharing
 
     def __call__(self, carry, inputs, start):
         """A sequence of length 1: carry, Inputs (N, ...), start (N,) -> carry, logits and values of all actions."""
@@ -258,7 +258,7 @@ def rollout(state, env):
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         inputs, start = Inputs(obs, action, reward), info["episode_done"]
-        transition = Transition(state.inputs, state.start, action, reward, info["final_obs"], terminated, start)
+        transition = Transition(state.inputs, state.start, action, reward, info["final_obs"], terminated, done=start)
         state = state.replace(env_state=env_state, carry=carry, inputs=inputs, start=start, key=key)
         return state, (transition, info)
 

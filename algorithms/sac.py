@@ -136,7 +136,7 @@ class ActorCritic(nn.Module):
     def values(self, features, action):
         """features (..., size), action (..., num_actions) -> Q_1 and Q_2 (2, ...)."""
         x = jnp.concatenate([features, action], axis=-1)
-        return self.critic_heads(jnp.broadcast_to(x, (2, *x.shape)))[..., 0]  # a copy each is faster than one
+        return self.critic_heads(jnp.broadcast_to(x, (2, *x.shape)))[..., 0]  # copies are faster than sharing
 
     def __call__(self, obs):
         """obs (..., *obs_shape) -> policy, and the values of its mean."""

@@ -136,7 +136,7 @@ class ActorCritic(nn.Module):
 
     def values(self, features):
         """features (..., size) -> Q_1 and Q_2 of all actions (2, ..., num_actions)."""
-        return self.critic_heads(jnp.broadcast_to(features, (2, *features.shape)))  # a copy each is faster than one
+        return self.critic_heads(jnp.broadcast_to(features, (2, *features.shape)))  # copies are faster than sharing
 
     def __call__(self, obs):
         """obs (..., *obs_shape) -> logits and values of all actions."""

@@ -123,7 +123,7 @@ def test_every_item_of_the_buffer_is_as_likely_as_another(added, expected):
     batch = jax.vmap(replay.sample, (None, 0))(buffer, jax.random.split(jax.random.key(0), 25_000))
     numbers, counts = np.unique(batch["number"], return_counts=True)
     np.testing.assert_array_equal(numbers, expected)
-    np.testing.assert_allclose(counts / 100_000, 1 / len(expected), atol=0.005)  # five standard deviations
+    np.testing.assert_allclose(counts / 100_000, 1 / len(expected), atol=0.005)  # more than four standard deviations
     np.testing.assert_array_equal(batch["obs"], jnp.stack([batch["number"]] * 2, axis=-1))
 
 

@@ -126,7 +126,7 @@ def test_vmaps_compute_what_single_environments_do(monkeypatch):
 
 @pytest.mark.parametrize("thread_seconds", [1e-9, 1e9])
 def test_rewards_compare_places_of_the_same_environment(thread_seconds, monkeypatch):
-    """Ant looks at its torso's before a step: of several ants, each at its own."""
+    """Ant looks at the place of its torso before a step: each of several ants at its own."""
     host_mujoco = pytest.importorskip("host_mujoco")
     monkeypatch.setattr(host_mujoco, "THREAD_SECONDS", thread_seconds)
     env, keys = make("mujoco::Ant-v5"), jax.random.split(jax.random.key(1), 3)
