@@ -80,7 +80,7 @@ class HostMujoco:
         read = self._read_before_physics() - {"qpos", "qvel"}
         if unknown := read - {"xpos", "xipos", "body"}:
             raise NotImplementedError(f"its step reads {sorted(unknown)} before it simulates, which states do not have")
-        self._integration, self._with_places = slice(size), bool(read)
+        self._integration, self._place_names = slice(size), ("xpos", "xipos") if read else ()
         self._places = self._places_of(self._data)
         self.state_size = 2 * (size + sum(place.size for place, _ in self._places))
         self._rows = []  # for each environment of a call: simulator, its controls, and the places of its bodies
@@ -113,9 +113,7 @@ class HostMujoco:
 
     def _places_of(self, data):
         """Views of the places of the bodies that a state has, each with its part of the state."""
-        if not self._with_places:
-            return []
-        first, views = self._integration.stop, (data.xpos.reshape(-1), data.xipos.reshape(-1))
+        first, views = self._integration.stop, [getattr(data, name).reshape(-1) for name in self._place_names]
         return [(view, slice(first + i * view.size, first + (i + 1) * view.size)) for i, view in enumerate(views)]
 
     def reset(self, seed):

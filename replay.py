@@ -24,6 +24,12 @@ import jax
 import jax.numpy as jnp
 
 
+def add_in_place(replay, buffer, items):
+    """What flashbax's `replay` makes of its buffer and more items, written where the buffer is."""
+    # XLA would merge the writing into the reading of the next sample, and copy the whole buffer for it.
+    return jax.lax.optimization_barrier(replay.add(buffer, items))
+
+
 @dataclass(frozen=True)
 class ItemReplay:
     """Pure functions on the state of a flashbax buffer, of which single items are sampled."""
@@ -41,8 +47,7 @@ class ItemReplay:
 
     def add(self, buffer, items):
         """The buffer with the items (T, N, ...) of T steps of N environments."""
-        # XLA would merge the writing into the reading of the next sample, and copy the whole buffer for it.
-        return jax.lax.optimization_barrier(self._buffer.add(buffer, items))
+        return add_in_place(self._buffer, buffer, items)
 
     def sample(self, buffer, key):
         """A minibatch (batch_size, ...), drawn with replacement: n items are equally likely, up to a relative n / 2^32.
@@ -131,9 +136,7 @@ class SequenceReplay:
     def add(self, buffer, carry, transitions: Transition):
         """The buffer with a chunk more of every environment: transitions (T, N, ...), carry (N, ...) before them."""
         chunk = Chunk(carry, jax.tree.map(lambda x: x.swapaxes(0, 1), transitions))
-        buffer = self._buffer.add(buffer, jax.tree.map(lambda x: x[:, None], chunk))
-        # XLA would merge the writing into the reading of the next sample, and copy the whole buffer for it.
-        return jax.lax.optimization_barrier(buffer)
+        return add_in_place(self._buffer, buffer, jax.tree.map(lambda x: x[:, None], chunk))
 
     def sample(self, buffer, key) -> Sample:
         """A minibatch; the buffer must hold `length` steps of every environment."""

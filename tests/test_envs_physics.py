@@ -146,6 +146,18 @@ def test_only_those_who_look_at_places_carry_them():
     assert with_places == {"Reacher-v4", "Ant-v4", "Ant-v5", "Humanoid-v4", "Humanoid-v5"}
 
 
+def test_a_step_that_reads_what_states_do_not_have_is_refused():
+    host_mujoco = pytest.importorskip("host_mujoco")
+
+    class Peeking(HopperEnv):
+        def step(self, action):
+            self.data.cvel.sum()
+            return super().step(action)
+
+    with envs.quiet(), pytest.raises(NotImplementedError, match="reads \\['cvel'\\] before it simulates"):
+        host_mujoco.HostMujoco(Peeking())
+
+
 def test_more_environments_than_are_simulated_at_once(monkeypatch):
     host_mujoco = pytest.importorskip("host_mujoco")
     env = make("mujoco::InvertedPendulum-v5")

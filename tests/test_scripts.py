@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from collections import Counter
 
 import jax
@@ -45,6 +46,13 @@ def test_scripts_have_the_same_sections():
     banners = {name: re.findall(r"^# --- .*$", (ALGORITHMS / f"{name}.py").read_text(), re.M) for name in SCRIPTS}
     assert len(banners["ppo"]) == 7 and len(set(map(tuple, banners.values()))) == 1
     assert all(len(banner) == 119 for banner in banners["ppo"])
+
+
+def test_every_module_is_installed():
+    """Else scripts would run from the folder of the repository only."""
+    root = ALGORITHMS.parent
+    installed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    assert sorted(installed) == sorted(path.stem for path in root.glob("*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
