@@ -29,9 +29,9 @@ from flax import struct
 
 from envs import Discrete, Episodes, make, play
 from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
+from fast_cpu import fast_dot_general, flatten_small
 from loggers import summarize
 from memory_cells import CELLS, MaskedRNN, make_cell
-from products import fast_dot_general
 from replay import SequenceReplay, Transition
 
 
@@ -147,8 +147,7 @@ def make_optimizer(config: Config):
     if config.anneal_lr:
         learning_rate = optax.linear_schedule(config.learning_rate, 0.0, config.num_updates * config.gradient_steps)
     adam = optax.adam(learning_rate, eps=1e-5)
-    # Flattened, it is a few operations on one vector instead of a few on every array: compiles and runs faster.
-    return optax.flatten(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam))
+    return flatten_small(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam))
 
 
 # --- State -----------------------------------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ from flax import struct
 
 from envs import Discrete, Episodes, make, play
 from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
+from fast_cpu import fast_dot_general, flatten_small
 from loggers import summarize
 from memory_cells import CELLS, MaskedRNN, make_cell, take
-from products import fast_dot_general
 
 
 # --- Config ----------------------------------------------------------------------------------------------------------
@@ -157,8 +157,7 @@ def make_optimizer(config: Config):
         gradient_steps = config.num_updates * config.update_epochs * config.num_minibatches
         learning_rate = optax.linear_schedule(config.learning_rate, 0.0, gradient_steps)
     adam = optax.adam(learning_rate, eps=1e-5)
-    # Flattened, it is a few operations on one vector instead of a few on every array: compiles and runs faster.
-    return optax.flatten(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam))
+    return flatten_small(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam))
 
 
 # --- State -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The product of a dense layer is `nn.Dense`'s own, and so is its gradient, but by products that a CPU does fast."""
+"""What is written another way for the sake of CPUs computes the same: a dense layer's gradient, an optimizer's step."""
 
 import re
 
@@ -6,9 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from products import fast_dot_general
+from fast_cpu import fast_dot_general, flatten_small
 
 
 def loss(kernel, x, dot_general):
@@ -44,3 +45,21 @@ def test_no_product_of_the_gradient_sums_over_two_first_axes(features):
 
     assert ("0", "0") in products(None)
     assert products(fast_dot_general) == {("1", "0")}
+
+
+@pytest.mark.parametrize(("limit", "is_flat"), [(12, True), (11, False)])
+def test_an_optimizer_steps_alike_flat_or_not(limit, is_flat):
+    plain = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1))
+    weights = {"bias": jnp.ones(3), "kernel": jnp.ones((3, 3))}
+
+    def train(optimizer):
+        params, state = weights, optimizer.init(weights)
+        for i in range(3):
+            gradients = jax.tree.map(lambda w: jnp.sin(i + jnp.arange(w.size).reshape(w.shape)), params)
+            updates, state = optimizer.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    (ours, state), (theirs, _) = train(flatten_small(plain, limit)), train(plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+    assert {x.shape for x in jax.tree.leaves(state)} == ({(), (12,)} if is_flat else {(), (3,), (3, 3)})

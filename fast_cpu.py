@@ -1,8 +1,9 @@
-"""The matrix product of a dense layer, with a gradient that is fast on a CPU."""
+"""What CPUs compute faster if it is written another way: the gradient of dense layers, and the optimizer's step."""
 
 from functools import partial
 
 import jax
+import optax
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -28,3 +29,20 @@ def _backward(dimension_numbers, precision, saved, gradient):
 
 
 fast_dot_general.defvjp(_forward, _backward)
+
+
+def flatten_small(optimizer, limit=2**15):
+    """`optax.flatten(optimizer)` for networks of up to `limit` parameters, the optimizer as it is for larger ones.
+
+    As one vector, small arrays are updated by a few operations instead of a few for each of them. Large arrays are
+    faster each for itself: nothing is copied together, and the first updates do not wait for the last gradients.
+    """
+    flat = optax.flatten(optimizer)
+
+    def choose(params):
+        return flat if sum(x.size for x in jax.tree.leaves(params)) <= limit else optimizer
+
+    def update(updates, state, params=None):
+        return choose(updates).update(updates, state, params)
+
+    return optax.GradientTransformation(lambda params: choose(params).init(params), update)
