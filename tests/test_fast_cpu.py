@@ -54,8 +54,8 @@ def test_an_optimizer_steps_alike_flat_or_not(limit, is_flat):
 
     def train(optimizer):
         params, state = weights, optimizer.init(weights)
-        for i in range(3):
-            gradients = jax.tree.map(lambda w: jnp.sin(i + jnp.arange(w.size).reshape(w.shape)), params)
+        for scale in (1.0, -0.1, 3.0):
+            gradients = jax.tree.map(lambda w, scale=scale: scale * jnp.sin(jnp.arange(w.size)).reshape(w.shape), params)
             updates, state = optimizer.update(gradients, state, params)
             params = optax.apply_updates(params, updates)
         return params, state
