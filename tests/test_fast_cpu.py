@@ -55,7 +55,7 @@ def test_an_optimizer_steps_alike_flat_or_not(limit, is_flat):
     def train(optimizer):
         params, state = weights, optimizer.init(weights)
         for scale in (1.0, -0.1, 3.0):
-            gradients = jax.tree.map(lambda w, scale=scale: scale * jnp.sin(jnp.arange(w.size)).reshape(w.shape), params)
+            gradients = {"bias": scale * jnp.arange(3.0), "kernel": scale * jnp.arange(9.0).reshape(3, 3)}
             updates, state = optimizer.update(gradients, state, params)
             params = optax.apply_updates(params, updates)
         return params, state
