@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import experiment
+import fast_random  # noqa: F401 - what is random is drawn faster on CPUs
 from experiment import UsageError, did_you_mean
 
 # ---------------------------------------------------------------------------------------------------------------------

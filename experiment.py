@@ -297,7 +297,7 @@ def provenance(script: Path) -> dict:
 
     changes = git("status", "--porcelain", "--untracked-files=no")
     here = Path(__file__).parent
-    shared = ("envs", "env_wrappers", "fast_cpu", "host_gymnasium", "host_mujoco", "popjaxrl", "replay")
+    shared = ("envs", "env_wrappers", "fast_cpu", "fast_random", "host_gymnasium", "host_mujoco", "popjaxrl", "replay")
     sources = [script, *(here / f"{name}.py" for name in shared), *sorted((here / "memory_cells").glob("*.py"))]
     return {
         "id": secrets.token_hex(4),
