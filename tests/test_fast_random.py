@@ -42,7 +42,7 @@ def test_draws_are_those_of_jax_alone():
     assert run(DRAWS) == run("import fast_random\n" + DRAWS) != ""
 
 
-# A hash that is written out and not kept apart from its readers, as by `threefry_2x32`, takes minutes to compile here.
+# Without the barrier of `threefry_2x32` this compiles for more than a minute.
 NO_LOOP = """
 import fast_random, jax
 draw = jax.vmap(lambda key: jax.random.uniform(key, (4,)))
