@@ -28,7 +28,7 @@ from flax import struct
 
 from envs import Discrete, Episodes, make, play
 from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
-from fast_cpu import fast_dot_general, flatten_small
+from fast_cpu import fast_conv, fast_dot_general, flatten_small
 from loggers import summarize
 from memory_cells import CELLS, MaskedRNN, make_cell, take
 
@@ -109,7 +109,8 @@ class QNetwork(nn.Module):
         if obs_ndim == 3:  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
             layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(obs.shape[-3:-1]) >= 36 else ((16, 3, 1),)
             for features, size, stride in layers:
-                x = nn.Conv(features, (size, size), (stride, stride), padding="VALID")(x)
+                conv = nn.Conv(features, (size, size), (stride, stride), "VALID", conv_general_dilated=fast_conv)
+                x = conv(x)
                 x = nn.relu(nn.LayerNorm()(x))
         x = x.reshape(*obs.shape[: obs.ndim - obs_ndim], -1)
         # Before an episode's first step there was no action and no reward, whatever the last episode ended with.

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from fast_cpu import fast_dot_general, flatten_small
+from fast_cpu import fast_conv, fast_dot_general, flatten_small
 
 
 def loss(kernel, x, dot_general):
@@ -45,6 +45,38 @@ def test_no_product_of_the_gradient_sums_over_two_first_axes(features):
 
     assert ("0", "0") in products(None)
     assert products(fast_dot_general) == {("1", "0")}
+
+
+def conv_loss(kernel, x, strides, conv):
+    layer = nn.Conv(kernel.shape[-1], kernel.shape[:2], strides, "VALID", use_bias=False, conv_general_dilated=conv)
+    return jnp.sin(layer.apply(params(kernel), x)).sum()
+
+
+@pytest.mark.parametrize("shape", [(4, 11, 10, 3), (2, 3, 9, 12, 3), (8, 8, 3)])
+@pytest.mark.parametrize(("size", "strides"), [((3, 3), (1, 1)), ((4, 2), (3, 2)), ((8, 8), (4, 4))])
+def test_values_and_gradients_are_those_of_conv(shape, size, strides):
+    x, kernel = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(1), (*size, 3, 5))
+    ours, theirs = (jax.value_and_grad(conv_loss, (0, 1))(kernel, x, strides, f) for f in (fast_conv, None))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
+    several = jnp.stack([kernel, 2.0 * kernel])  # as of several seeds
+    ours, theirs = (
+        jax.vmap(jax.grad(conv_loss), (0, None, None, None))(several, x, strides, f) for f in (fast_conv, None)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_of_the_gradient_keep_the_order_of_axes_that_is_fast_in_loops():
+    def orders(conv):
+        gradient = jax.jit(jax.grad(conv_loss, (0, 1)), static_argnums=(2, 3))
+        text = gradient.lower(jnp.ones((3, 3, 2, 4)), jnp.ones((5, 9, 9, 2)), (2, 2), conv).as_text()
+        return set(re.findall(r"dim_numbers = (.*?), window", text))
+
+    assert len(orders(None)) == 3 and orders(fast_conv) == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
+
+
+def test_other_convolutions_are_refused():
+    with pytest.raises(NotImplementedError, match="padding"):
+        nn.Conv(4, (3, 3), conv_general_dilated=fast_conv).init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
 
 
 @pytest.mark.parametrize(("limit", "is_flat"), [(12, True), (11, False)])
