@@ -90,8 +90,7 @@ class QNetwork(nn.Module):
             layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(obs.shape[-3:-1]) >= 36 else ((16, 3, 1),)
             for features, size, stride in layers:
                 conv = nn.Conv(features, (size, size), (stride, stride), "VALID", conv_general_dilated=fast_conv)
-                x = conv(x)
-                x = nn.relu(nn.LayerNorm()(x))
+                x = nn.relu(nn.LayerNorm()(conv(x)))
         x = x.reshape(*obs.shape[: obs.ndim - obs_ndim], -1)
         x = nn.relu(nn.LayerNorm()(dense(config.hidden_size)(x)))
         for _ in range(config.num_layers):
