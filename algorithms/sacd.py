@@ -17,7 +17,6 @@ the observation that the time limit cut off, not the first of the next episode.
     python algorithms/sacd.py --env gymnax::Acrobot-v1 --num-seeds 5
 """
 
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,9 +29,20 @@ import optax
 from flax import struct
 
 from envs import Discrete, Episodes, make, play
-from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
-from fast_cpu import fast_conv, fast_dot_general, flatten_small
-from loggers import summarize
+from experiment import (
+    Experiment,
+    Options,
+    Run,
+    check_sizes,
+    compile_updates,
+    environment_steps,
+    launch,
+    report_chunks,
+    run_updates,
+    show,
+    vmap_seeds,
+)
+from fast import Conv, Dense, flatten_small
 from replay import ItemReplay
 
 
@@ -81,7 +91,7 @@ class Config(Experiment):
 
 # --- Networks --------------------------------------------------------------------------------------------------------
 def dense(features, scale=2**0.5):
-    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dot_general=fast_dot_general)
+    return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
 
 
 class Torso(nn.Module):
@@ -96,7 +106,7 @@ class Torso(nn.Module):
         if obs_ndim == 3:  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
             layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(obs.shape[-3:-1]) >= 36 else ((16, 3, 1),)
             for features, size, stride in layers:
-                conv = nn.Conv(features, (size, size), (stride, stride), "VALID", conv_general_dilated=fast_conv)
+                conv = Conv(features, (size, size), (stride, stride), "VALID")
                 x = nn.relu(conv(x))
         return x.reshape(*obs.shape[: obs.ndim - obs_ndim], -1)
 
@@ -256,23 +266,6 @@ def update(state, env):
     return state, metrics | jax.tree.map(jnp.mean, parts) | {"charts/learning_rate": learning_rate}
 
 
-@partial(jax.jit, static_argnames="env", donate_argnames="state")
-def train_chunk(state, env, num_updates):
-    """Several updates of every seed; the sums of their metrics, and for how many updates these were finite."""
-    update_seeds = jax.jit(jax.vmap(partial(update, env=env)))  # also for one seed, else XLA copies the buffer
-
-    def body(_, carry):
-        state, sums, finite = carry
-        state, metrics = update_seeds(state)
-        sums = jax.tree.map(jnp.add, sums, metrics)
-        return state, sums, jax.tree.map(lambda count, total: count + jnp.isfinite(total), finite, sums)
-
-    metrics = jax.eval_shape(update_seeds, state)[1]
-    zeros = jax.tree.map(jnp.zeros_like, metrics), jax.tree.map(lambda x: jnp.zeros(x.shape, int), metrics)
-    # The number of updates is not known when this compiles: a last, shorter chunk does not compile again.
-    return jax.lax.fori_loop(0, num_updates, body, (state, *zeros))
-
-
 # --- Init, warmup, train, evaluate -----------------------------------------------------------------------------------
 def init(config: Config, key) -> State:
     """A fresh state, from one typed key or from an array of them: one per seed."""
@@ -298,25 +291,17 @@ def fill_buffer(state, env):
 
 def warmup(state: State, env, logger) -> State:
     """Fill the buffer with `learning_starts` steps, unless that was done, and compile the update."""
-    began = time.perf_counter()
     state = fill_buffer(state, env) if state.updates[0] == 0 else state
-    state, *_ = jax.block_until_ready(train_chunk(state, env, 0))
-    steps = int(state.updates[0]) * state.config.steps_per_update
-    logger.log({"charts/compile_seconds": time.perf_counter() - began}, steps)
+    state, report = compile_updates(update, state, env)
+    logger.log(report, environment_steps(state))
     return state
 
 
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
     """Train for `num_steps` steps per seed in whole updates, at least one. The state passed in is used up (donated)."""
-    config, remaining = state.config, max(1, num_steps // state.config.steps_per_update)
-    while remaining:
-        num_updates, began = min(config.log_every, remaining), time.perf_counter()
-        state, sums, finite = jax.block_until_ready(train_chunk(state, env, num_updates))
-        speed = num_updates * config.steps_per_update * config.num_seeds / (time.perf_counter() - began)
-        report, updates = summarize(sums, num_updates) | {"charts/SPS": speed}, int(state.updates[0])
-        logger.check_finite(finite, updates - num_updates, num_updates)
-        logger.log(report, updates * config.steps_per_update)
-        remaining -= num_updates
+    for num_updates in report_chunks(state.config, num_steps):
+        state, report = run_updates(update, state, env, num_updates)  # compiled; all seeds side by side
+        logger.log(report, environment_steps(state))
     return state, report
 
 

@@ -9,7 +9,7 @@ script and every test in `tests/test_memory_cells.py` takes it from there.
 
 import dataclasses
 
-from experiment import check_options, did_you_mean
+from harness.errors import check_options, did_you_mean
 from memory_cells.deltanet import DeltaNet
 from memory_cells.dnc import DNC
 from memory_cells.ffm import FFM

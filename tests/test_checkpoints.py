@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from checkpoints import Checkpoints
+
 from experiment import UsageError
 
 TREE = {

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import constant_task
-
 from env_wrappers import wrap
+
 from envs import Box, Discrete, Environment, Task, make
 
 

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import Checkpoints
 from conftest import SCRIPTS, command_line, last_line, tiny
 
 from algorithms import ppo, rppo
-from checkpoints import Checkpoints
 from experiment import Run, RunError, UsageError, load_config, open_run_dir, provenance, seed_keys, show, vmap_seeds
 from loggers import Logger, read_metrics
 

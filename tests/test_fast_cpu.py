@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from fast_cpu import fast_conv, fast_dot_general, flatten_small
 
 

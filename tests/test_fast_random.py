@@ -4,12 +4,11 @@ import os
 import subprocess
 import sys
 
+import fast_random  # noqa: F401 - the module under test
 import jax
 import numpy as np
 import pytest
 from jax.extend.random import threefry2x32_p
-
-import fast_random  # noqa: F401 - the module under test
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def test_frozen():
 def test_a_trained_agent_is_evaluated_with_its_statistics(script, num_seeds, tmp_path):
     """Raw returns, statistics as before, and the same result from a checkpoint."""
     from checkpoints import Checkpoints
+
     from experiment import seed_keys
     from loggers import Logger
 

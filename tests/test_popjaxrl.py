@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import popgym  # noqa: F401  (registers its environments)
 import pytest
+from popjaxrl import GAMES, POPGYM_NAMES, SHIPS
 
 from envs import Discrete, make
-from popjaxrl import GAMES, POPGYM_NAMES, SHIPS
 
 POPGYM = {ours: theirs for theirs, ours in POPGYM_NAMES.items()}
 CONTROL = "CartPole", "Pendulum"

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import Checkpoints
 from scipy import stats
 from test_ppo import CONTINUOUS, assert_same, counting, final_returns, one_seed, small, start
 
 from algorithms import ppo_continuous, rppo_continuous
-from checkpoints import Checkpoints
 from experiment import seed_keys
 from loggers import Logger
 

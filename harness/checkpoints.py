@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax
 
-from experiment import UsageError
+from harness.errors import UsageError
 
 FOLDER = "checkpoints"
 

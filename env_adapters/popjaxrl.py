@@ -31,7 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs import Box, Discrete, Task
+from env_adapters.task import Box, Discrete, Task
+from env_adapters.wrappers import check_options
 
 KINDS = {"colors": 2, "suits": 4, "ranks": 13}
 
@@ -406,6 +407,12 @@ POPGYM_NAMES = {
 }
 
 
-def popjaxrl_task(env_id: str) -> Task:
-    """The task of an id of `GAMES`."""
+def ids() -> list[str]:
+    """The ids of `GAMES`."""
+    return list(GAMES)
+
+
+def make_task(env_id: str, **options) -> Task:
+    """A task of POPGym; it has no options."""
+    check_options(f"popjaxrl::{env_id}", options, {})
     return GAMES[env_id]().task()

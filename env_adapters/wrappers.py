@@ -17,6 +17,7 @@ Each is a function from a `Task` to a `Task`. Randomness comes from the keys of 
 remembered (the last action, earlier observations) is in the task's state and begins anew with every episode.
 """
 
+
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,7 +25,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs import Box, Discrete, Task, cast
+from env_adapters.task import Box, Discrete, Task, cast
+from harness import errors
+from harness.errors import did_you_mean
+
+
+def mask_observation(env_id: str, task: Task, mask: tuple[str, ...]) -> Task:
+    """Hide entries of a vector observation: the task that is left has them removed.
+
+    Args:
+      mask: what to hide, indices ("0", "3") or a name that the task has for some of them ("velocity"
+        hides the velocities).
+    """
+    space = task.observation_space
+    if len(space.shape) != 1:
+        raise ValueError(f"mask hides entries of vector observations; {env_id} has observations of shape {space.shape}")
+    size, names = space.shape[0], task.masks
+    hidden: set[int] = set()
+    for entry in map(str, mask):
+        if entry in names:
+            hidden.update(names[entry])
+        elif entry.isdecimal() and int(entry) < size:
+            hidden.add(int(entry))
+        else:
+            named = f", or {' or '.join(names)}" if names else ""
+            raise ValueError(
+                f"unknown mask {entry!r}{did_you_mean(entry, names.keys())}; "
+                f"valid for {env_id}: indices 0 to {size - 1}{named}"
+            )
+    kept = np.array([i for i in range(size) if i not in hidden], int)
+    if not len(kept):
+        raise ValueError(f"mask {' '.join(map(str, mask))} hides the whole observation of {env_id}")
+
+    def reset(key):
+        obs, state = task.reset(key)
+        return obs[kept], state
+
+    def step(key, state, action):
+        obs, *rest = task.step(key, state, action)
+        return obs[kept], *rest
+
+    low, high = (np.broadcast_to(bound, space.shape)[kept] for bound in (space.low, space.high))
+    visible = Box(low, high, (len(kept),), space.dtype)
+    return replace(task, reset=reset, step=step, observation_space=visible)
 
 
 class Wrapped(NamedTuple):
@@ -162,7 +205,11 @@ WRAPPERS = {
     "time_limit": (0, time_limit),
     "rescale_actions": (False, rescale_actions),
 }
+
+
 DEFAULTS = {name: default for name, (default, _) in WRAPPERS.items()}
+
+
 PROBABILITIES = ("sticky_actions", "mask_probability", "flicker")
 
 
@@ -191,3 +238,13 @@ def check_spaces(task: Task, env_id: str, name: str) -> None:
     bounds = (task.action_space.low, task.action_space.high) if isinstance(task.action_space, Box) else ()
     if name == "rescale_actions" and not all(np.isfinite(bound).all() for bound in bounds):
         raise ValueError(f"rescale_actions needs actions with bounds, those of {env_id} have none")
+
+
+def common_options() -> dict:
+    """Options of every environment, and their defaults."""
+    return DEFAULTS | {"normalize_obs": False, "normalize_reward": False, "reward_gamma": 0.99}
+
+
+def check_options(owner: str, options: dict, defaults: dict) -> None:
+    """`errors.check_options`, whose answer to an unknown option also names those that every environment has."""
+    errors.check_options(owner, options, defaults | common_options())

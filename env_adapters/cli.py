@@ -14,8 +14,12 @@ import jax
 import numpy as np
 import tyro
 
-from envs import NAMESPACES, Discrete, known_ids, make, record, write_gif
-from experiment import Options, UsageError, check_drawable, check_gif, did_you_mean
+from env_adapters.episodes import check_drawable, record, write_gif
+from env_adapters.registry import NAMESPACES, known_ids, make
+from env_adapters.task import Discrete
+from fast import use_fast_random
+from harness.errors import Options, UsageError, did_you_mean
+from harness.options import check_gif
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Command:
 
 def main(command: Command) -> None:
     """Raises UsageError for what cannot be done."""
+    use_fast_random()
     for name in ("steps", "num_envs"):
         if getattr(command, name) < 1:
             raise UsageError(f"{name} must be greater than 0, got {getattr(command, name)}")
