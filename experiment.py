@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from env_adapters.episodes import check_drawable, record, write_gif
+from env_adapters.task import Box, Discrete
 from harness.checkpoints import Checkpoints
 from harness.errors import Diverged, Options, RunError, UsageError
 from harness.metrics import (
@@ -49,6 +50,7 @@ __all__ = [
     "Run",
     "RunError",
     "UsageError",
+    "check_actions",
     "check_sizes",
     "compile_updates",
     "environment_steps",
@@ -82,6 +84,26 @@ def vmap_seeds(function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def check_actions(env, kind, bounded: bool = False) -> None:
+    """Refuse an environment whose actions are not of this kind: `Discrete`, or `Box` if they are continuous.
+
+    Raises:
+      ValueError: names the environment and what is needed.
+    """
+    space = env.action_space
+    if bounded:
+        if not isinstance(space, Box) or not np.isfinite([space.low, space.high]).all():
+            needed = "this script needs continuous actions with bounds"
+            raise ValueError(f"{needed}, those of {env.id} are not")
+    elif not isinstance(space, kind):
+        kinds = ("discrete", "continuous") if kind is Discrete else ("continuous", "discrete")
+        raise ValueError(f"this script needs {kinds[0]} actions, those of {env.id} are {kinds[1]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Updates
 
 
@@ -98,7 +120,9 @@ def compiled_updates(update, state, env, num_updates):
     """
     # Memories and replay buffers train faster as a batch, even if it is of one seed: XLA updates them in place.
     batch = jax.vmap if hasattr(state, "carry") or hasattr(state, "buffer") else vmap_seeds
-    update_seeds = jax.jit(batch(partial(update, env=env)))  # jit: eval_shape and the loop share one tracing
+    update_seeds = jax.jit(
+        batch(partial(update, env=env))
+    )  # jit: eval_shape and the loop share one tracing
 
     def body(_, loop):
         state, sums, finite = loop
@@ -285,7 +309,9 @@ class Run:
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping at the next report; press Ctrl-C again to stop at once\n")
 
-        self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {
+            number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
 
     def __exit__(self, kind, error, _):
         complete = self.saved_step == self.config.num_updates * self.config.steps_per_update

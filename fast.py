@@ -57,7 +57,15 @@ class Dense(nn.Dense):
 
 @partial(jax.custom_vjp, nondiff_argnums=range(2, 9))
 def fast_conv(
-    x, kernel, strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, precision
+    x,
+    kernel,
+    strides,
+    padding,
+    lhs_dilation,
+    rhs_dilation,
+    dimension_numbers,
+    feature_group_count,
+    precision,
 ):
     """A convolution of images without padding: x (N, H, W, in), kernel (h, w, in, out) -> (N, H', W', out).
 
@@ -77,18 +85,30 @@ def _conv_forward(x, kernel, *how):
 
 
 def _conv_backward(
-    strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, groups, precision, saved, gradient
+    strides,
+    padding,
+    lhs_dilation,
+    rhs_dilation,
+    dimension_numbers,
+    groups,
+    precision,
+    saved,
+    gradient,
 ):
     x, kernel = saved
     height, width = kernel.shape[:2]
-    conv = partial(jax.lax.conv_general_dilated, dimension_numbers=dimension_numbers, precision=precision)
+    conv = partial(
+        jax.lax.conv_general_dilated, dimension_numbers=dimension_numbers, precision=precision
+    )
     # Strides may step over the last rows and columns, which then have no gradient.
     unread_rows = (x.shape[1] - height) % strides[0]
     unread_columns = (x.shape[2] - width) % strides[1]
     read = x[:, : x.shape[1] - unread_rows, : x.shape[2] - unread_columns]
     images_as_features = read.transpose(3, 1, 2, 0)
     gradient_as_kernel = gradient.transpose(1, 2, 0, 3)
-    kernel_gradient = conv(images_as_features, gradient_as_kernel, (1, 1), "VALID", rhs_dilation=strides)
+    kernel_gradient = conv(
+        images_as_features, gradient_as_kernel, (1, 1), "VALID", rhs_dilation=strides
+    )
     around = (height - 1, height - 1 + unread_rows), (width - 1, width - 1 + unread_columns)
     turned_kernel = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
     x_gradient = conv(gradient, turned_kernel, (1, 1), around, lhs_dilation=strides)

@@ -96,7 +96,9 @@ class Logger:
                 warn(f"seed_{seed} diverged and is left out: {self.diverged[seed]}")
         if len(self.diverged) == num_seeds:
             *_, last = self.diverged.values()
-            advice = "start again with a lower learning rate, a lower max_grad_norm, or smaller rewards"
+            advice = (
+                "start again with a lower learning rate, a lower max_grad_norm, or smaller rewards"
+            )
             raise Diverged(f"training diverged: {last}; {advice}")
 
     def close(self) -> None:
@@ -154,7 +156,9 @@ class Background:
         try:
             self.queue.put_nowait((metrics, step))
         except queue.Full:
-            raise TimeoutError(f"{self.queue.maxsize} reports are waiting: it is too slow") from None
+            raise TimeoutError(
+                f"{self.queue.maxsize} reports are waiting: it is too slow"
+            ) from None
 
     def close(self):
         with contextlib.suppress(queue.Full):
@@ -197,9 +201,13 @@ class Console:
     def log(self, metrics, step):
         if "charts/compile_seconds" in metrics:
             print(f"compiled in {metrics['charts/compile_seconds']:.1f} s", flush=True)
-        if self.columns is None and not metrics.keys().isdisjoint(name for name, _ in self.COLUMNS.values()):
+        if self.columns is None and not metrics.keys().isdisjoint(
+            name for name, _ in self.COLUMNS.values()
+        ):
             present = self.ALWAYS + tuple(metrics)
-            self.columns = {heading: column for heading, column in self.COLUMNS.items() if column[0] in present}
+            self.columns = {
+                heading: column for heading, column in self.COLUMNS.items() if column[0] in present
+            }
             self._print(f"{'step':>12}", list(self.columns))
         columns = (self.columns or {}).values()
         cells = [self._cell(metrics.get(name), form) for name, form in columns]
@@ -291,7 +299,9 @@ class TensorBoard:
         self.writer.add_text("config", f"|field|value|\n|-|-|\n{rows}")
         past = read_metrics(Path(run_dir) / METRICS_FILE)
         for record in past:
-            metrics = {name: np.asarray(value, float) for name, value in record.items() if "/" in name}
+            metrics = {
+                name: np.asarray(value, float) for name, value in record.items() if "/" in name
+            }
             self.log(metrics, record["step"], time.time() - past[-1]["time"] + record["time"])
 
     def log(self, metrics, step, walltime=None):
@@ -359,7 +369,9 @@ class Neptune:
     def log(self, metrics, step):
         for name, value in scalars(metrics).items():
             is_below = "/seed_" in name or "/iqm" in name
-            path = name if is_below else f"{name}/mean"  # a series of Neptune cannot have fields below it
+            path = (
+                name if is_below else f"{name}/mean"
+            )  # a series of Neptune cannot have fields below it
             self.run[path].append(value, step=step)
 
     def close(self):
@@ -400,7 +412,9 @@ def check_keys(config) -> None:
     if "neptune" in config.log and config.neptune_mode != "offline":
         for variable in ("NEPTUNE_API_TOKEN", "NEPTUNE_PROJECT"):
             if not os.environ.get(variable):
-                raise UsageError(f"neptune needs {variable}: set it, or choose --neptune-mode offline")
+                raise UsageError(
+                    f"neptune needs {variable}: set it, or choose --neptune-mode offline"
+                )
 
 
 def make_logger(config, run_dir, diverged=()) -> Logger:

@@ -51,8 +51,12 @@ class Config(Experiment):
 
     # Environment and networks
     env: str = "gymnax::CartPole-v1"  # environment, as namespace::id
-    env_kwargs: Options = field(default_factory=dict, hash=False)  # its parameters, and wrappers: frame_stack 4
-    mask: tuple[str, ...] = ()  # entries of the observation to hide: indices, or a name such as velocity
+    env_kwargs: Options = field(
+        default_factory=dict, hash=False
+    )  # its parameters, and wrappers: frame_stack 4
+    mask: tuple[
+        str, ...
+    ] = ()  # entries of the observation to hide: indices, or a name such as velocity
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # layers between encoder and head
 
@@ -84,7 +88,9 @@ class Config(Experiment):
     def __post_init__(self):
         check_sizes(self)
         if not isinstance(self.make_env().action_space, Discrete):
-            raise ValueError(f"this script needs discrete actions, those of {self.env} are continuous")
+            raise ValueError(
+                f"this script needs discrete actions, those of {self.env} are continuous"
+            )
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -102,8 +108,14 @@ class QNetwork(nn.Module):
         config, env = self.config, self.config.make_env()
         obs_ndim = len(env.observation_space.shape)
         x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
-        if obs_ndim == 3:  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
-            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(obs.shape[-3:-1]) >= 36 else ((16, 3, 1),)
+        if (
+            obs_ndim == 3
+        ):  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
+            layers = (
+                ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+                if min(obs.shape[-3:-1]) >= 36
+                else ((16, 3, 1),)
+            )
             for features, size, stride in layers:
                 conv = Conv(features, (size, size), (stride, stride), "VALID")
                 x = nn.relu(conv(x))
@@ -117,7 +129,9 @@ class QNetwork(nn.Module):
 def make_optimizer(config: Config):
     learning_rate = config.learning_rate
     if config.anneal_lr:
-        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, config.num_updates * config.gradient_steps)
+        learning_rate = optax.linear_schedule(
+            config.learning_rate, 0.0, config.num_updates * config.gradient_steps
+        )
     adam = optax.adam(learning_rate, eps=1e-5)
     return flatten_small(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam))
 
@@ -154,7 +168,9 @@ def make_replay(config: Config):
 # --- Mathematics -----------------------------------------------------------------------------------------------------
 def epsilon(updates, config):
     """The probability of a random action after so many updates: from start_e to end_e, linear in environment steps."""
-    progress = updates * config.steps_per_update / max(1, config.exploration_fraction * config.total_steps)
+    progress = (
+        updates * config.steps_per_update / max(1, config.exploration_fraction * config.total_steps)
+    )
     return config.start_e + (config.end_e - config.start_e) * jnp.minimum(progress, 1.0)
 
 
@@ -187,7 +203,9 @@ def td_loss(params, target_params, network, config, batch):
 def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
     config, network = state.config, QNetwork(state.config)
-    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
+    step_envs = jax.vmap(
+        env.step, axis_name="envs"
+    )  # the name lets them share what they normalise with
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
@@ -214,19 +232,27 @@ def update(state, env):
     """Collect steps and learn from what was collected so far: the new state, and the metrics of this update."""
     config, network, optimizer = state.config, QNetwork(state.config), make_optimizer(state.config)
     replay, first_step = make_replay(config), state.updates * config.gradient_steps
-    learning_rate = config.learning_rate * (1.0 - config.anneal_lr * state.updates / config.num_updates)
+    learning_rate = config.learning_rate * (
+        1.0 - config.anneal_lr * state.updates / config.num_updates
+    )
     state, metrics = rollout(state, env)
 
     def gradient_step(state, step):
         key, sample_key = jax.random.split(state.key)
         batch = replay.sample(state.buffer, sample_key)
-        gradients, parts = jax.grad(td_loss, has_aux=True)(state.params, state.target_params, network, config, batch)
+        gradients, parts = jax.grad(td_loss, has_aux=True)(
+            state.params, state.target_params, network, config, batch
+        )
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         closer = optax.incremental_update(params, state.target_params, config.tau)
-        target_params = optax.periodic_update(closer, state.target_params, step, config.target_network_frequency)
-        state = state.replace(params=params, target_params=target_params, opt_state=opt_state, key=key)
+        target_params = optax.periodic_update(
+            closer, state.target_params, step, config.target_network_frequency
+        )
+        state = state.replace(
+            params=params, target_params=target_params, opt_state=opt_state, key=key
+        )
         return state, parts
 
     steps = first_step + 1 + jnp.arange(config.gradient_steps)
@@ -241,7 +267,9 @@ def init(config: Config, key) -> State:
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(
+            jax.random.split(reset_key, config.num_envs)
+        )
         params = network.init(network_key, obs)
         transition = Transition(obs[0], jnp.int32(0), jnp.float32(0.0), obs[0], jnp.bool(False))
         buffer, opt_state = make_replay(config).init(transition), optimizer.init(params)
@@ -254,7 +282,9 @@ def init(config: Config, key) -> State:
 def fill_buffer(state, env):
     """The steps before learning starts."""
     num_rollouts = state.config.learning_starts // state.config.steps_per_update
-    return jax.vmap(lambda state: jax.lax.fori_loop(0, num_rollouts, lambda _, s: rollout(s, env)[0], state))(state)
+    return jax.vmap(
+        lambda state: jax.lax.fori_loop(0, num_rollouts, lambda _, s: rollout(s, env)[0], state)
+    )(state)
 
 
 def warmup(state: State, env, logger) -> State:
@@ -268,7 +298,9 @@ def warmup(state: State, env, logger) -> State:
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
     """Train for `num_steps` steps per seed in whole updates, at least one. The state passed in is used up (donated)."""
     for num_updates in report_chunks(state.config, num_steps):
-        state, report = run_updates(update, state, env, num_updates)  # compiled; all seeds side by side
+        state, report = run_updates(
+            update, state, env, num_updates
+        )  # compiled; all seeds side by side
         logger.log(report, environment_steps(state))
     return state, report
 
@@ -283,7 +315,9 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
             return carry, network.apply(state.params, obs).argmax(axis=-1)
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env.frozen(state.env_state), policy, lambda _: (), key, config.num_eval_envs, episodes)
+        return play(
+            env.frozen(state.env_state), policy, lambda _: (), key, config.num_eval_envs, episodes
+        )
 
     return vmap_seeds(evaluate_seed)(state)
 

@@ -55,10 +55,16 @@ class Config(Experiment):
 
     # Environment and networks
     env: str = "gymnax::CartPole-v1"  # environment, as namespace::id
-    env_kwargs: Options = field(default_factory=dict, hash=False)  # its parameters, and wrappers: frame_stack 4
-    mask: tuple[str, ...] = ()  # entries of the observation to hide: indices, or a name such as velocity
+    env_kwargs: Options = field(
+        default_factory=dict, hash=False
+    )  # its parameters, and wrappers: frame_stack 4
+    mask: tuple[
+        str, ...
+    ] = ()  # entries of the observation to hide: indices, or a name such as velocity
     cell: Literal[tuple(CELLS)] = "gru"  # the memory
-    cell_kwargs: Options = field(default_factory=dict, hash=False)  # options of the memory: num_heads 8
+    cell_kwargs: Options = field(
+        default_factory=dict, hash=False
+    )  # options of the memory: num_heads 8
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # memories on top of each other
     prev_action: bool = True  # the memory reads the previous action
@@ -75,7 +81,9 @@ class Config(Experiment):
     batch_size: int = 16  # sequences in a minibatch
     sequence_length: int = 32  # L, steps of a sequence that are learned from
     burn_in: int = 16  # steps before these that bring the memory up to date
-    prioritized: bool = False  # prefer sequences with large errors (Schaul et al. 2016, R2D2 section 2.3)
+    prioritized: bool = (
+        False  # prefer sequences with large errors (Schaul et al. 2016, R2D2 section 2.3)
+    )
     n_step: int = 5  # rewards in a target before the value
     rescale: bool = False  # learn values on R2D2's scale sign(x) (sqrt(|x| + 1) - 1) + 0.001 x
     gradient_steps: int = 4  # minibatches of an update
@@ -95,13 +103,17 @@ class Config(Experiment):
         return make(self.env, **{"mask": self.mask} | self.env_kwargs)
 
     def make_memory(self):
-        return MaskedRNN(make_cell(self.cell, self.hidden_size, self.num_layers, **self.cell_kwargs))
+        return MaskedRNN(
+            make_cell(self.cell, self.hidden_size, self.num_layers, **self.cell_kwargs)
+        )
 
     def __post_init__(self):
         check_sizes(self)
         self.make_memory()
         if not isinstance(self.make_env().action_space, Discrete):
-            raise ValueError(f"this script needs discrete actions, those of {self.env} are continuous")
+            raise ValueError(
+                f"this script needs discrete actions, those of {self.env} are continuous"
+            )
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -127,8 +139,14 @@ class QNetwork(nn.Module):
         config, env, obs = self.config, self.config.make_env(), inputs.obs
         obs_ndim = len(env.observation_space.shape)
         x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
-        if obs_ndim == 3:  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
-            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(obs.shape[-3:-1]) >= 36 else ((16, 3, 1),)
+        if (
+            obs_ndim == 3
+        ):  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
+            layers = (
+                ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+                if min(obs.shape[-3:-1]) >= 36
+                else ((16, 3, 1),)
+            )
             for features, size, stride in layers:
                 conv = Conv(features, (size, size), (stride, stride), "VALID")
                 x = nn.relu(conv(x))
@@ -156,7 +174,9 @@ class QNetwork(nn.Module):
 def make_optimizer(config: Config):
     learning_rate = config.learning_rate
     if config.anneal_lr:
-        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, config.num_updates * config.gradient_steps)
+        learning_rate = optax.linear_schedule(
+            config.learning_rate, 0.0, config.num_updates * config.gradient_steps
+        )
     adam = optax.adam(learning_rate, eps=1e-5)
     return flatten_small(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam))
 
@@ -187,7 +207,9 @@ def make_replay(config: Config):
 # --- Mathematics -----------------------------------------------------------------------------------------------------
 def epsilon(updates, config):
     """The probability of a random action after so many updates: from start_e to end_e, linear in environment steps."""
-    progress = updates * config.steps_per_update / max(1, config.exploration_fraction * config.total_steps)
+    progress = (
+        updates * config.steps_per_update / max(1, config.exploration_fraction * config.total_steps)
+    )
     return config.start_e + (config.end_e - config.start_e) * jnp.minimum(progress, 1.0)
 
 
@@ -238,23 +260,33 @@ def td_loss(params, target_params, network, config, sample):
     is_step = ~batch.final[:-1]
     error = jnp.where(is_step, q_value - targets, 0.0)
     loss = 0.5 * (weight * error**2).sum() / is_step.sum()
-    return loss, {"losses/td_loss": loss, "losses/q_values": q_value.mean(where=is_step), "error": jnp.abs(error)}
+    return loss, {
+        "losses/td_loss": loss,
+        "losses/q_values": q_value.mean(where=is_step),
+        "error": jnp.abs(error),
+    }
 
 
 # --- One update of one seed ------------------------------------------------------------------------------------------
 def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
     config, network, first_carry = state.config, QNetwork(state.config), state.carry
-    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
+    step_envs = jax.vmap(
+        env.step, axis_name="envs"
+    )  # the name lets them share what they normalise with
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
-        carry, q_values = network.apply(state.params, state.carry, state.inputs, state.start, method="step")
+        carry, q_values = network.apply(
+            state.params, state.carry, state.inputs, state.start, method="step"
+        )
         action = epsilon_greedy(action_key, q_values, epsilon(state.updates, config))
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         inputs, start = Inputs(obs, action, reward), info["episode_done"]
-        transition = Transition(state.inputs, state.start, action, reward, info["final_obs"], terminated, done=start)
+        transition = Transition(
+            state.inputs, state.start, action, reward, info["final_obs"], terminated, done=start
+        )
         state = state.replace(env_state=env_state, carry=carry, inputs=inputs, start=start, key=key)
         return state, (transition, info)
 
@@ -273,20 +305,30 @@ def update(state, env):
     """Collect steps and learn from what was collected so far: the new state, and the metrics of this update."""
     config, network, optimizer = state.config, QNetwork(state.config), make_optimizer(state.config)
     replay, first_step = make_replay(config), state.updates * config.gradient_steps
-    learning_rate = config.learning_rate * (1.0 - config.anneal_lr * state.updates / config.num_updates)
+    learning_rate = config.learning_rate * (
+        1.0 - config.anneal_lr * state.updates / config.num_updates
+    )
     state, metrics = rollout(state, env)
 
     def gradient_step(state, step):
         key, sample_key = jax.random.split(state.key)
         sample = replay.sample(state.buffer, sample_key)
-        gradients, parts = jax.grad(td_loss, has_aux=True)(state.params, state.target_params, network, config, sample)
-        state = state.replace(buffer=replay.set_priorities(state.buffer, sample.indices, parts.pop("error")))
+        gradients, parts = jax.grad(td_loss, has_aux=True)(
+            state.params, state.target_params, network, config, sample
+        )
+        state = state.replace(
+            buffer=replay.set_priorities(state.buffer, sample.indices, parts.pop("error"))
+        )
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         closer = optax.incremental_update(params, state.target_params, config.tau)
-        target_params = optax.periodic_update(closer, state.target_params, step, config.target_network_frequency)
-        state = state.replace(params=params, target_params=target_params, opt_state=opt_state, key=key)
+        target_params = optax.periodic_update(
+            closer, state.target_params, step, config.target_network_frequency
+        )
+        state = state.replace(
+            params=params, target_params=target_params, opt_state=opt_state, key=key
+        )
         return state, parts
 
     steps = first_step + 1 + jnp.arange(config.gradient_steps)
@@ -301,13 +343,27 @@ def init(config: Config, key) -> State:
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(
+            jax.random.split(reset_key, config.num_envs)
+        )
         inputs = Inputs(obs, jnp.zeros(config.num_envs, jnp.int32), jnp.zeros(config.num_envs))
         carry, start = network.initialize_carry(config.num_envs), jnp.ones(config.num_envs, bool)
         params = network.init(network_key, carry, inputs, start, method="step")
         transition = Transition(inputs, start, inputs.action, inputs.reward, obs, start, start)
         buffer, opt_state = make_replay(config).init(carry, transition), optimizer.init(params)
-        return State(params, params, opt_state, env_state, carry, inputs, start, buffer, key, jnp.int32(0), config)
+        return State(
+            params,
+            params,
+            opt_state,
+            env_state,
+            carry,
+            inputs,
+            start,
+            buffer,
+            key,
+            jnp.int32(0),
+            config,
+        )
 
     return jax.jit(vmap_seeds(init_seed))(key.reshape(-1))
 
@@ -316,7 +372,9 @@ def init(config: Config, key) -> State:
 def fill_buffer(state, env):
     """The steps before learning starts."""
     num_rollouts = state.config.learning_starts // state.config.steps_per_update
-    return jax.vmap(lambda state: jax.lax.fori_loop(0, num_rollouts, lambda _, s: rollout(s, env)[0], state))(state)
+    return jax.vmap(
+        lambda state: jax.lax.fori_loop(0, num_rollouts, lambda _, s: rollout(s, env)[0], state)
+    )(state)
 
 
 def warmup(state: State, env, logger) -> State:
@@ -330,7 +388,9 @@ def warmup(state: State, env, logger) -> State:
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
     """Train for `num_steps` steps per seed in whole updates, at least one. The state passed in is used up (donated)."""
     for num_updates in report_chunks(state.config, num_steps):
-        state, report = run_updates(update, state, env, num_updates)  # compiled; all seeds side by side
+        state, report = run_updates(
+            update, state, env, num_updates
+        )  # compiled; all seeds side by side
         logger.log(report, environment_steps(state))
     return state, report
 
@@ -342,11 +402,20 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
 
     def evaluate_seed(state):
         def policy(carry, obs, start, action, reward, _):
-            carry, q_values = network.apply(state.params, carry, Inputs(obs, action, reward), start, method="step")
+            carry, q_values = network.apply(
+                state.params, carry, Inputs(obs, action, reward), start, method="step"
+            )
             return carry, q_values.argmax(axis=-1)
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env.frozen(state.env_state), policy, network.initialize_carry, key, config.num_eval_envs, episodes)
+        return play(
+            env.frozen(state.env_state),
+            policy,
+            network.initialize_carry,
+            key,
+            config.num_eval_envs,
+            episodes,
+        )
 
     return vmap_seeds(evaluate_seed)(state)
 

@@ -50,10 +50,16 @@ class Config(Experiment):
 
     # Environment and networks
     env: str = "gymnax::CartPole-v1"  # environment, as namespace::id
-    env_kwargs: Options = field(default_factory=dict, hash=False)  # its parameters, and wrappers: frame_stack 4
-    mask: tuple[str, ...] = ()  # entries of the observation to hide: indices, or a name such as velocity
+    env_kwargs: Options = field(
+        default_factory=dict, hash=False
+    )  # its parameters, and wrappers: frame_stack 4
+    mask: tuple[
+        str, ...
+    ] = ()  # entries of the observation to hide: indices, or a name such as velocity
     cell: Literal[tuple(CELLS)] = "gru"  # the memory
-    cell_kwargs: Options = field(default_factory=dict, hash=False)  # options of the memory: num_heads 8
+    cell_kwargs: Options = field(
+        default_factory=dict, hash=False
+    )  # options of the memory: num_heads 8
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # memories on top of each other
     prev_action: bool = True  # the memory reads the previous action
@@ -82,15 +88,21 @@ class Config(Experiment):
         return make(self.env, **{"mask": self.mask} | self.env_kwargs)
 
     def make_memory(self):
-        return MaskedRNN(make_cell(self.cell, self.hidden_size, self.num_layers, **self.cell_kwargs))
+        return MaskedRNN(
+            make_cell(self.cell, self.hidden_size, self.num_layers, **self.cell_kwargs)
+        )
 
     def __post_init__(self):
         check_sizes(self)
         if self.num_envs % self.num_minibatches:
-            raise ValueError(f"num_minibatches ({self.num_minibatches}) must divide num_envs ({self.num_envs})")
+            raise ValueError(
+                f"num_minibatches ({self.num_minibatches}) must divide num_envs ({self.num_envs})"
+            )
         self.make_memory()
         if not isinstance(self.make_env().action_space, Discrete):
-            raise ValueError(f"this script needs discrete actions, those of {self.env} are continuous")
+            raise ValueError(
+                f"this script needs discrete actions, those of {self.env} are continuous"
+            )
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -116,8 +128,14 @@ class QNetwork(nn.Module):
         config, env, obs = self.config, self.config.make_env(), inputs.obs
         obs_ndim = len(env.observation_space.shape)
         x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
-        if obs_ndim == 3:  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
-            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(obs.shape[-3:-1]) >= 36 else ((16, 3, 1),)
+        if (
+            obs_ndim == 3
+        ):  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
+            layers = (
+                ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+                if min(obs.shape[-3:-1]) >= 36
+                else ((16, 3, 1),)
+            )
             for features, size, stride in layers:
                 conv = Conv(features, (size, size), (stride, stride), "VALID")
                 x = nn.relu(nn.LayerNorm()(conv(x)))
@@ -170,10 +188,14 @@ class Transition(NamedTuple):
     """The step obs[t] -> next_obs[t] of every environment; a rollout stacks T of them to (T, N, ...)."""
 
     inputs: Inputs
-    start: jax.Array  # inputs[t].obs is the first of an episode: the memory is reset before it reads it
+    start: (
+        jax.Array
+    )  # inputs[t].obs is the first of an episode: the memory is reset before it reads it
     action: jax.Array
     q_value: jax.Array  # Q(obs[t], action[t])
-    next_q: jax.Array  # max Q(next_obs[t]) of the true next observation, not of the one after an auto-reset
+    next_q: (
+        jax.Array
+    )  # max Q(next_obs[t]) of the true next observation, not of the one after an auto-reset
     reward: jax.Array
     terminated: jax.Array  # next_obs[t] ends the task: it is worth nothing, whatever next_q says
     done: jax.Array  # terminated or truncated: obs[t + 1] begins another episode
@@ -184,7 +206,9 @@ class Transition(NamedTuple):
 # --- Mathematics -----------------------------------------------------------------------------------------------------
 def epsilon(updates, config):
     """The probability of a random action after so many updates: from start_e to end_e, linear in environment steps."""
-    progress = updates * config.steps_per_update / max(1, config.exploration_fraction * config.total_steps)
+    progress = (
+        updates * config.steps_per_update / max(1, config.exploration_fraction * config.total_steps)
+    )
     return config.start_e + (config.end_e - config.start_e) * jnp.minimum(progress, 1.0)
 
 
@@ -210,7 +234,9 @@ def q_lambda_targets(reward, next_q, terminated, done, config):
         target = reward + config.gamma * jnp.where(terminated, 0.0, future)
         return target, target
 
-    _, targets = jax.lax.scan(backward, next_q[-1], (reward, next_q, terminated, done), reverse=True)
+    _, targets = jax.lax.scan(
+        backward, next_q[-1], (reward, next_q, terminated, done), reverse=True
+    )
     return targets
 
 
@@ -230,22 +256,33 @@ def td_loss(params, network, carry, batch, targets):
 def rollout(state, env):
     """T steps of N environments: the state after them, and transitions (T, N, ...)."""
     config, network = state.config, QNetwork(state.config)
-    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
+    step_envs = jax.vmap(
+        env.step, axis_name="envs"
+    )  # the name lets them share what they normalise with
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
-        carry, q_values = network.apply(state.params, state.carry, state.inputs, state.start, method="step")
+        carry, q_values = network.apply(
+            state.params, state.carry, state.inputs, state.start, method="step"
+        )
         action = epsilon_greedy(action_key, q_values, epsilon(state.updates, config))
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         # The true next observation continues the episode: read by the memory that has just read this one, no start.
-        next_inputs, no_start = Inputs(info["final_obs"], action, reward), jnp.zeros_like(state.start)
+        next_inputs, no_start = (
+            Inputs(info["final_obs"], action, reward),
+            jnp.zeros_like(state.start),
+        )
         _, next_q = network.apply(state.params, carry, next_inputs, no_start, method="step")
         q_value = jnp.take_along_axis(q_values, action[:, None], axis=-1)[:, 0]
         ending = terminated, info["episode_done"], info["episode_return"], info["episode_length"]
-        transition = Transition(state.inputs, state.start, action, q_value, next_q.max(axis=-1), reward, *ending)
+        transition = Transition(
+            state.inputs, state.start, action, q_value, next_q.max(axis=-1), reward, *ending
+        )
         inputs, start = Inputs(obs, action, reward), info["episode_done"]
-        return state.replace(env_state=env_state, carry=carry, inputs=inputs, start=start, key=key), transition
+        return state.replace(
+            env_state=env_state, carry=carry, inputs=inputs, start=start, key=key
+        ), transition
 
     return jax.lax.scan(env_step, state, length=config.num_steps)
 
@@ -280,12 +317,15 @@ def update(state, env):
         # The first minibatch meets the very parameters that collected it: other values than then are a bug.
         "losses/first_q_error": parts["losses/first_q_error"][0, 0],
         "charts/epsilon": epsilon(state.updates, config),
-        "charts/learning_rate": config.learning_rate * (1.0 - config.anneal_lr * state.updates / config.num_updates),
+        "charts/learning_rate": config.learning_rate
+        * (1.0 - config.anneal_lr * state.updates / config.num_updates),
         "charts/episodic_return": batch.episode_return.sum(where=batch.done),
         "charts/episodic_length": batch.episode_length.sum(where=batch.done),
         "charts/episodes": batch.done.sum(),
     }
-    return state.replace(params=params, opt_state=opt_state, key=key, updates=state.updates + 1), metrics
+    return state.replace(
+        params=params, opt_state=opt_state, key=key, updates=state.updates + 1
+    ), metrics
 
 
 # --- Init, warmup, train, evaluate -----------------------------------------------------------------------------------
@@ -295,11 +335,23 @@ def init(config: Config, key) -> State:
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(
+            jax.random.split(reset_key, config.num_envs)
+        )
         inputs = Inputs(obs, jnp.zeros(config.num_envs, jnp.int32), jnp.zeros(config.num_envs))
         carry, start = network.initialize_carry(config.num_envs), jnp.ones(config.num_envs, bool)
         params = network.init(network_key, carry, inputs, start, method="step")
-        return State(params, optimizer.init(params), env_state, carry, inputs, start, key, jnp.int32(0), config)
+        return State(
+            params,
+            optimizer.init(params),
+            env_state,
+            carry,
+            inputs,
+            start,
+            key,
+            jnp.int32(0),
+            config,
+        )
 
     return jax.jit(vmap_seeds(init_seed))(key.reshape(-1))
 
@@ -314,7 +366,9 @@ def warmup(state: State, env, logger) -> State:
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
     """Train for `num_steps` steps per seed in whole updates, at least one. The state passed in is used up (donated)."""
     for num_updates in report_chunks(state.config, num_steps):
-        state, report = run_updates(update, state, env, num_updates)  # compiled; all seeds side by side
+        state, report = run_updates(
+            update, state, env, num_updates
+        )  # compiled; all seeds side by side
         logger.log(report, environment_steps(state))
     return state, report
 
@@ -326,11 +380,20 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
 
     def evaluate_seed(state):
         def policy(carry, obs, start, action, reward, _):
-            carry, q_values = network.apply(state.params, carry, Inputs(obs, action, reward), start, method="step")
+            carry, q_values = network.apply(
+                state.params, carry, Inputs(obs, action, reward), start, method="step"
+            )
             return carry, q_values.argmax(axis=-1)
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env.frozen(state.env_state), policy, network.initialize_carry, key, config.num_eval_envs, episodes)
+        return play(
+            env.frozen(state.env_state),
+            policy,
+            network.initialize_carry,
+            key,
+            config.num_eval_envs,
+            episodes,
+        )
 
     return vmap_seeds(evaluate_seed)(state)
 

@@ -55,8 +55,12 @@ class Config(Experiment):
 
     # Environment and networks
     env: str = "gymnax::Pendulum-v1"  # environment, as namespace::id
-    env_kwargs: Options = field(default_factory=dict, hash=False)  # its parameters, and wrappers: frame_stack 4
-    mask: tuple[str, ...] = ()  # entries of the observation to hide: indices, or a name such as velocity
+    env_kwargs: Options = field(
+        default_factory=dict, hash=False
+    )  # its parameters, and wrappers: frame_stack 4
+    mask: tuple[
+        str, ...
+    ] = ()  # entries of the observation to hide: indices, or a name such as velocity
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # layers between encoder and heads
 
@@ -73,7 +77,9 @@ class Config(Experiment):
     tau: float = 0.005  # how far the target network is taken to the online network after each
     alpha: float = 0.2  # weight of the entropy, to begin with if it is tuned
     autotune: bool = True  # tune alpha so that the entropy comes to target_entropy
-    target_entropy: float = -1.0  # nats for each dimension of the action, as if its bounds were -1 and 1
+    target_entropy: float = (
+        -1.0
+    )  # nats for each dimension of the action, as if its bounds were -1 and 1
 
     @property
     def steps_per_update(self) -> int:
@@ -84,8 +90,13 @@ class Config(Experiment):
 
     def __post_init__(self):
         check_sizes(self)
-        if not isinstance(space := self.make_env().action_space, Box) or not np.isfinite([space.low, space.high]).all():
-            raise ValueError(f"this script needs continuous actions with bounds, those of {self.env} are not")
+        if (
+            not isinstance(space := self.make_env().action_space, Box)
+            or not np.isfinite([space.low, space.high]).all()
+        ):
+            raise ValueError(
+                f"this script needs continuous actions with bounds, those of {self.env} are not"
+            )
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -102,8 +113,14 @@ class Torso(nn.Module):
     def __call__(self, obs):
         obs_ndim = len(self.config.make_env().observation_space.shape)
         x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
-        if obs_ndim == 3:  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
-            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(obs.shape[-3:-1]) >= 36 else ((16, 3, 1),)
+        if (
+            obs_ndim == 3
+        ):  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
+            layers = (
+                ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+                if min(obs.shape[-3:-1]) >= 36
+                else ((16, 3, 1),)
+            )
             for features, size, stride in layers:
                 conv = Conv(features, (size, size), (stride, stride), "VALID")
                 x = nn.relu(conv(x))
@@ -131,9 +148,15 @@ class ActorCritic(nn.Module):
 
     def setup(self):
         self.actor_torso, self.critic_torso = Torso(self.config), Torso(self.config)
-        self.actor_head = Head(self.config, 2 * self.config.make_env().action_space.shape[0], scale=0.01)
-        self.critic_heads = nn.vmap(Head, {"params": 0}, {"params": True}, axis_size=2)(self.config, 1, scale=1.0)
-        self.log_alpha = self.param("log_alpha", nn.initializers.constant(np.log(self.config.alpha)), ())
+        self.actor_head = Head(
+            self.config, 2 * self.config.make_env().action_space.shape[0], scale=0.01
+        )
+        self.critic_heads = nn.vmap(Head, {"params": 0}, {"params": True}, axis_size=2)(
+            self.config, 1, scale=1.0
+        )
+        self.log_alpha = self.param(
+            "log_alpha", nn.initializers.constant(np.log(self.config.alpha)), ()
+        )
 
     def read(self, obs):
         """obs (..., *obs_shape) -> what actor and critic see in it, (..., size) each."""
@@ -147,7 +170,9 @@ class ActorCritic(nn.Module):
     def values(self, features, action):
         """features (..., size), action (..., num_actions) -> Q_1 and Q_2 (2, ...)."""
         x = jnp.concatenate([features, action], axis=-1)
-        return self.critic_heads(jnp.broadcast_to(x, (2, *x.shape)))[..., 0]  # copies are faster than sharing
+        return self.critic_heads(jnp.broadcast_to(x, (2, *x.shape)))[
+            ..., 0
+        ]  # copies are faster than sharing
 
     def __call__(self, obs):
         """obs (..., *obs_shape) -> policy, and the values of its mean."""
@@ -159,7 +184,9 @@ class ActorCritic(nn.Module):
 def make_optimizer(config: Config):
     learning_rate = config.learning_rate
     if config.anneal_lr:
-        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, config.num_updates * config.gradient_steps)
+        learning_rate = optax.linear_schedule(
+            config.learning_rate, 0.0, config.num_updates * config.gradient_steps
+        )
     return flatten_small(optax.adam(learning_rate, eps=1e-5))
 
 
@@ -205,13 +232,19 @@ def squashed_normal(noise, policy, space):
 
 def sac_loss(params, target_params, network, batch, key):
     """The loss at the top of this file over one minibatch, and its parts for the log."""
-    config, space, constant = network.config, network.config.make_env().action_space, jax.lax.stop_gradient(params)
+    config, space, constant = (
+        network.config,
+        network.config.make_env().action_space,
+        jax.lax.stop_gradient(params),
+    )
     alpha = jnp.exp(constant["params"]["log_alpha"])
     actor_features, features = network.apply(params, batch.obs, method="read")
     next_actor_features, _ = network.apply(constant, batch.next_obs, method="read")
     _, target_features = network.apply(target_params, batch.next_obs, method="read")
     noise, next_noise = jax.random.normal(key, (2, *batch.action.shape))
-    action, log_prob = squashed_normal(noise, network.apply(params, actor_features, method="policy"), space)
+    action, log_prob = squashed_normal(
+        noise, network.apply(params, actor_features, method="policy"), space
+    )
     next_policy = network.apply(constant, next_actor_features, method="policy")
     next_action, next_log_prob = squashed_normal(next_noise, next_policy, space)
 
@@ -221,13 +254,21 @@ def sac_loss(params, target_params, network, batch, key):
     q_values = network.apply(params, features, batch.action, method="values")
     td_loss = 0.5 * ((q_values - targets) ** 2).sum(axis=0).mean()
 
-    actor_q = network.apply(constant, jax.lax.stop_gradient(features), action, method="values").min(axis=0)
+    actor_q = network.apply(constant, jax.lax.stop_gradient(features), action, method="values").min(
+        axis=0
+    )
     actor_loss = (alpha * log_prob - actor_q).mean()
     entropy = -jax.lax.stop_gradient(log_prob).mean()
-    target_entropy = np.sum(config.target_entropy + np.log(0.5 * (space.high - space.low)) * np.ones(space.shape))
+    target_entropy = np.sum(
+        config.target_entropy + np.log(0.5 * (space.high - space.low)) * np.ones(space.shape)
+    )
     alpha_loss = config.autotune * params["params"]["log_alpha"] * (entropy - target_entropy)
 
-    parts = {"losses/td_loss": td_loss, "losses/actor_loss": actor_loss, "losses/alpha_loss": alpha_loss}
+    parts = {
+        "losses/td_loss": td_loss,
+        "losses/actor_loss": actor_loss,
+        "losses/alpha_loss": alpha_loss,
+    }
     parts |= {"losses/alpha": alpha, "losses/entropy": entropy, "losses/q_values": q_values.mean()}
     return td_loss + actor_loss + alpha_loss, parts
 
@@ -236,14 +277,22 @@ def sac_loss(params, target_params, network, batch, key):
 def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
     config, network = state.config, ActorCritic(state.config)
-    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
+    step_envs = jax.vmap(
+        env.step, axis_name="envs"
+    )  # the name lets them share what they normalise with
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
         policy, _ = network.apply(state.params, state.obs)
-        action = squashed_normal(jax.random.normal(action_key, policy[0].shape), policy, env.action_space)[0]
-        random_action = jax.vmap(env.action_space.sample)(jax.random.split(action_key, config.num_envs))
-        action = jnp.where(state.updates < config.learning_starts // config.steps_per_update, random_action, action)
+        action = squashed_normal(
+            jax.random.normal(action_key, policy[0].shape), policy, env.action_space
+        )[0]
+        random_action = jax.vmap(env.action_space.sample)(
+            jax.random.split(action_key, config.num_envs)
+        )
+        action = jnp.where(
+            state.updates < config.learning_starts // config.steps_per_update, random_action, action
+        )
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         transition = Transition(state.obs, action, reward, info["final_obs"], terminated)
@@ -262,19 +311,29 @@ def rollout(state, env):
 
 def update(state, env):
     """Collect steps and learn from what was collected so far: the new state, and the metrics of this update."""
-    config, network, optimizer = state.config, ActorCritic(state.config), make_optimizer(state.config)
-    learning_rate = config.learning_rate * (1.0 - config.anneal_lr * state.updates / config.num_updates)
+    config, network, optimizer = (
+        state.config,
+        ActorCritic(state.config),
+        make_optimizer(state.config),
+    )
+    learning_rate = config.learning_rate * (
+        1.0 - config.anneal_lr * state.updates / config.num_updates
+    )
     state, metrics = rollout(state, env)
 
     def gradient_step(state, _):
         key, sample_key, loss_key = jax.random.split(state.key, 3)
         batch = make_replay(config).sample(state.buffer, sample_key)
-        gradients, parts = jax.grad(sac_loss, has_aux=True)(state.params, state.target_params, network, batch, loss_key)
+        gradients, parts = jax.grad(sac_loss, has_aux=True)(
+            state.params, state.target_params, network, batch, loss_key
+        )
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         target_params = optax.incremental_update(params, state.target_params, config.tau)
-        return state.replace(params=params, target_params=target_params, opt_state=opt_state, key=key), parts
+        return state.replace(
+            params=params, target_params=target_params, opt_state=opt_state, key=key
+        ), parts
 
     state, parts = jax.lax.scan(gradient_step, state, length=config.gradient_steps)
     return state, metrics | jax.tree.map(jnp.mean, parts) | {"charts/learning_rate": learning_rate}
@@ -287,9 +346,13 @@ def init(config: Config, key) -> State:
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(
+            jax.random.split(reset_key, config.num_envs)
+        )
         params = network.init(network_key, obs)
-        transition = Transition(obs[0], jnp.zeros(env.action_space.shape), jnp.float32(0.0), obs[0], jnp.bool(False))
+        transition = Transition(
+            obs[0], jnp.zeros(env.action_space.shape), jnp.float32(0.0), obs[0], jnp.bool(False)
+        )
         buffer, opt_state = make_replay(config).init(transition), optimizer.init(params)
         return State(params, params, opt_state, env_state, obs, buffer, key, jnp.int32(0), config)
 
@@ -300,7 +363,9 @@ def init(config: Config, key) -> State:
 def fill_buffer(state, env):
     """The steps before learning starts."""
     num_rollouts = state.config.learning_starts // state.config.steps_per_update
-    return jax.vmap(lambda state: jax.lax.fori_loop(0, num_rollouts, lambda _, s: rollout(s, env)[0], state))(state)
+    return jax.vmap(
+        lambda state: jax.lax.fori_loop(0, num_rollouts, lambda _, s: rollout(s, env)[0], state)
+    )(state)
 
 
 def warmup(state: State, env, logger) -> State:
@@ -314,7 +379,9 @@ def warmup(state: State, env, logger) -> State:
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
     """Train for `num_steps` steps per seed in whole updates, at least one. The state passed in is used up (donated)."""
     for num_updates in report_chunks(state.config, num_steps):
-        state, report = run_updates(update, state, env, num_updates)  # compiled; all seeds side by side
+        state, report = run_updates(
+            update, state, env, num_updates
+        )  # compiled; all seeds side by side
         logger.log(report, environment_steps(state))
     return state, report
 
@@ -330,7 +397,9 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
             return carry, squashed_normal(0.0, policy, env.action_space)[0]
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env.frozen(state.env_state), policy, lambda _: (), key, config.num_eval_envs, episodes)
+        return play(
+            env.frozen(state.env_state), policy, lambda _: (), key, config.num_eval_envs, episodes
+        )
 
     return vmap_seeds(evaluate_seed)(state)
 

@@ -56,8 +56,12 @@ class Config(Experiment):
 
     # Environment and networks
     env: str = "gymnax::CartPole-v1"  # environment, as namespace::id
-    env_kwargs: Options = field(default_factory=dict, hash=False)  # its parameters, and wrappers: frame_stack 4
-    mask: tuple[str, ...] = ()  # entries of the observation to hide: indices, or a name such as velocity
+    env_kwargs: Options = field(
+        default_factory=dict, hash=False
+    )  # its parameters, and wrappers: frame_stack 4
+    mask: tuple[
+        str, ...
+    ] = ()  # entries of the observation to hide: indices, or a name such as velocity
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # layers between encoder and heads
 
@@ -74,7 +78,9 @@ class Config(Experiment):
     tau: float = 0.02  # how far the target network is taken to the online network after each
     alpha: float = 0.2  # weight of the entropy, to begin with if it is tuned
     autotune: bool = True  # tune alpha so that the entropy comes to its target
-    target_entropy_ratio: float = 0.7  # target entropy over that of the uniform policy, log(num_actions)
+    target_entropy_ratio: float = (
+        0.7  # target entropy over that of the uniform policy, log(num_actions)
+    )
 
     @property
     def steps_per_update(self) -> int:
@@ -86,7 +92,9 @@ class Config(Experiment):
     def __post_init__(self):
         check_sizes(self)
         if not isinstance(self.make_env().action_space, Discrete):
-            raise ValueError(f"this script needs discrete actions, those of {self.env} are continuous")
+            raise ValueError(
+                f"this script needs discrete actions, those of {self.env} are continuous"
+            )
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -103,8 +111,14 @@ class Torso(nn.Module):
     def __call__(self, obs):
         obs_ndim = len(self.config.make_env().observation_space.shape)
         x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
-        if obs_ndim == 3:  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
-            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(obs.shape[-3:-1]) >= 36 else ((16, 3, 1),)
+        if (
+            obs_ndim == 3
+        ):  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
+            layers = (
+                ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+                if min(obs.shape[-3:-1]) >= 36
+                else ((16, 3, 1),)
+            )
             for features, size, stride in layers:
                 conv = Conv(features, (size, size), (stride, stride), "VALID")
                 x = nn.relu(conv(x))
@@ -135,7 +149,9 @@ class ActorCritic(nn.Module):
         self.actor_head = Head(self.config, self.config.make_env().action_space.n, scale=0.01)
         twins = nn.vmap(Head, {"params": 0}, {"params": True}, axis_size=2)
         self.critic_heads = twins(self.config, self.config.make_env().action_space.n, scale=1.0)
-        self.log_alpha = self.param("log_alpha", nn.initializers.constant(np.log(self.config.alpha)), ())
+        self.log_alpha = self.param(
+            "log_alpha", nn.initializers.constant(np.log(self.config.alpha)), ()
+        )
 
     def read(self, obs):
         """obs (..., *obs_shape) -> what actor and critic see in it, (..., size) each."""
@@ -147,7 +163,9 @@ class ActorCritic(nn.Module):
 
     def values(self, features):
         """features (..., size) -> Q_1 and Q_2 of all actions (2, ..., num_actions)."""
-        return self.critic_heads(jnp.broadcast_to(features, (2, *features.shape)))  # copies are faster than sharing
+        return self.critic_heads(
+            jnp.broadcast_to(features, (2, *features.shape))
+        )  # copies are faster than sharing
 
     def __call__(self, obs):
         """obs (..., *obs_shape) -> logits and values of all actions."""
@@ -158,7 +176,9 @@ class ActorCritic(nn.Module):
 def make_optimizer(config: Config):
     learning_rate = config.learning_rate
     if config.anneal_lr:
-        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, config.num_updates * config.gradient_steps)
+        learning_rate = optax.linear_schedule(
+            config.learning_rate, 0.0, config.num_updates * config.gradient_steps
+        )
     return flatten_small(optax.adam(learning_rate, eps=1e-5))
 
 
@@ -213,7 +233,11 @@ def sacd_loss(params, target_params, network, batch):
     target_entropy = config.target_entropy_ratio * np.log(logits.shape[-1])
     alpha_loss = config.autotune * params["params"]["log_alpha"] * (entropy - target_entropy)
 
-    parts = {"losses/td_loss": td_loss, "losses/actor_loss": actor_loss, "losses/alpha_loss": alpha_loss}
+    parts = {
+        "losses/td_loss": td_loss,
+        "losses/actor_loss": actor_loss,
+        "losses/alpha_loss": alpha_loss,
+    }
     parts |= {"losses/alpha": alpha, "losses/entropy": entropy, "losses/q_values": q_value.mean()}
     return td_loss + actor_loss + alpha_loss, parts
 
@@ -222,14 +246,20 @@ def sacd_loss(params, target_params, network, batch):
 def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
     config, network = state.config, ActorCritic(state.config)
-    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
+    step_envs = jax.vmap(
+        env.step, axis_name="envs"
+    )  # the name lets them share what they normalise with
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
         logits, _ = network.apply(state.params, state.obs)
         action = jax.random.categorical(action_key, logits)
-        random_action = jax.vmap(env.action_space.sample)(jax.random.split(action_key, config.num_envs))
-        action = jnp.where(state.updates < config.learning_starts // config.steps_per_update, random_action, action)
+        random_action = jax.vmap(env.action_space.sample)(
+            jax.random.split(action_key, config.num_envs)
+        )
+        action = jnp.where(
+            state.updates < config.learning_starts // config.steps_per_update, random_action, action
+        )
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         transition = Transition(state.obs, action, reward, info["final_obs"], terminated)
@@ -248,19 +278,29 @@ def rollout(state, env):
 
 def update(state, env):
     """Collect steps and learn from what was collected so far: the new state, and the metrics of this update."""
-    config, network, optimizer = state.config, ActorCritic(state.config), make_optimizer(state.config)
-    learning_rate = config.learning_rate * (1.0 - config.anneal_lr * state.updates / config.num_updates)
+    config, network, optimizer = (
+        state.config,
+        ActorCritic(state.config),
+        make_optimizer(state.config),
+    )
+    learning_rate = config.learning_rate * (
+        1.0 - config.anneal_lr * state.updates / config.num_updates
+    )
     state, metrics = rollout(state, env)
 
     def gradient_step(state, _):
         key, sample_key = jax.random.split(state.key)
         batch = make_replay(config).sample(state.buffer, sample_key)
-        gradients, parts = jax.grad(sacd_loss, has_aux=True)(state.params, state.target_params, network, batch)
+        gradients, parts = jax.grad(sacd_loss, has_aux=True)(
+            state.params, state.target_params, network, batch
+        )
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         target_params = optax.incremental_update(params, state.target_params, config.tau)
-        return state.replace(params=params, target_params=target_params, opt_state=opt_state, key=key), parts
+        return state.replace(
+            params=params, target_params=target_params, opt_state=opt_state, key=key
+        ), parts
 
     state, parts = jax.lax.scan(gradient_step, state, length=config.gradient_steps)
     return state, metrics | jax.tree.map(jnp.mean, parts) | {"charts/learning_rate": learning_rate}
@@ -273,7 +313,9 @@ def init(config: Config, key) -> State:
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(
+            jax.random.split(reset_key, config.num_envs)
+        )
         params = network.init(network_key, obs)
         transition = Transition(obs[0], jnp.int32(0), jnp.float32(0.0), obs[0], jnp.bool(False))
         buffer, opt_state = make_replay(config).init(transition), optimizer.init(params)
@@ -286,7 +328,9 @@ def init(config: Config, key) -> State:
 def fill_buffer(state, env):
     """The steps before learning starts."""
     num_rollouts = state.config.learning_starts // state.config.steps_per_update
-    return jax.vmap(lambda state: jax.lax.fori_loop(0, num_rollouts, lambda _, s: rollout(s, env)[0], state))(state)
+    return jax.vmap(
+        lambda state: jax.lax.fori_loop(0, num_rollouts, lambda _, s: rollout(s, env)[0], state)
+    )(state)
 
 
 def warmup(state: State, env, logger) -> State:
@@ -300,7 +344,9 @@ def warmup(state: State, env, logger) -> State:
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
     """Train for `num_steps` steps per seed in whole updates, at least one. The state passed in is used up (donated)."""
     for num_updates in report_chunks(state.config, num_steps):
-        state, report = run_updates(update, state, env, num_updates)  # compiled; all seeds side by side
+        state, report = run_updates(
+            update, state, env, num_updates
+        )  # compiled; all seeds side by side
         logger.log(report, environment_steps(state))
     return state, report
 
@@ -316,7 +362,9 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
             return carry, logits.argmax(axis=-1)
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env.frozen(state.env_state), policy, lambda _: (), key, config.num_eval_envs, episodes)
+        return play(
+            env.frozen(state.env_state), policy, lambda _: (), key, config.num_eval_envs, episodes
+        )
 
     return vmap_seeds(evaluate_seed)(state)
 

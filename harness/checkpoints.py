@@ -45,7 +45,9 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that there are complete checkpoints of, in order."""
-        return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal())
+        return sorted(
+            int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal()
+        )
 
     def save(self, state, step: int, score: float = math.nan, **notes) -> None:
         """Write a pytree of arrays (typed keys included), its score, and notes: whatever JSON holds.
@@ -56,9 +58,15 @@ class Checkpoints:
         self._delete(step)
         leaves = named_leaves(state)
         self.folder.mkdir(parents=True, exist_ok=True)
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values()) + 2**18  # at most; orbax compresses
-        if shutil.disk_usage(self.folder).free < size:  # orbax, if it runs out of space, says so on many pages
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, it takes up to {size / 2**20:,.1f} MiB")
+        size = (
+            sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values()) + 2**18
+        )  # at most; orbax compresses
+        if (
+            shutil.disk_usage(self.folder).free < size
+        ):  # orbax, if it runs out of space, says so on many pages
+            raise OSError(
+                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, it takes up to {size / 2**20:,.1f} MiB"
+            )
         try:
             with quiet_orbax():
                 self.orbax.save(self.folder / str(step), leaves)
@@ -67,7 +75,9 @@ class Checkpoints:
             for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 remove(unfinished)
             number = re.search(r"os_error_code='(\d+)'", str(error))
-            raise OSError(*((int(number[1]), os.strerror(int(number[1]))) if number else (str(error),))) from error
+            raise OSError(
+                *((int(number[1]), os.strerror(int(number[1]))) if number else (str(error),))
+            ) from error
         about = {
             "score": None if math.isnan(score) else score,
             "notes": notes,
@@ -81,7 +91,9 @@ class Checkpoints:
             os.fsync(file.fileno())
         os.replace(self.folder / "new", self.folder / f"{step}.json")
 
-        past = [saved for saved in self.steps() if saved <= step]  # a run that fell back has no future yet
+        past = [
+            saved for saved in self.steps() if saved <= step
+        ]  # a run that fell back has no future yet
         kept = {*past[-self.keep :], *self._best(past)}
         for path in self.folder.iterdir():  # also what a killed process left
             if not path.stem.isdecimal() or int(path.stem) not in kept:
@@ -101,12 +113,17 @@ class Checkpoints:
         """
         steps = self.steps()[::-1]
         if not steps:
-            raise UsageError(f"no checkpoint in {str(self.folder)!r}: the run did not come to its first evaluation")
+            raise UsageError(
+                f"no checkpoint in {str(self.folder)!r}: the run did not come to its first evaluation"
+            )
         for step in dict.fromkeys([*(self._best(steps) if best else ()), *steps]):
             try:
                 about = self._verify(step)
             except (OSError, ValueError) as error:
-                print(f"warning: checkpoint {self.folder / str(step)} is damaged ({error}); not used", file=sys.stderr)
+                print(
+                    f"warning: checkpoint {self.folder / str(step)} is damaged ({error}); not used",
+                    file=sys.stderr,
+                )
                 continue
             return self._restore(step, about["leaves"], like), step, about["notes"]
         raise UsageError(f"every checkpoint in {str(self.folder)!r} is damaged")
@@ -142,13 +159,20 @@ class Checkpoints:
         where, wanted = self.folder / str(step), named_leaves(like)
         for name in sorted(saved.keys() ^ wanted.keys()):
             owner = "the checkpoint" if name in saved else "the state"
-            raise UsageError(f"{where} is of another version of this script: only {owner} has {name}")
+            raise UsageError(
+                f"{where} is of another version of this script: only {owner} has {name}"
+            )
         for name, leaf in wanted.items():
             was, now = saved[name], [list(leaf.shape), str(leaf.dtype)]
             if was != now:
-                raise UsageError(f"{where} does not fit: its {name} is {was[1]} {was[0]}, not {now[1]} {now[0]}")
+                raise UsageError(
+                    f"{where} does not fit: its {name} is {was[1]} {was[0]}, not {now[1]} {now[0]}"
+                )
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever it was saved
-        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for name, x in wanted.items()}
+        shapes = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+            for name, x in wanted.items()
+        }
         leaves = self.orbax.restore(where, shapes)
         return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
 
@@ -183,7 +207,9 @@ def checksums(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with open(path, "rb") as file:
-                sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+                sums[str(path.relative_to(folder))] = hashlib.file_digest(
+                    file, "sha256"
+                ).hexdigest()
     return sums
 
 

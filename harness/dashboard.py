@@ -55,7 +55,9 @@ class History:
     def last(self, name):
         """The mean over seeds of the last report, nan if there is none."""
         values = self.series[name][-1][1] if self.series[name] else np.array([np.nan])
-        return float(np.mean(values[np.isfinite(values)])) if np.isfinite(values).any() else math.nan
+        return (
+            float(np.mean(values[np.isfinite(values)])) if np.isfinite(values).any() else math.nan
+        )
 
 
 def load(run_dir: Path, read: bool = True) -> History:
@@ -66,7 +68,9 @@ def load(run_dir: Path, read: bool = True) -> History:
     """
     try:
         about = json.loads((run_dir / CONFIG_FILE).read_text())
-        return History(run_dir, about["config"], {key: about[key] for key in ("script", "final_step")}, read)
+        return History(
+            run_dir, about["config"], {key: about[key] for key in ("script", "final_step")}, read
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"no run in {str(run_dir)!r}: {error}") from None
 
@@ -75,9 +79,14 @@ def sparkline(values, width: int, low: float, high: float) -> str:
     """Values (N,) as a line of at most `width` blocks; where several share a block it shows their mean."""
     values = np.asarray(values, float)
     groups = np.array_split(values, min(width, len(values))) if len(values) else []
-    means = [np.mean(group[np.isfinite(group)]) if np.isfinite(group).any() else math.nan for group in groups]
+    means = [
+        np.mean(group[np.isfinite(group)]) if np.isfinite(group).any() else math.nan
+        for group in groups
+    ]
     scale = 7 / (high - low) if high > low else 0.0
-    return "".join(" " if math.isnan(mean) else "▁▂▃▄▅▆▇█"[round((mean - low) * scale)] for mean in means)
+    return "".join(
+        " " if math.isnan(mean) else "▁▂▃▄▅▆▇█"[round((mean - low) * scale)] for mean in means
+    )
 
 
 def draw(history: History):
@@ -90,7 +99,9 @@ def draw(history: History):
 
     config, step = history.config, history.step
     total, seeds = history.about["final_step"], config["num_seeds"]
-    speed, memory, compiled = map(history.last, ("charts/SPS", "system/memory_mb", "charts/compile_seconds"))
+    speed, memory, compiled = map(
+        history.last, ("charts/SPS", "system/memory_mb", "charts/compile_seconds")
+    )
 
     progress = Table.grid(expand=True, padding=(0, 2, 0, 0))
     progress.add_column(ratio=1)
@@ -99,7 +110,10 @@ def draw(history: History):
     facts = [f"{step:,} of {total:,} steps"]
     if math.isfinite(speed):
         left = int((total - step) * seeds / speed)
-        facts += [f"{speed:,.0f} steps/s", f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"]
+        facts += [
+            f"{speed:,.0f} steps/s",
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+        ]
     facts += [f"{memory:,.0f} MB"] if math.isfinite(memory) else []
     facts += [f"compiled in {compiled:.1f} s"] if math.isfinite(compiled) else []
 
@@ -115,7 +129,11 @@ def draw(history: History):
             return Measurement(8, options.max_width)
 
         def __rich_console__(self, console, options):
-            yield Text(sparkline(self.values, options.max_width, self.low, self.high), style="cyan", no_wrap=True)
+            yield Text(
+                sparkline(self.values, options.max_width, self.low, self.high),
+                style="cyan",
+                no_wrap=True,
+            )
 
     curves = Table.grid(expand=True, padding=(0, 1, 0, 0))
     curves.add_column(no_wrap=True)
@@ -133,21 +151,41 @@ def draw(history: History):
                 curves.add_row(f"{heading} seed_{seed}", Curves(values[:, seed], low, high), text)
             if len(final):
                 bounds = " [{:.2f}, {:.2f}]".format(*interval(final))
-                middle = [iqm(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan for row in values]
+                middle = [
+                    iqm(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan
+                    for row in values
+                ]
                 curves.add_row(
-                    f"[bold]{heading} IQM", Curves(middle, low, high), f"[bold]{iqm(final):.2f}[/bold]{bounds}"
+                    f"[bold]{heading} IQM",
+                    Curves(middle, low, high),
+                    f"[bold]{iqm(final):.2f}[/bold]{bounds}",
                 )
         else:
-            curves.add_row(f"[bold]{heading}", Curves(values[:, 0], low, high), f"[bold]{history.last(name):.2f}")
+            curves.add_row(
+                f"[bold]{heading}",
+                Curves(values[:, 0], low, high),
+                f"[bold]{history.last(name):.2f}",
+            )
 
     losses = [
         f"{name.partition('/')[2].replace('_', ' ')} [bold]{history.last(name):.3g}[/bold]"
         for name in sorted(history.series)
         if name.startswith("losses/")
     ]
-    parts = [progress, Text(" · ".join(facts), style="dim"), curves, Text.from_markup(" · ".join(losses))]
+    parts = [
+        progress,
+        Text(" · ".join(facts), style="dim"),
+        curves,
+        Text.from_markup(" · ".join(losses)),
+    ]
     title = f"[bold]{config['env']}[/bold] {history.run_dir.name}"
-    return Panel(Group(*parts), title=title, subtitle=history.state or None, title_align="left", subtitle_align="right")
+    return Panel(
+        Group(*parts),
+        title=title,
+        subtitle=history.state or None,
+        title_align="left",
+        subtitle_align="right",
+    )
 
 
 def watch(histories: list[History], speed: float = 0.0) -> None:
@@ -160,19 +198,28 @@ def watch(histories: list[History], speed: float = 0.0) -> None:
     width = max(76, terminal.width // len(histories)) if terminal.width >= 152 else None
 
     def screen():
-        return Columns([draw(history) for history in histories], width=width, padding=(0, 0), expand=width is None)
+        return Columns(
+            [draw(history) for history in histories],
+            width=width,
+            padding=(0, 0),
+            expand=width is None,
+        )
 
     live = Live(get_renderable=screen, console=terminal, refresh_per_second=2)
     with live, contextlib.suppress(KeyboardInterrupt):
         while True:
             elapsed = time.monotonic() - began
-            if elapsed - checked > 3:  # seldom: whoever wants to resume a run must find its lock free
+            if (
+                elapsed - checked > 3
+            ):  # seldom: whoever wants to resume a run must find its lock free
                 running, checked = [is_running(history.run_dir) for history in histories], elapsed
             for history, alive in zip(histories, running, strict=True):
                 history.poll(elapsed * speed if speed else math.inf)
                 complete = history.step >= history.about["final_step"]
                 history.state = "running" if alive else "complete" if complete else "stopped"
-            behind = any(read_metrics(history.run_dir / METRICS_FILE, history.bytes) for history in histories)
+            behind = any(
+                read_metrics(history.run_dir / METRICS_FILE, history.bytes) for history in histories
+            )
             if not behind and not any(running):
                 break
             time.sleep(0.5)
@@ -200,7 +247,9 @@ def plot(histories: list[History], path: str, metric: str = GREEDY) -> None:
             if not curves:
                 raise UsageError(f"{metric!r} has no finite value in the runs of {name}")
             steps = max((steps for steps, _ in curves), key=len)
-            steps = steps[steps <= min(own[-1] for own, _ in curves)]  # as far as all of them have come
+            steps = steps[
+                steps <= min(own[-1] for own, _ in curves)
+            ]  # as far as all of them have come
             values = np.array([np.interp(steps, *curve) for curve in curves]).T
             low, high = zip(*map(interval, values), strict=True)
             (line,) = axis.plot(steps, iqm(values), label=f"{name} ({len(curves)})")
@@ -218,14 +267,21 @@ def seed_curves(history: History, metric: str) -> list:
     """Steps and values of every seed, where it has any: of a report in which no episode ended, it has none."""
     steps = np.array([step for step, _ in history.series[metric]])
     curves = np.array([values for _, values in history.series[metric]]).T
-    return [(steps[finite], curve[finite]) for curve in curves if (finite := np.isfinite(curve)).any()]
+    return [
+        (steps[finite], curve[finite]) for curve in curves if (finite := np.isfinite(curve)).any()
+    ]
 
 
 def label(history: History, among: list[History]) -> str:
     """The script, its memory, and those options of the algorithm that are not the same in all runs."""
     config, words = history.config, [history.about["script"]]
     words += [config["cell"]] if "cell" in config else []
-    ignored = {field.name for field in dataclasses.fields(Experiment)} | {"env", "env_kwargs", "mask", "cell"}
+    ignored = {field.name for field in dataclasses.fields(Experiment)} | {
+        "env",
+        "env_kwargs",
+        "mask",
+        "cell",
+    }
     for name, value in config.items():
         if name not in ignored and any(value != other.config.get(name, value) for other in among):
             words.append(f"{name}={value}")
@@ -239,7 +295,9 @@ class Look:
     run_dirs: tyro.conf.Positional[tuple[Path, ...]]  # directories of runs, finished or running
     plot: str = ""  # draw learning curves to this .png, instead of the dashboard
     metric: str = GREEDY  # what to draw there
-    speed: float = 0.0  # replay the runs in the dashboard from their beginning, this many times faster
+    speed: float = (
+        0.0  # replay the runs in the dashboard from their beginning, this many times faster
+    )
 
 
 def main(config: Look) -> None:

@@ -28,10 +28,18 @@ class Experiment:
     seed: int = 0  # seed of the first run; run i has seed + i
     num_seeds: int = 1  # independent runs, trained side by side in one program
     total_steps: int = 500_000  # environment steps of each seed
-    log: tuple[Backend, ...] = ("console", "file", "tensorboard")  # where metrics go, any combination
+    log: tuple[Backend, ...] = (
+        "console",
+        "file",
+        "tensorboard",
+    )  # where metrics go, any combination
     log_every: int = 10  # updates between two reports
-    wandb_mode: Literal["online", "offline"] = "online"  # offline: write into the run directory only
-    neptune_mode: Literal["async", "offline"] = "async"  # offline: write into the run directory only
+    wandb_mode: Literal["online", "offline"] = (
+        "online"  # offline: write into the run directory only
+    )
+    neptune_mode: Literal["async", "offline"] = (
+        "async"  # offline: write into the run directory only
+    )
     run_dir: str = ""  # directory for this run, must be new; empty: one under runs/
     resume: str = ""  # directory of a run to continue, bit for bit; its config is taken from there
     eval_every: int = 50_000  # environment steps between two evaluations; a checkpoint follows each
@@ -124,7 +132,9 @@ def use_compilation_cache(folder: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        jax.config.update("jax_compilation_cache_max_size", 2**31)  # least recently used programs go first
+        jax.config.update(
+            "jax_compilation_cache_max_size", 2**31
+        )  # least recently used programs go first
 
 
 def check_sizes(config) -> None:
@@ -137,6 +147,17 @@ def check_sizes(config) -> None:
     steps_per_update = config.steps_per_update
     if getattr(config, "bptt", 0) and config.num_steps % config.bptt:
         raise ValueError(f"bptt ({config.bptt}) must divide num_steps ({config.num_steps})")
+    if hasattr(config, "num_minibatches"):
+        # With a memory, a minibatch consists of whole environments.
+        unit, size = (
+            ("num_envs", config.num_envs)
+            if hasattr(config, "cell")
+            else ("a batch", steps_per_update)
+        )
+        if size % config.num_minibatches:
+            raise ValueError(
+                f"num_minibatches ({config.num_minibatches}) must divide {unit} ({size})"
+            )
     if getattr(config, "learning_starts", 0) >= config.total_steps:
         limit = f"must be less than total_steps ({config.total_steps})"
         raise ValueError(f"learning_starts ({config.learning_starts}) {limit}")
@@ -145,12 +166,16 @@ def check_sizes(config) -> None:
         raise ValueError(f"buffer_size ({config.buffer_size}) is less than {update}")
     if hasattr(config, "sequence_length"):
         length = config.burn_in + config.sequence_length
-        chunks = -(-length // config.num_steps)  # updates that collect a sequence; a buffer holds whole ones
+        chunks = -(
+            -length // config.num_steps
+        )  # updates that collect a sequence; a buffer holds whole ones
         for name, needed in (("learning_starts", chunks - 1), ("buffer_size", chunks)):
             steps = needed * steps_per_update
             if getattr(config, name) < steps:
                 reason = f"for sequences of burn_in + sequence_length = {length} steps"
-                raise ValueError(f"{name} ({getattr(config, name)}) must be at least {steps}, {reason}")
+                raise ValueError(
+                    f"{name} ({getattr(config, name)}) must be at least {steps}, {reason}"
+                )
     if config.seed + config.num_seeds > 2**31:
         raise ValueError(f"seed must be less than 2**31 - num_seeds, got {config.seed}")
     if config.total_steps < steps_per_update:
@@ -160,7 +185,9 @@ def check_sizes(config) -> None:
         check_gif("video", config.video)
     for option in ("video", "best"):
         if getattr(config, option) and not config.evaluate:
-            raise ValueError(f"{option} needs a trained agent: give the run's directory with evaluate")
+            raise ValueError(
+                f"{option} needs a trained agent: give the run's directory with evaluate"
+            )
 
 
 def check_ranges(config) -> None:

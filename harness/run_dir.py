@@ -1,8 +1,8 @@
 """The directory of a run: opening it, and comparing a run with the code and config that want to continue it.
 
-  config.json    the script, every field of its config, and the code, packages and machine that made the run
-  metrics.jsonl  one JSON object per report (metrics.py), beside the files of the other loggers
-  checkpoints/   the last training states and the best one (checkpoints.py)
+config.json    the script, every field of its config, and the code, packages and machine that made the run
+metrics.jsonl  one JSON object per report (metrics.py), beside the files of the other loggers
+checkpoints/   the last training states and the best one (checkpoints.py)
 """
 
 import contextlib
@@ -65,7 +65,11 @@ def script_of(config) -> Path:
 def numerical_sources(script: Path) -> dict[str, Path]:
     """The files that decide the numbers of a run of `script`, by their paths in the project."""
     root = Path(__file__).parents[1]
-    files = [path for name in NUMERICAL_SOURCES for path in (root / f"{name}.py", *(root / name).rglob("*.py"))]
+    files = [
+        path
+        for name in NUMERICAL_SOURCES
+        for path in (root / f"{name}.py", *(root / name).rglob("*.py"))
+    ]
     return {script.name: script} | {
         str(path.relative_to(root)): path for path in sorted(files) if path.exists()
     }
@@ -144,9 +148,13 @@ def open_run_dir(config):
     except FileExistsError:
         if not config.run_dir:  # two runs took the same name at the same moment
             return open_run_dir(config)
-        raise UsageError(f"run directory {str(path)!r} exists; choose another with --run-dir") from None
+        raise UsageError(
+            f"run directory {str(path)!r} exists; choose another with --run-dir"
+        ) from None
     except OSError as error:
-        raise UsageError(f"run directory {str(path)!r} cannot be written: {error.strerror}") from None
+        raise UsageError(
+            f"run directory {str(path)!r} cannot be written: {error.strerror}"
+        ) from None
     return path, lock
 
 
@@ -172,7 +180,9 @@ def load_config(run_dir: str, config_class):
         saved = json.loads(path.read_text())
         fields = saved["config"]
     except OSError as error:
-        raise UsageError(f"no run in {run_dir!r}: {path} cannot be read ({error.strerror})") from None
+        raise UsageError(
+            f"no run in {run_dir!r}: {path} cannot be read ({error.strerror})"
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path} is damaged: it is not the config of a run") from None
     if saved.get("script") != script:
