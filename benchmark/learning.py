@@ -205,7 +205,7 @@ def measured(command):
         "returns": final.round(4),
         "curve": thinned(steps, returns),
         "seconds": records_of(command)[-1]["time"],
-        "steps_per_second": np.median(load(run_dir(command)).values("charts/SPS")).round(),
+        "steps_per_second": round(np.median(load(run_dir(command)).values("charts/SPS"))),
     }
 
 

@@ -106,7 +106,7 @@ def cost(seconds, steps):
         over = np.median(times / plain) - 1
         loggers[name] = {"seconds": np.median(times).round(4), "overhead": over.round(4)}
     return {
-        "steps_per_second": (steps / np.median(plain)).round(),
+        "steps_per_second": round(steps / np.median(plain)),
         "rounds": len(plain),
         "loggers": loggers,
     }

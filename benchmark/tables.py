@@ -325,7 +325,7 @@ def speed_gpu(here):
 def sac_grid(here):
     entry = load("sac-grid/cpu")
     values = entry["values"]
-    head = ["environments", *(f"{steps} gradient steps" for steps in values["gradient_steps"])]
+    head = ["environments \\ gradient steps", *map(str, values["gradient_steps"])]
     rows = []
     for num_envs, speeds in zip(values["num_envs"], values["steps_per_second"], strict=True):
         rows.append(([str(num_envs), *map(fixed, speeds)], [entry]))
@@ -424,7 +424,9 @@ def cost_table(cells, device, num_envs, here):
         values = entry["values"]
         impls = values["impls"]
         usual = impls.get("auto") or impls["default"]
-        loop = impls.get("scan", {"gradient_ms": None, "memory_mib": None})
+        loop = {"gradient_ms": None, "memory_mib": None}
+        if device == "gpu" or PARALLEL.get(cell) == "chunks":  # else `auto` is the loop on CPUs
+            loop = impls.get("scan", loop)
         peer = values["peer"] or {"gradient_ms": None}
         row = [
             f"`{cell}`",

@@ -257,9 +257,7 @@ def report_grid(rounds):
             if turn:  # the first run compiles
                 speeds[sizes].append(steps / (time.perf_counter() - start))
     medians = {sizes: statistics.median(values) for sizes, values in speeds.items()}
-    print(
-        "| environments | " + " | ".join(f"{g} gradient steps" for g in all_gradient_steps) + " |"
-    )
+    print("| environments \\ gradient steps | " + " | ".join(map(str, all_gradient_steps)) + " |")
     print("|---" * (1 + len(all_gradient_steps)) + "|")
     for n in all_envs:
         print(f"| {n} | " + " | ".join(f"{medians[n, g]:,.0f}" for g in all_gradient_steps) + " |")
