@@ -29,6 +29,7 @@ from harness.errors import Diverged, Options, RunError, UsageError
 from harness.metrics import (
     GREEDY,
     METRICS_FILE,
+    Report,
     describe,
     read_metrics,
     summarize,
@@ -50,10 +51,10 @@ __all__ = [
     "Run",
     "RunError",
     "UsageError",
-    "check_actions",
-    "check_sizes",
+    "check_config",
     "compile_updates",
     "environment_steps",
+    "fill_buffer",
     "launch",
     "report_chunks",
     "run_updates",
@@ -62,7 +63,7 @@ __all__ = [
     "vmap_seeds",
 ]
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Seeds
 
 
@@ -83,27 +84,33 @@ def vmap_seeds(function):
     return mapped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Checks
 
 
-def check_actions(env, kind, bounded: bool = False) -> None:
-    """Refuse an environment whose actions are not of this kind: `Discrete`, or `Box` if they are continuous.
+def check_config(config, actions, bounded: bool = False) -> None:
+    """Refuse a config with impossible sizes, or with an environment that the script cannot act in.
+
+    Args:
+      actions: the kind of actions that the script has, `Discrete` or `Box`.
+      bounded: whether they need finite bounds.
 
     Raises:
-      ValueError: names the environment and what is needed.
+      ValueError: names the field or environment, its value and what is valid.
     """
+    check_sizes(config)
+    env = config.make_env()
     space = env.action_space
     if bounded:
         if not isinstance(space, Box) or not np.isfinite([space.low, space.high]).all():
             needed = "this script needs continuous actions with bounds"
             raise ValueError(f"{needed}, those of {env.id} are not")
-    elif not isinstance(space, kind):
-        kinds = ("discrete", "continuous") if kind is Discrete else ("continuous", "discrete")
+    elif not isinstance(space, actions):
+        kinds = ("discrete", "continuous") if actions is Discrete else ("continuous", "discrete")
         raise ValueError(f"this script needs {kinds[0]} actions, those of {env.id} are {kinds[1]}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Updates
 
 
@@ -118,11 +125,11 @@ def compiled_updates(update, state, env, num_updates):
     Returns:
       The state, the sums of the metrics (S,), and for how many updates each sum stayed finite (S,).
     """
-    # Memories and replay buffers train faster as a batch, even if it is of one seed: XLA updates them in place.
+    # A single seed with a memory or a replay buffer trains faster as a batch of one: XLA then
+    # updates the buffer in place. Without them it trains and compiles faster unbatched.
     batch = jax.vmap if hasattr(state, "carry") or hasattr(state, "buffer") else vmap_seeds
-    update_seeds = jax.jit(
-        batch(partial(update, env=env))
-    )  # jit: eval_shape and the loop share one tracing
+    # jit lets eval_shape and the loop share one tracing.
+    update_seeds = jax.jit(batch(partial(update, env=env)))
 
     def body(_, loop):
         state, sums, finite = loop
@@ -148,17 +155,34 @@ def run_updates(update, state, env, num_updates: int):
     first = int(state.updates[0])
     state, sums, finite = jax.block_until_ready(compiled_updates(update, state, env, num_updates))
     seconds = time.perf_counter() - began
-    report = summarize(sums, finite, first, num_updates)
-    steps = num_updates * state.config.steps_per_update * state.config.num_seeds
-    report["charts/SPS"] = steps / seconds
+    config = state.config
+    report = summarize(sums, finite, first, num_updates, config.steps_per_update)
+    report["charts/SPS"] = num_updates * config.steps_per_update * config.num_seeds / seconds
     return state, report
 
 
 def compile_updates(update, state, env):
-    """Compile `run_updates` for this state and run no update: the same state, and what to report."""
+    """Compile `run_updates` for this state and run no update: the same state, and a `Report`."""
     began = time.perf_counter()
     state, *_ = jax.block_until_ready(compiled_updates(update, state, env, 0))
-    return state, {"charts/compile_seconds": time.perf_counter() - began}
+    seconds = time.perf_counter() - began
+    return state, Report({"charts/compile_seconds": seconds}, environment_steps(state))
+
+
+@partial(jax.jit, static_argnames=("rollout", "env"), donate_argnames="state")
+def fill_buffer(rollout, state, env):
+    """Take `learning_starts` steps of every seed into the replay buffers, before the first update.
+
+    Args:
+      rollout: (state, env) -> (state, metrics), of one seed.
+      state: the states of all seeds; it is used up (donated).
+    """
+    num_rollouts = state.config.learning_starts // state.config.steps_per_update
+
+    def fill(state):
+        return jax.lax.fori_loop(0, num_rollouts, lambda _, state: rollout(state, env)[0], state)
+
+    return jax.vmap(fill)(state)
 
 
 def report_chunks(config, num_steps: int):
@@ -175,7 +199,7 @@ def environment_steps(state) -> int:
     return int(state.updates[0]) * state.config.steps_per_update
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Runs
 
 

@@ -67,7 +67,7 @@ class Logger:
           Diverged: `metrics` is a `Report` after which no seed has finite losses. As long as one has, the others are
             reported and left out.
         """
-        if isinstance(metrics, Report):
+        if isinstance(metrics, Report) and metrics.first_nonfinite:
             self._check_finite(metrics.first_nonfinite)
         metrics = {name: np.asarray(value) for name, value in metrics.items()}
         if "charts/SPS" in metrics:

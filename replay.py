@@ -1,7 +1,7 @@
 """Replay of single steps, and of sequences: what off-policy learning needs besides flashbax's buffers.
 
     replay = ItemReplay(buffer_size, batch_size)
-    buffer = replay.init(transition)                         # of one environment
+    buffer = replay.init(transition)                         # of N environments: leaves (N, ...)
     buffer = replay.add(buffer, transitions)                 # T steps of N environments: leaves (T, N, ...)
     batch = replay.sample(buffer, key)
 
@@ -41,9 +41,9 @@ class ItemReplay:
     def _buffer(self):
         return fbx.make_item_buffer(self.buffer_size, 1, self.batch_size, add_sequences=True, add_batches=True)
 
-    def init(self, item):
-        """An empty buffer for items like this one."""
-        return self._buffer.init(item)
+    def init(self, items):
+        """An empty buffer for items like these, leaves (N, ...)."""
+        return self._buffer.init(jax.tree.map(lambda x: x[0], items))
 
     def add(self, buffer, items):
         """The buffer with the items (T, N, ...) of T steps of N environments."""

@@ -37,10 +37,8 @@ from experiment import (
     Experiment,
     Options,
     Run,
-    check_actions,
-    check_sizes,
+    check_config,
     compile_updates,
-    environment_steps,
     launch,
     report_chunks,
     run_updates,
@@ -91,8 +89,7 @@ class Config(Experiment):
         return make(self.env, **options | normalize | self.env_kwargs)
 
     def __post_init__(self):
-        check_sizes(self)
-        check_actions(self.make_env(), Box)
+        check_config(self, Box)
 
 
 # --- Networks ------------------------------------------------------------------------------------
@@ -101,18 +98,14 @@ def dense(features, scale=2**0.5):
 
 
 def encode(obs, num_axes):
-    """Observations with `num_axes` leading axes to vectors: (..., *obs_shape) -> (..., size).
-
-    Images go through the convolutions of DQN (Mnih et al. 2015), or a single one if they are small.
-    """
+    """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
-    if obs.ndim - num_axes == 3:
-        layers = ((16, 3, 1),)
-        if min(obs.shape[-3:-1]) >= 36:
-            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+    if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
+        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+        if min(obs.shape[-3:-1]) < 36:  # too small for these
+            layers = ((16, 3, 1),)
         for features, size, stride in layers:
-            conv = Conv(features, (size, size), (stride, stride), "VALID")
-            x = nn.relu(conv(x))
+            x = nn.relu(Conv(features, (size, size), (stride, stride), "VALID")(x))
     return x.reshape(*obs.shape[:num_axes], -1)
 
 
@@ -168,10 +161,7 @@ def make_optimizer(config: Config):
 
 # --- State ---------------------------------------------------------------------------------------
 class State(struct.PyTreeNode):
-    """Everything needed to continue a run.
-
-    `init` gives all arrays a leading seed axis; `rollout` and `update` see a single seed.
-    """
+    """Everything needed to continue a run; `init` gives all arrays a leading seed axis."""
 
     params: Any
     opt_state: Any
@@ -261,8 +251,7 @@ def rollout(state, env):
     """T steps of N environments: the state after them, and transitions (T, N, ...)."""
     config = state.config
     apply = make_network(config, env).apply
-    # axis_name lets the environments share normalisation statistics.
-    step_envs = jax.vmap(env.step, axis_name="envs")
+    step_envs = jax.vmap(env.step, axis_name="envs")  # they share normalisation statistics
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
@@ -369,18 +358,15 @@ def init(config: Config, key) -> State:
 def warmup(state: State, env, logger) -> State:
     """Compile the update, so that `train` reports the speed of training; PPO needs nothing else."""
     state, report = compile_updates(update, state, env)
-    logger.log(report, environment_steps(state))
+    logger.log(report, report.step)
     return state
 
 
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
-    """Train for `num_steps` steps per seed in whole updates: the new state, and the last report.
-
-    The state passed in is used up (donated).
-    """
+    """Train for `num_steps` steps per seed, in whole updates; the state passed in is used up."""
     for num_updates in report_chunks(state.config, num_steps):
         state, report = run_updates(update, state, env, num_updates)  # all seeds side by side
-        logger.log(report, environment_steps(state))
+        logger.log(report, report.step)
     return state, report
 
 
@@ -395,8 +381,7 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
             mean, *_ = network.apply(state.params, obs)
             return carry, mean
 
-        # A stream of its own, so that evaluating does not disturb training.
-        key = jax.random.fold_in(state.key, 2**31 - 1)
+        key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
         frozen_env = env.frozen(state.env_state)
         return play(frozen_env, policy, lambda _: (), key, config.num_eval_envs, episodes)
 

@@ -41,10 +41,8 @@ from experiment import (
     Experiment,
     Options,
     Run,
-    check_actions,
-    check_sizes,
+    check_config,
     compile_updates,
-    environment_steps,
     launch,
     report_chunks,
     run_updates,
@@ -105,8 +103,7 @@ class Config(Experiment):
         return MaskedRNN(cell)
 
     def __post_init__(self):
-        check_sizes(self)
-        check_actions(self.make_env(), Box)
+        check_config(self, Box)
         self.make_memory()
 
 
@@ -116,18 +113,14 @@ def dense(features, scale=2**0.5):
 
 
 def encode(obs, num_axes):
-    """Observations with `num_axes` leading axes to vectors: (..., *obs_shape) -> (..., size).
-
-    Images go through the convolutions of DQN (Mnih et al. 2015), or a single one if they are small.
-    """
+    """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
-    if obs.ndim - num_axes == 3:
-        layers = ((16, 3, 1),)
-        if min(obs.shape[-3:-1]) >= 36:
-            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+    if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
+        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+        if min(obs.shape[-3:-1]) < 36:  # too small for these
+            layers = ((16, 3, 1),)
         for features, size, stride in layers:
-            conv = Conv(features, (size, size), (stride, stride), "VALID")
-            x = nn.relu(conv(x))
+            x = nn.relu(Conv(features, (size, size), (stride, stride), "VALID")(x))
     return x.reshape(*obs.shape[:num_axes], -1)
 
 
@@ -150,13 +143,11 @@ class Torso(nn.Module):
         # Nothing precedes an episode's first step: what the last episode ended with is hidden.
         action = jnp.clip(inputs.action, -1.0, 1.0) * config.prev_action  # as it was executed
         reward = inputs.reward[..., None] * config.prev_reward
-        previous = jnp.concatenate([action, reward], axis=-1)
-        previous = jnp.where(starts[..., None], 0.0, previous)
+        previous = jnp.where(starts[..., None], 0.0, jnp.concatenate([action, reward], axis=-1))
         x = jnp.concatenate([encode(inputs.obs, num_axes=2), previous], axis=-1)
         x = nn.tanh(dense(config.hidden_size)(x))
         carry, memory = config.make_memory()(carry, x, starts, bptt=config.bptt)
-        # Skip connection: the memory need not store what x already shows.
-        return carry, x + memory
+        return carry, x + memory  # skip connection: the memory need not store what x shows
 
 
 class ActorCritic(nn.Module):
@@ -189,8 +180,7 @@ class ActorCritic(nn.Module):
 
     @nn.nowrap
     def initialize_carry(self, num_envs):
-        memory = self.config.make_memory()
-        carry = memory.initialize_carry((num_envs, self.config.hidden_size))
+        carry = self.config.make_memory().initialize_carry((num_envs, self.config.hidden_size))
         return (carry,) if self.config.shared_torso else (carry, carry)
 
 
@@ -209,10 +199,7 @@ def make_optimizer(config: Config):
 
 # --- State ---------------------------------------------------------------------------------------
 class State(struct.PyTreeNode):
-    """Everything needed to continue a run.
-
-    `init` gives all arrays a leading seed axis; `rollout` and `update` see a single seed.
-    """
+    """Everything needed to continue a run; `init` gives all arrays a leading seed axis."""
 
     params: Any
     opt_state: Any
@@ -305,8 +292,7 @@ def rollout(state, env):
     """T steps of N environments: the state after them, and transitions (T, N, ...)."""
     config = state.config
     apply = partial(make_network(config, env).apply, method="step")
-    # axis_name lets the environments share normalisation statistics.
-    step_envs = jax.vmap(env.step, axis_name="envs")
+    step_envs = jax.vmap(env.step, axis_name="envs")  # they share normalisation statistics
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
@@ -423,18 +409,15 @@ def init(config: Config, key) -> State:
 def warmup(state: State, env, logger) -> State:
     """Compile the update, so that `train` reports the speed of training; PPO needs nothing else."""
     state, report = compile_updates(update, state, env)
-    logger.log(report, environment_steps(state))
+    logger.log(report, report.step)
     return state
 
 
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
-    """Train for `num_steps` steps per seed in whole updates: the new state, and the last report.
-
-    The state passed in is used up (donated).
-    """
+    """Train for `num_steps` steps per seed, in whole updates; the state passed in is used up."""
     for num_updates in report_chunks(state.config, num_steps):
         state, report = run_updates(update, state, env, num_updates)  # all seeds side by side
-        logger.log(report, environment_steps(state))
+        logger.log(report, report.step)
     return state, report
 
 
@@ -450,8 +433,7 @@ def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
             carry, mean, *_ = network.apply(state.params, carry, inputs, start, method="step")
             return carry, mean
 
-        # A stream of its own, so that evaluating does not disturb training.
-        key = jax.random.fold_in(state.key, 2**31 - 1)
+        key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
         frozen_env = env.frozen(state.env_state)
         start_carry = network.initialize_carry
         return play(frozen_env, policy, start_carry, key, config.num_eval_envs, episodes)

@@ -15,16 +15,18 @@ class Report(dict):
     """The means of several updates, by metric; values have one entry per seed, (S,).
 
     Attributes:
+      step: environment steps of each seed after these updates.
       first_nonfinite: for each loss the update, counted from 1, in which it first was nan or inf;
         0 for the seeds (S,) where it stayed finite.
     """
 
-    def __init__(self, means: dict, first_nonfinite: dict):
+    def __init__(self, means: dict, step: int, first_nonfinite: dict | None = None):
         super().__init__(means)
-        self.first_nonfinite = first_nonfinite
+        self.step = step
+        self.first_nonfinite = first_nonfinite or {}
 
 
-def summarize(sums: dict, finite: dict, first: int, count: int) -> Report:
+def summarize(sums: dict, finite: dict, first: int, count: int, steps_per_update: int) -> Report:
     """The report of the `count` updates that follow the first `first` ones.
 
     `charts/episodic_*` are divided by the number of episodes that ended, `charts/episodes`. Where no
@@ -44,7 +46,7 @@ def summarize(sums: dict, finite: dict, first: int, count: int) -> Report:
             means[name] = np.asarray(total) / count
     losses = {name: np.asarray(n) for name, n in finite.items() if name.startswith("losses/")}
     first_nonfinite = {name: np.where(n < count, first + n + 1, 0) for name, n in losses.items()}
-    return Report(means, first_nonfinite)
+    return Report(means, (first + count) * steps_per_update, first_nonfinite)
 
 
 def summarize_episodes(episodes) -> dict:
