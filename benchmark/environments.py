@@ -27,6 +27,7 @@ from rich.live import Live
 from rich.table import Table
 
 from envs import NAMESPACES, make
+from fast import use_fast_random
 
 
 def scan_loop(reset, step, sample, num_envs, length):
@@ -243,6 +244,7 @@ def cells_of(values):
 
 
 def main():
+    use_fast_random()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import results
 
-from loggers import load
+from harness.dashboard import load
 from memory_cells import CELLS
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +46,8 @@ RESULTS = {  # panel of the figure: {label: command}
     },
     "CartPole-v1, velocities hidden": {
         "PPO": f"ppo.py {CARTPOLE} {MASK}",
+        "PQN": f"pqn.py {CARTPOLE} {MASK}",
+        "DQN": f"dqn.py {CARTPOLE} {MASK}",
         "SACD": f"sacd.py {CARTPOLE} {MASK}",
         "RPPO, GRU": f"rppo.py {CARTPOLE} {GRU}",
         "RPQN, GRU": f"rpqn.py {CARTPOLE} {GRU}",

@@ -48,7 +48,7 @@ def beside(films, path):
 def dashboard(command, path):
     from rich.console import Console
 
-    from loggers import draw, load
+    from harness.dashboard import draw, load
 
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(draw(load(run_dir(command))))

@@ -40,13 +40,13 @@ SHORT_RESULTS = (  # algorithm, task, command without memory (None: not measured
     (
         "PQN",
         "CartPole, velocities hidden",
-        None,
+        f"pqn.py {CARTPOLE}",
         f"rpqn.py {CARTPOLE} --cell gru",
     ),
     (
         "DQN",
         "CartPole, velocities hidden",
-        None,
+        f"dqn.py {CARTPOLE}",
         f"drqn.py {CARTPOLE} --cell gru --total-steps 500_000",
     ),
     (

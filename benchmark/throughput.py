@@ -35,16 +35,20 @@ def ours(script, **fields):
 
     import jax
 
+    from experiment import compiled_updates, fill_buffer
+    from fast import use_fast_random
+
+    use_fast_random()
     script = importlib.import_module(f"algorithms.{script}")
     config = script.Config(total_steps=10**8, **fields)
     env = config.make_env()
     state = script.init(config, jax.random.key(0))
-    if hasattr(script, "fill_buffer"):
-        state = script.fill_buffer(state, env)
+    if hasattr(state, "buffer"):
+        state = fill_buffer(script.rollout, state, env)
 
     def run(updates):
         nonlocal state
-        state, *_ = jax.block_until_ready(script.train_chunk(state, env, updates))
+        state, *_ = jax.block_until_ready(compiled_updates(script.update, state, env, updates))
         return updates * config.steps_per_update
 
     return run
