@@ -338,5 +338,5 @@ class Normalized(Environment):
     def _normalize(self, obs, statistics):
         if not self._observations:
             return obs
-        scale = jnp.sqrt(statistics.obs.var + 1e-8)
-        return jnp.clip((obs - statistics.obs.mean) / scale, -10.0, 10.0)
+        centred = obs - statistics.obs.mean
+        return jnp.clip(centred / jnp.sqrt(statistics.obs.var + 1e-8), -10.0, 10.0)

@@ -72,9 +72,12 @@ def play(
 
         # The result has no row `quota`: what is written there is dropped.
         row = jnp.where(done, loop.finished, quota)
-        column = jnp.arange(num_envs)
+
+        def write(result, new):
+            return result.at[row, jnp.arange(num_envs)].set(new, mode="drop")
+
         new = Episodes(info["episode_return"], info["episode_length"])
-        result = jax.tree.map(lambda x, y: x.at[row, column].set(y, mode="drop"), loop.result, new)
+        result = jax.tree.map(write, loop.result, new)
         return Loop(
             key=key,
             memory=memory,

@@ -173,8 +173,9 @@ def higher_lower(decks: int) -> Game:
 
     def reward(cards, time, action):
         change = cards[time + 1] - cards[time]
+        is_tie = change == 0
         right = (change > 0) == (action == 0)
-        return jnp.where(change == 0, 0.0, right_or_wrong(right, 1 / num_cards))
+        return jnp.where(is_tie, 0.0, right_or_wrong(right, 1 / num_cards))
 
     return card_game(num_cards, "ranks", 2, reward)
 
@@ -189,8 +190,8 @@ def count_recall(decks: int, kind: str) -> Game:
     size = KINDS[kind]
 
     def deal(key):
-        cards_key, questions_key = jax.random.split(key)
-        return shuffled(cards_key, num_cards, kind), shuffled(questions_key, num_cards, kind)
+        """The cards that are dealt, and the cards that are asked about."""
+        return tuple(shuffled(key, num_cards, kind) for key in jax.random.split(key))
 
     def begin(key, hidden):
         cards, questions = hidden
@@ -383,8 +384,9 @@ def minesweeper(size: int, num_mines: int) -> Game:
         )
         board = board.at[place].set(jnp.where(square == CLEAR, VIEWED, square))
         terminated = (square == MINE) | (board != CLEAR).all()
+        state = (time + 1, board, neighbors)
         obs = one_hot(neighbors[place], num_counts)
-        return obs, (time + 1, board, neighbors), reward, terminated, time + 1 == max_steps
+        return obs, state, reward, terminated, time + 1 == max_steps
 
     return Game(
         deal=deal,
