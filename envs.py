@@ -4,13 +4,15 @@
     obs, state = env.reset(key)
     obs, state, reward, terminated, truncated, info = env.step(key, state, action)
 
-An environment is single and made of pure functions: use `jax.vmap` for many, `jax.lax.scan` for rollouts.
+An environment is single and made of pure functions: use `jax.vmap` for many of them, and
+`jax.lax.scan` for rollouts.
 
 An episode ends in one of two ways, never in both at once:
   terminated: the task is over, and the future is worth nothing;
   truncated: the time limit ended the episode, and the future is worth V(final_obs).
-The step that ends an episode already returns the first observation of the next one (same-step auto-reset).
-`info["final_obs"]` is always the true next observation; it differs from `obs` only in steps that end an episode.
+The step that ends an episode already returns the first observation of the next one (same-step
+auto-reset). `info["final_obs"]` is always the true next observation; it differs from `obs` only in
+steps that end an episode.
 
 `env_adapters/` has one file per library and what they share; its README says how to add one.
 From the command line:

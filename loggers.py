@@ -1,13 +1,13 @@
-"""Where a run's numbers go: console, file, TensorBoard, Weights & Biases, Neptune, dashboard; composed by `Logger`.
+"""Where a run's numbers go: console, file, TensorBoard, Weights & Biases, Neptune, dashboard.
 
     with make_logger(config, run_dir) as logger:
         logger.log({"charts/episodic_return": np.array([21.0, 19.5])}, step=8192)
 
-A metric is a scalar, or an array with one value per seed. "Nothing to report" (no episode has ended yet) is a missing
-name, or nan for the seeds concerned; it is never a zero.
+A metric is a scalar, or an array with one value per seed. "Nothing to report" (no episode has
+ended yet) is a missing name, or nan for the seeds concerned; it is never a zero.
 
-To add a backend, write a class with the methods of `Backend` and enter it in `make_logger`. `python loggers.py` shows
-runs from their files, while they run or later, several side by side:
+To add a backend, write a class with the methods of `Backend` and enter it in `make_logger`.
+`python loggers.py` shows runs from their files, while they run or later, several side by side:
 
     python loggers.py runs/a runs/b                   # the dashboard
     python loggers.py runs/* --plot curves.png        # learning curves, seeds aggregated
@@ -42,18 +42,26 @@ def warn(text: str) -> None:
 
 
 class Backend(Protocol):
-    """One destination. `metrics` maps names to arrays: scalars () or one value per seed (S,)."""
+    """One destination for the numbers of a run.
 
-    def log(self, metrics: dict, step: int) -> None: ...
+    Exceptions are allowed: `Logger` reports the first one and drops the backend.
+    """
 
-    def close(self) -> None: ...
+    def log(self, metrics: dict, step: int) -> None:
+        """Take in arrays by name, scalars () or one value per seed (S,); `step` is per seed."""
+
+    def close(self) -> None:
+        """Write what is not written yet; called once, at the end."""
 
 
 class Logger:
-    """Several backends as one. A failing backend never stops training; it is reported once and disabled.
+    """Several backends as one.
+
+    A failing backend never stops training; it is reported once and disabled.
 
     Attributes:
-      diverged: index of a seed that met nan or inf -> what happened; its metrics are nan from then on.
+      diverged: index of a seed that met nan or inf -> what happened. Its metrics are nan from then
+        on.
     """
 
     def __init__(self, backends=(), diverged=()):
@@ -64,8 +72,8 @@ class Logger:
         """Log `metrics` at `step` environment steps (per seed).
 
         Raises:
-          Diverged: `metrics` is a `Report` after which no seed has finite losses. As long as one has, the others are
-            reported and left out.
+          Diverged: `metrics` is a `Report` after which no seed has finite losses. As long as one
+            has, the others are reported and left out.
         """
         if isinstance(metrics, Report) and metrics.first_nonfinite:
             self._check_finite(metrics.first_nonfinite)
@@ -96,10 +104,8 @@ class Logger:
                 warn(f"seed_{seed} diverged and is left out: {self.diverged[seed]}")
         if len(self.diverged) == num_seeds:
             *_, last = self.diverged.values()
-            advice = (
-                "start again with a lower learning rate, a lower max_grad_norm, or smaller rewards"
-            )
-            raise Diverged(f"training diverged: {last}; {advice}")
+            advice = "a lower learning rate, a lower max_grad_norm, or smaller rewards"
+            raise Diverged(f"training diverged: {last}; start again with {advice}")
 
     def close(self) -> None:
         """Flush and close; logging afterwards does nothing."""
@@ -132,11 +138,16 @@ def memory_in_use() -> float:
 
 
 class Background:
-    """Runs a backend in a thread, so that training does not wait for a network or a full disk."""
+    """Runs a backend in a thread, so that training does not wait for a network or a full disk.
+
+    Args:
+      capacity: how many reports may wait; the next one is an error.
+      patience: how many seconds `close` waits.
+    """
 
     def __init__(self, backend: Backend, capacity: int = 1000, patience: float = 30.0):
         self.backend = backend
-        self.patience = patience  # seconds that `close` waits
+        self.patience = patience
         self.error = None
         self.queue: queue.Queue = queue.Queue(capacity)
         self.thread = threading.Thread(target=self._work, daemon=True)
@@ -156,9 +167,8 @@ class Background:
         try:
             self.queue.put_nowait((metrics, step))
         except queue.Full:
-            raise TimeoutError(
-                f"{self.queue.maxsize} reports are waiting: it is too slow"
-            ) from None
+            waiting = f"{self.queue.maxsize} reports are waiting"
+            raise TimeoutError(f"{waiting}: it is too slow") from None
 
     def close(self):
         with contextlib.suppress(queue.Full):
@@ -170,8 +180,7 @@ class Background:
             raise TimeoutError(f"it did not finish within {self.patience:.0f} s")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Backends
+# --- Backends ------------------------------------------------------------------------------------
 
 
 class Console:
@@ -190,35 +199,38 @@ class Console:
         "q value": ("losses/q_values", "{:.2f}"),
         "greedy return": (GREEDY, "{:.2f}"),
     }
-    # A report may lack these; the other columns are those of the first report.
+    # The columns are those of the first report, and these, which a report may lack.
     ALWAYS = (RETURN, "charts/episodic_length", GREEDY)
 
     def __init__(self, config, final_step):
         self.final_step = final_step
         self.width = 14 if config.num_seeds == 1 else 19
-        self.columns = None
+        self.columns = {}
 
     def log(self, metrics, step):
         if "charts/compile_seconds" in metrics:
             print(f"compiled in {metrics['charts/compile_seconds']:.1f} s", flush=True)
-        if self.columns is None and not metrics.keys().isdisjoint(
-            name for name, _ in self.COLUMNS.values()
-        ):
-            present = self.ALWAYS + tuple(metrics)
+        shown = {name for name, _ in self.COLUMNS.values()}
+        if not self.columns and shown & metrics.keys():
+            present = {*self.ALWAYS, *metrics}
             self.columns = {
-                heading: column for heading, column in self.COLUMNS.items() if column[0] in present
+                heading: (name, form)
+                for heading, (name, form) in self.COLUMNS.items()
+                if name in present
             }
-            self._print(f"{'step':>12}", list(self.columns))
-        columns = (self.columns or {}).values()
-        cells = [self._cell(metrics.get(name), form) for name, form in columns]
+            self._print(f"{'step':>12}", self.columns)
+        cells = [self._cell(metrics.get(name), form) for name, form in self.columns.values()]
         if any(cells):
             self._print(f"{step:>12,} {step / self.final_step:>4.0%}", cells)
 
     def _cell(self, value, form):
-        finite = np.ravel(value)[np.isfinite(np.ravel(value))] if value is not None else ()
-        if not len(finite):
+        if value is None:
             return ""
-        spread = f" ± {form.format(finite.std())}" if len(finite) > 1 else ""
+        values = np.ravel(value)
+        finite = values[np.isfinite(values)]
+        if not finite.size:
+            return ""
+        spread = f" ± {form.format(finite.std())}" if finite.size > 1 else ""
         return form.format(finite.mean()) + spread
 
     def _print(self, head, cells):
@@ -232,15 +244,16 @@ class File:
     """JSON lines, written at every report: the record of the run.
 
     {"step": 8192, "time": 3.1, "charts/SPS": 50212.0, "charts/episodic_return": [21.0, null]}
-    `time` is in seconds of training, metrics of several seeds are lists, and nan or inf are null. A report that cannot
-    be written because the disk is full is retried at the next report.
+    `time` is in seconds of training, metrics of several seeds are lists, and nan or inf are null.
+    A report that cannot be written because the disk is full is retried at the next report.
     """
 
     def __init__(self, run_dir):
         self.path = Path(run_dir) / METRICS_FILE
         past = read_metrics(self.path)
+        trained = past[-1]["time"] if past else 0.0
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115, closed in close()
-        self.start = time.perf_counter() - (past[-1]["time"] if past else 0.0)
+        self.start = time.perf_counter() - trained
         self.waiting = b""  # lines that could not be written yet
         self.warned = False
 
@@ -261,7 +274,8 @@ class File:
         rest = self.waiting
         try:
             while rest:
-                rest = rest[self.file.write(rest) :]
+                num_written = self.file.write(rest)
+                rest = rest[num_written:]
         except OSError:
             os.truncate(self.path, size)  # part of a line may have been written
             raise
@@ -276,20 +290,21 @@ def _json(value):
     """The value with None for nan and inf, which JSON does not have."""
     if isinstance(value, list):
         return [_json(entry) for entry in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else None
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class TensorBoard:
     """Event files with the names of `scalars`, and the config as text.
 
-    A resumed run writes them anew from metrics.jsonl, since the process before may have been killed: its files can
-    have gaps, and reports that will come again.
+    The event files of a process that was killed may have gaps, and may end with reports that the
+    resumed run will make again. A resumed run therefore writes them anew, from metrics.jsonl.
     """
 
     def __init__(self, run_dir, config, about):
         from tensorboardX import SummaryWriter
 
-        if (Path(run_dir) / METRICS_FILE).exists():
+        path = Path(run_dir) / METRICS_FILE
+        if path.exists():
             for old in Path(run_dir).glob("events.out.tfevents.*"):
                 old.unlink()
         self.run_dir = run_dir
@@ -297,15 +312,20 @@ class TensorBoard:
         facts = dataclasses.asdict(config) | about
         rows = "\n".join(f"|{name}|{value}|" for name, value in facts.items())
         self.writer.add_text("config", f"|field|value|\n|-|-|\n{rows}")
-        past = read_metrics(Path(run_dir) / METRICS_FILE)
+        self._repeat(read_metrics(path))
+
+    def _repeat(self, past):
+        """Write past reports, as if training had been without a pause until now."""
+        now = time.time()
         for record in past:
             metrics = {
                 name: np.asarray(value, float) for name, value in record.items() if "/" in name
             }
-            self.log(metrics, record["step"], time.time() - past[-1]["time"] + record["time"])
+            seconds_ago = past[-1]["time"] - record["time"]
+            self.log(metrics, record["step"], now - seconds_ago)
 
     def log(self, metrics, step, walltime=None):
-        if shutil.disk_usage(self.run_dir).free < 2**20:  # there tensorboardX would hang
+        if shutil.disk_usage(self.run_dir).free < 2**20:  # tensorboardX hangs when the disk is full
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for name, value in scalars(metrics).items():
             self.writer.add_scalar(name, value, step, walltime)
@@ -315,7 +335,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases, configured by its own environment variables (WANDB_PROJECT, WANDB_ENTITY, ...).
+    """Weights & Biases, configured by its environment variables (WANDB_PROJECT, WANDB_ENTITY, ...).
 
     Offline it writes to `<run>/wandb/offline-run-*`, which `wandb sync` uploads.
     """
@@ -342,9 +362,10 @@ class WandB:
 
 
 class Neptune:
-    """Neptune (client 1.x), configured by its own environment variables (NEPTUNE_PROJECT, NEPTUNE_API_TOKEN, ...).
+    """Neptune (client 1.x), configured by its environment variables (NEPTUNE_PROJECT, ...).
 
-    Offline it writes to `<run>/.neptune/offline`, which `neptune sync --path <run> --offline-only` uploads.
+    Offline it writes to `<run>/.neptune/offline`, which
+    `neptune sync --path <run> --offline-only` uploads.
     """
 
     def __init__(self, run_dir, config, about):
@@ -368,10 +389,9 @@ class Neptune:
 
     def log(self, metrics, step):
         for name, value in scalars(metrics).items():
+            # A series cannot have fields below it, so the mean needs a name beside "seed_0".
             is_below = "/seed_" in name or "/iqm" in name
-            path = (
-                name if is_below else f"{name}/mean"
-            )  # a series of Neptune cannot have fields below it
+            path = name if is_below else f"{name}/mean"
             self.run[path].append(value, step=step)
 
     def close(self):
@@ -391,14 +411,18 @@ class Dashboard:
         self.live.start()
 
     def log(self, metrics, step):
-        self.history.add({"step": step} | {name: value.tolist() for name, value in metrics.items()})
+        values = {name: value.tolist() for name, value in metrics.items()}
+        self.history.add({"step": step} | values)
 
     def close(self):
         self.live.stop()
 
 
+# --- Making a logger -----------------------------------------------------------------------------
+
+
 def check_keys(config) -> None:
-    """Refuse a config whose loggers lack an API key, before there is a run.
+    """Refuse a config whose loggers lack an API key, before a run is begun.
 
     Raises:
       UsageError: names what is missing.
@@ -412,16 +436,18 @@ def check_keys(config) -> None:
     if "neptune" in config.log and config.neptune_mode != "offline":
         for variable in ("NEPTUNE_API_TOKEN", "NEPTUNE_PROJECT"):
             if not os.environ.get(variable):
-                raise UsageError(
-                    f"neptune needs {variable}: set it, or choose --neptune-mode offline"
-                )
+                ways = "set it, or choose --neptune-mode offline"
+                raise UsageError(f"neptune needs {variable}: {ways}")
 
 
 def make_logger(config, run_dir, diverged=()) -> Logger:
     """The logger of a run: the backends of `config.log`, writing into `run_dir`.
 
+    "console" and "dashboard" both write to the terminal. With "dashboard", only the dashboard does,
+    or only the console where the output is not a terminal.
+
     Args:
-      diverged: `Logger.diverged` so far, of a resumed run.
+      diverged: of a resumed run, `Logger.diverged` when it was saved, as pairs.
 
     Raises:
       UsageError: a backend cannot start.
@@ -431,7 +457,7 @@ def make_logger(config, run_dir, diverged=()) -> Logger:
     about.pop("config", None)
     about.setdefault("id", Path(run_dir).name)
     names = set(config.log)
-    if "dashboard" in names:  # of the two that write to the terminal one is left
+    if "dashboard" in names:
         names -= {"console", "dashboard"}
         names |= {"dashboard" if sys.stdout.isatty() else "console"}
     make = {
@@ -443,11 +469,14 @@ def make_logger(config, run_dir, diverged=()) -> Logger:
         "dashboard": lambda: Dashboard(run_dir, config, about),
     }
     backends = []
-    for name in (name for name in make if name in names):
+    for name, make_backend in make.items():
+        if name not in names:
+            continue
         try:
-            backends.append(make[name]())
+            backends.append(make_backend())
         except Exception as error:
-            raise UsageError(f"logger {name} cannot start: {str(error) or repr(error)}") from None
+            reason = str(error) or repr(error)
+            raise UsageError(f"logger {name} cannot start: {reason}") from None
     return Logger(backends, diverged)
 
 

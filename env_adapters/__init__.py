@@ -1,6 +1,7 @@
-"""One file per environment library, and what they share. `envs.py` is the door: `from envs import make`.
+"""Adapters from environment libraries to one interface; README.md describes them.
 
-Imports run one way:
+Use them through `envs.py`: `from envs import make`. There is one file per namespace; the other
+files hold what the namespaces share. Imports run one way:
 
-    task < environment, episodes, wrappers, physics < gymnax, brax, ... (one per namespace) < registry < cli
+    task, library < environment, wrappers < episodes, physics < gymnax, brax, ... < registry < cli
 """

@@ -1,7 +1,8 @@
-"""The namespace `gxm`: Atari and Gymnasium's small tasks on the host, and the ids of other libraries as gxm writes them.
+"""The namespace `gxm`: Atari and Gymnasium's small tasks on the host, under the ids of gxm.
 
-gxm 0.4 gives many libraries one interface. Its ids are understood here, but its adapters are not used: most lose the
-final observation and the truncation, and that of Gymnasium ignores the key and steps simulators that it hides.
+gxm 0.4 gives many libraries one interface, with ids such as Gymnasium/ALE/Breakout-v5. Its ids are
+understood here; its code is not used. Most of its adapters lose the final observation and the
+truncation, and the one for Gymnasium ignores the key and hides the state of its simulators.
 """
 
 import contextlib
@@ -16,36 +17,51 @@ from env_adapters.library import import_silently, let_pygame_run_anywhere
 from env_adapters.task import Box, Discrete, Task
 from env_adapters.wrappers import check_options
 
+# gxm's name for a library -> our namespace
 LIBRARIES = {"Gymnax": "gymnax", "Brax": "brax", "Craftax": "craftax", "Navix": "navix"}
+
+BOOL = jax.ShapeDtypeStruct((), bool)
+FLOAT32 = jax.ShapeDtypeStruct((), np.float32)
 
 
 def import_gymnasium():
-    """Gymnasium with the games of the Arcade Learning Environment, where they are installed."""
+    """Import Gymnasium and, where they are installed, the games of the Arcade Learning Environment.
+
+    Raises:
+      ValueError: Gymnasium is missing.
+    """
     gymnasium = import_silently("gymnasium", "gxm::Gymnasium", "gymnasium")
     with contextlib.suppress(ImportError):
-        importlib.import_module("ale_py")  # registers them
+        importlib.import_module("ale_py")  # enters its games into Gymnasium's registry
     return gymnasium
 
 
 def ids() -> list[str]:
-    """Those of Gymnasium's ids that `make_task` makes; the other libraries' are in their own namespaces."""
-    toys = "gymnasium.envs.classic_control", "gymnasium.envs.toy_text"
-    specs = import_gymnasium().registry.values()
-    return [f"Gymnasium/{spec.id}" for spec in specs if is_atari(spec) or str(spec.entry_point).startswith(toys)]
+    """The ids that `make_task` makes; those of other libraries are in their own namespaces."""
+    small_tasks = "gymnasium.envs.classic_control", "gymnasium.envs.toy_text"
+    return [
+        f"Gymnasium/{spec.id}"
+        for spec in import_gymnasium().registry.values()
+        if is_atari(spec) or str(spec.entry_point).startswith(small_tasks)
+    ]
 
 
-def is_atari(spec):
+def is_atari(spec) -> bool:
+    """Whether a spec of Gymnasium's registry is an Atari game with a vector environment."""
     return spec.vector_entry_point == "ale_py.vector_env:AtariVectorEnv"
 
 
 def full_id(env_id: str) -> str:
-    """Gymnax/CartPole-v1 is gymnax::CartPole-v1, Gymnasium/Ant-v5 is mujoco::Ant-v5."""
+    """The full id: Gymnax/CartPole-v1 is gymnax::CartPole-v1, Gymnasium/Ant-v5 is mujoco::Ant-v5.
+
+    Raises:
+      ValueError: the library is unknown, or this environment is not supported.
+    """
     library, separator, name = env_id.partition("/")
     if not separator or library not in LIBRARIES | {"Gymnasium": ""}:
         valid = ", ".join([*LIBRARIES, "Gymnasium"])
-        raise ValueError(
-            f"unknown environment 'gxm::{env_id}'; write gxm::Library/id, with one of the libraries {valid}"
-        )
+        advice = f"write gxm::Library/id, with one of the libraries {valid}"
+        raise ValueError(f"unknown environment 'gxm::{env_id}'; {advice}")
     if library in LIBRARIES:
         return f"{LIBRARIES[library]}::{name}"
     spec = import_gymnasium().registry.get(name)
@@ -53,22 +69,36 @@ def full_id(env_id: str) -> str:
         return f"gxm::{env_id}"
     if str(spec.entry_point).startswith("gymnasium.envs.mujoco."):
         return f"mujoco::{name}"
-    raise ValueError(f"gxm::{env_id} is not supported: its simulator does not let its state be read and set")
+    reason = "its simulator does not let its state be read and set"
+    raise ValueError(f"gxm::{env_id} is not supported: {reason}")
 
 
 def make_task(env_id: str, **options) -> Task:
-    """An environment of Gymnasium, simulated on the host, as a pure function of its state."""
+    """An environment of Gymnasium, simulated on the host, as a pure function of its state.
+
+    Raises:
+      ValueError: a library is missing, there is no such option, or its value is not valid.
+    """
     spec = import_gymnasium().registry[env_id.partition("/")[2]]
-    return (atari_task if is_atari(spec) else pickled_task)(f"gxm::{env_id}", spec, **options)
+    make = atari_task if is_atari(spec) else pickled_task
+    return make(f"gxm::{env_id}", spec, **options)
+
+
+# --- Atari ---------------------------------------------------------------------------------------
 
 
 def atari_task(owner: str, spec, **options) -> Task:
-    """An Atari game as ale_py's vector environment prepares it, but with the stack of frames as the last axis.
+    """An Atari game, prepared as by ale_py's vector environment.
 
-    Observations are the last 4 frames, (84, 84, 4) uint8. The key decides on the number of idle frames at the beginning
-    and on which frames repeat the action of the one before; the console itself is deterministic.
+    Observations are the last 4 frames, oldest first, (84, 84, 4) uint8; ale_py has the frames on
+    the first axis. The emulator itself is deterministic: the key decides how many idle frames an
+    episode begins with, and which frames repeat the action of the frame before.
 
-    Options: those of the vector environment in `defaults`.
+    Args:
+      **options: those of the vector environment that `defaults` lists.
+
+    Raises:
+      ValueError: there is no such option, or its value is not valid.
     """
     from env_adapters.host_gymnasium import Atari
 
@@ -86,74 +116,122 @@ def atari_task(owner: str, spec, **options) -> Task:
     for name in ("frameskip", "noop_max", "max_num_frames_per_episode"):
         if options[name] < 1:
             raise ValueError(f"option {name} of {owner} must be at least 1, got {options[name]}")
-    frameskip, max_frames = options["frameskip"], options["max_num_frames_per_episode"]
+    frameskip = options["frameskip"]
+    max_frames = options["max_num_frames_per_episode"]
+    noop_max = options["noop_max"]
     host = Atari(spec.kwargs["game"], frameskip, options["full_action_space"], max_frames)
-    first_frames, first_states = host.starts(options["noop_max"], options["use_fire_reset"])
+    first_frames, first_states = host.starts(noop_max, options["use_fire_reset"])
     space = Box(0, 255, (84, 84, 4), np.uint8)
-    shapes = (
-        jax.ShapeDtypeStruct((84, 84), jnp.uint8),
-        jax.ShapeDtypeStruct((host.state_size,), jnp.uint8),
-        jax.ShapeDtypeStruct((), jnp.float32),
-        jax.ShapeDtypeStruct((), bool),
-        jax.ShapeDtypeStruct((), bool),
+    results = (
+        jax.ShapeDtypeStruct((84, 84), jnp.uint8),  # frame
+        jax.ShapeDtypeStruct((host.state_size,), jnp.uint8),  # emulator
+        FLOAT32,  # reward
+        BOOL,  # terminated
+        BOOL,  # truncated
     )
 
     def reset(key):
-        idle = jax.random.randint(key, (), 0, options["noop_max"])
+        idle = jax.random.randint(key, (), 0, noop_max)
         frames = jnp.zeros(space.shape, jnp.uint8).at[..., -1].set(jnp.asarray(first_frames)[idle])
-        return frames, (jnp.asarray(first_states)[idle], frames, jnp.int32(0))
+        emulator = jnp.asarray(first_states)[idle]
+        held_action = jnp.int32(0)
+        return frames, (emulator, frames, held_action)
 
     def step(key, state, action):
-        console, frames, held = state
+        emulator, frames, held = state
         sticks = jax.random.bernoulli(key, options["repeat_action_probability"], (frameskip,))
         held_actions = []
         for stick in sticks:
             held = jnp.where(stick, held, action)
             held_actions.append(held)
-        arguments = console, jnp.stack(held_actions)
-        results = jax.pure_callback(host.step, shapes, *arguments, vmap_method="broadcast_all")
-        frame, console, reward, terminated, truncated = results
+        frame, emulator, reward, terminated, truncated = jax.pure_callback(
+            host.step, results, emulator, jnp.stack(held_actions), vmap_method="broadcast_all"
+        )
         frames = jnp.concatenate([frames[..., 1:], frame[..., None]], axis=-1)
-        reward = jnp.clip(reward, -1, 1) if options["reward_clipping"] else reward
-        return frames, (console, frames, held), reward, terminated, truncated
+        if options["reward_clipping"]:
+            reward = jnp.clip(reward, -1, 1)
+        return frames, (emulator, frames, held), reward, terminated, truncated
 
-    max_steps = -(-max_frames // frameskip)
-    return Task(reset, step, space, Discrete(host.actions), max_steps, lambda state: host.picture(state[0]))
+    def render(state):
+        emulator, _, _ = state
+        return host.picture(emulator)
+
+    return Task(
+        reset=reset,
+        step=step,
+        observation_space=space,
+        action_space=Discrete(host.actions),
+        max_steps=-(-max_frames // frameskip),
+        render=render,
+    )
+
+
+# --- Small tasks ---------------------------------------------------------------------------------
 
 
 def pickled_task(owner: str, spec, **options) -> Task:
-    """A small environment of Gymnasium, carried as its pickle; options are those of `gymnasium.make` and its own."""
+    """A small environment of Gymnasium, whose state is its pickle.
+
+    Args:
+      **options: max_episode_steps, and the arguments of the environment's constructor.
+
+    Raises:
+      ValueError: there is no such option, or its value has another type.
+    """
     import gymnasium
 
     from env_adapters.host_gymnasium import Pickled
 
     constructor = gymnasium.envs.registration.load_env_creator(spec.entry_point)
-    arguments = inspect.signature(constructor).parameters.values()
-    defaults = {x.name: x.default for x in arguments if x.default is not x.empty} | spec.kwargs
-    defaults = {"max_episode_steps": spec.max_episode_steps or 1000} | defaults
+    arguments = {
+        argument.name: argument.default
+        for argument in inspect.signature(constructor).parameters.values()
+        if argument.default is not argument.empty
+    }
+    limit = {"max_episode_steps": spec.max_episode_steps or 1000}
+    defaults = limit | arguments | spec.kwargs
     check_options(owner, options, defaults)
-    steps = {"max_episode_steps": defaults["max_episode_steps"]}
-    env = gymnasium.make(spec, disable_env_checker=True, **{"render_mode": "rgb_array"} | steps | options)
+    limit = {"max_episode_steps": defaults["max_episode_steps"]}
+    options = {"render_mode": "rgb_array"} | limit | options
+    env = gymnasium.make(spec, disable_env_checker=True, **options)
     host = Pickled(env)
-    obs = jax.ShapeDtypeStruct(host.space.shape, np.uint8 if host.space.dtype == np.uint8 else np.float32)
-    shapes = obs, jax.ShapeDtypeStruct((host.state_size,), jnp.uint8)
-    ends = [jax.ShapeDtypeStruct((), jnp.float32), *[jax.ShapeDtypeStruct((), bool)] * 2]
+    obs = jax.ShapeDtypeStruct(
+        shape=host.space.shape,
+        dtype=np.uint8 if host.space.dtype == np.uint8 else np.float32,
+    )
+    state = jax.ShapeDtypeStruct((host.state_size,), jnp.uint8)
 
     def reset(key):
         seed = jax.random.bits(key, dtype=jnp.uint32)
-        return jax.pure_callback(host.reset, shapes, seed, vmap_method="broadcast_all")
+        return jax.pure_callback(host.reset, (obs, state), seed, vmap_method="broadcast_all")
 
-    def step(key, state, action):
-        return jax.pure_callback(host.step, (*shapes, *ends), state, action, vmap_method="broadcast_all")
-
-    low, high = host.space.low.astype(np.float32), host.space.high.astype(np.float32)
-    space, actions = Box(low, high, obs.shape, obs.dtype), env.action_space
-    discrete = hasattr(actions, "n")
-    action_space = Discrete(int(actions.n)) if discrete else Box(actions.low, actions.high, actions.shape)
-    max_steps = env.spec.max_episode_steps
+    def step(key, pickled, action):
+        results = obs, state, FLOAT32, BOOL, BOOL
+        return jax.pure_callback(host.step, results, pickled, action, vmap_method="broadcast_all")
 
     def render(state):
         let_pygame_run_anywhere()
         return host.picture(state)
 
-    return Task(reset, step, space, action_space, max_steps, render, costly_reset=True)
+    return Task(
+        reset=reset,
+        step=step,
+        observation_space=Box(
+            low=host.space.low.astype(np.float32),
+            high=host.space.high.astype(np.float32),
+            shape=obs.shape,
+            dtype=obs.dtype,
+        ),
+        action_space=action_space_of(env),
+        max_steps=env.spec.max_episode_steps,
+        render=render,
+        costly_reset=True,
+    )
+
+
+def action_space_of(env) -> Box | Discrete:
+    """The action space of one of Gymnasium's environments, as one of ours."""
+    space = env.action_space
+    if hasattr(space, "n"):
+        return Discrete(int(space.n))
+    return Box(space.low, space.high, space.shape)

@@ -1,4 +1,4 @@
-"""The namespace `gymnax`: classic control, bsuite, MinAtar and others, on gymnax 1.x or 0.0.x."""
+"""The namespace `gymnax`: classic control, bsuite, MinAtar and others, with gymnax 1.x or 0.0.x."""
 
 import functools
 import inspect
@@ -13,45 +13,58 @@ from env_adapters.library import imported_when_used, let_pygame_run_anywhere
 from env_adapters.task import Box, Discrete, Task
 from env_adapters.wrappers import check_options
 
-_CART_POLE = {"position": (0, 2), "velocity": (1, 3)}
-_MOUNTAIN_CAR = {"position": (0,), "velocity": (1,)}
+CLASSIC_CONTROL = (
+    "CartPole-v1",
+    "Acrobot-v1",
+    "Pendulum-v1",
+    "MountainCar-v0",
+    "MountainCarContinuous-v0",
+)
 MASKS: dict[str, dict[str, tuple[int, ...]]] = {
-    "CartPole-v1": _CART_POLE,
+    "CartPole-v1": {"position": (0, 2), "velocity": (1, 3)},
     "Acrobot-v1": {"position": (0, 1, 2, 3), "velocity": (4, 5)},
     "Pendulum-v1": {"position": (0, 1), "velocity": (2,)},
-    "MountainCar-v0": _MOUNTAIN_CAR,
-    "MountainCarContinuous-v0": _MOUNTAIN_CAR,
+    "MountainCar-v0": {"position": (0,), "velocity": (1,)},
+    "MountainCarContinuous-v0": {"position": (0,), "velocity": (1,)},
 }
 
 
 def import_gymnax():
-    """gymnax, without the second that its tasks spend on importing what they draw with."""
+    """Import gymnax, but not seaborn and matplotlib, which take a second and only draw."""
     with imported_when_used("seaborn", "matplotlib.pyplot"):
         import gymnax
     return gymnax
 
 
-CLASSIC_CONTROL = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0")
-
-
 def ids() -> list[str]:
-    """The ids of gymnax, less the one that downloads its data."""
+    """The ids of gymnax, without MNISTBandit-bsuite, which downloads its data."""
     return [env_id for env_id in import_gymnax().registered_envs if env_id != "MNISTBandit-bsuite"]
 
 
 def make_task(env_id: str, **options) -> Task:
-    """A gymnax task; options are its environment parameters or its constructor's arguments.
+    """A task of gymnax.
 
-    Works with gymnax 1.x and with the 0.0.x interface, which `stable-gymnax` installs under the same name:
-    `reset_env` and `step_env` are common to both, and neither auto-resets.
+    gymnax 1.x and stable-gymnax, which is gymnax 0.0.x, install the same package name. Both have
+    `reset_env` and `step_env`, which do not auto-reset, so this works with either.
+
+    Args:
+      **options: fields of the task's parameters, as memory_length, or arguments of its constructor.
+
+    Raises:
+      ValueError: there is no such option, or its value has another type.
     """
     gymnax = import_gymnax()
     env, params = gymnax.make(env_id)
     parameters = {field.name: getattr(params, field.name) for field in fields(params)}
-    arguments = {name: argument.default for name, argument in inspect.signature(type(env)).parameters.items()}
+    arguments = {
+        argument.name: argument.default
+        for argument in inspect.signature(type(env)).parameters.values()
+    }
     check_options(f"gymnax::{env_id}", options, parameters | arguments)
-    env, params = gymnax.make(env_id, **{name: value for name, value in options.items() if name in arguments})
-    params = params.replace(**{name: value for name, value in options.items() if name in parameters})
+    env, params = gymnax.make(env_id, **select(options, arguments))
+    params = params.replace(**select(options, parameters))
+    is_gymnax_1 = hasattr(env, "is_truncated")
+    observation_space, observe = observation_of(env, params)
 
     def reset(key):
         obs, state = env.reset_env(key, params)
@@ -59,40 +72,60 @@ def make_task(env_id: str, **options) -> Task:
 
     def step(key, state, action):
         obs, state, reward, done, _ = env.step_env(key, state, action, params)
-        if hasattr(env, "is_truncated"):  # gymnax 1.x: `done` is natural termination only
+        if is_gymnax_1:  # `done` does not include the time limit
             return observe(obs), state, reward, done, env.is_truncated(state, params)
-        truncated = state.time >= params.max_steps_in_episode  # 0.0.x: `done` includes the time limit
+        # In 0.0.x `done` includes it, so a task that terminates in its very last step is truncated.
+        truncated = state.time >= params.max_steps_in_episode
         return observe(obs), state, reward, jnp.asarray(done, bool) & ~truncated, truncated
 
-    # The declared space serves for bounds only: in several tasks its dtype or shape is not that of the observation.
-    declared = env.observation_space(params)
-    if hasattr(declared, "n"):
-        observation_space = Box(0.0, 1.0, (int(declared.n),))
-        observe = functools.partial(jax.nn.one_hot, num_classes=int(declared.n))
-    else:
-        actual = jax.eval_shape(lambda key: env.reset_env(key, params)[0], jax.random.key(0))
-        low, high = np.asarray(declared.low, np.float32), np.asarray(declared.high, np.float32)
-        observation_space = Box(low, high, actual.shape, np.uint8 if actual.dtype == np.uint8 else np.float32)
-        observe = jnp.asarray
-    actions = env.action_space(params)
-    if hasattr(actions, "n"):
-        action_space = Discrete(int(actions.n))
-    else:
-        shape = tuple(actions.shape)
-        action_space = Box(np.asarray(actions.low, np.float32), np.asarray(actions.high, np.float32), shape)
     return Task(
         reset=reset,
         step=step,
         observation_space=observation_space,
-        action_space=action_space,
-        max_steps=int(params.max_steps_in_episode),
+        action_space=action_space_of(env, params),
+        max_steps=int(params.max_steps_in_episode),  # a float in BernoulliBandit-misc
         render=make_renderer(env_id, env, params),
         masks=MASKS.get(env_id, {}),
     )
 
 
+def select(options: dict, names) -> dict:
+    """The options with one of these names."""
+    return {name: value for name, value in options.items() if name in names}
+
+
+def observation_of(env, params) -> tuple[Box, Callable]:
+    """The observation space, and a function from gymnax's observations into it.
+
+    Several tasks declare another shape or dtype than they return, so the declared space serves for
+    the bounds only. Integers, as in FrozenLake-misc, are returned as one-hot vectors.
+    """
+    declared = env.observation_space(params)
+    if hasattr(declared, "n"):
+        size = int(declared.n)
+        return Box(0.0, 1.0, (size,)), functools.partial(jax.nn.one_hot, num_classes=size)
+    actual = jax.eval_shape(lambda key: env.reset_env(key, params)[0], jax.random.key(0))
+    space = Box(
+        low=np.asarray(declared.low, np.float32),
+        high=np.asarray(declared.high, np.float32),
+        shape=actual.shape,
+        dtype=np.uint8 if actual.dtype == np.uint8 else np.float32,
+    )
+    return space, jnp.asarray
+
+
+def action_space_of(env, params) -> Box | Discrete:
+    """The action space, as one of ours."""
+    space = env.action_space(params)
+    if hasattr(space, "n"):
+        return Discrete(int(space.n))
+    low = np.asarray(space.low, np.float32)
+    high = np.asarray(space.high, np.float32)
+    return Box(low, high, tuple(space.shape))
+
+
 def make_renderer(env_id, env, params) -> Callable | None:
-    """Classic control as gymnasium draws it (with gymnax 1.x); grids with one colour per channel."""
+    """A renderer for MinAtar and, with gymnax 1.x, for classic control; None for other tasks."""
 
     def render_classic_control(state):
         let_pygame_run_anywhere()
@@ -101,13 +134,18 @@ def make_renderer(env_id, env, params) -> Callable | None:
         return render_gym_frame(env_id, state, params)
 
     def render_grid(state):
+        """An image (rows, columns, 3) uint8 with a colour per channel, black where none is set."""
         from matplotlib import colormaps
 
         grid = np.asarray(env.get_obs(state), bool)
-        colors = colormaps["tab10"](np.arange(grid.shape[-1]))[:, :3]
-        channel = np.where(grid.any(axis=-1), grid.argmax(axis=-1) + 1, 0)
-        return (255 * np.concatenate([np.zeros((1, 3)), colors])[channel]).astype(np.uint8)
+        num_channels = grid.shape[-1]
+        colors = colormaps["tab10"](np.arange(num_channels))[:, :3]
+        palette = np.concatenate([np.zeros((1, 3)), colors])
+        color = np.where(grid.any(axis=-1), grid.argmax(axis=-1) + 1, 0)
+        return (255 * palette[color]).astype(np.uint8)
 
     if env_id.endswith("-MinAtar"):
         return render_grid
-    return render_classic_control if env_id in CLASSIC_CONTROL and hasattr(env, "is_truncated") else None
+    if env_id in CLASSIC_CONTROL and hasattr(env, "is_truncated"):
+        return render_classic_control
+    return None

@@ -1,4 +1,4 @@
-"""Imports of libraries that may be missing, that print, or that import more than is used of them."""
+"""Importing libraries that may be missing, that print, or that import more than is used here."""
 
 import contextlib
 import importlib
@@ -11,11 +11,15 @@ import warnings
 
 @contextlib.contextmanager
 def imported_when_used(*names):
-    """Within, `import name` gives a module that is really imported when something in it is used."""
+    """Inside the block, importing one of the named modules gives a stand-in.
+
+    The stand-in imports the module when one of its attributes is used for the first time.
+    """
     stand_ins = [name for name in names if name not in sys.modules]
     for name in stand_ins:
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__getattr__ = lambda item, name=name: getattr(importlib.import_module(name), item)
+        stand_in = types.ModuleType(name)
+        stand_in.__getattr__ = lambda item, name=name: getattr(importlib.import_module(name), item)
+        sys.modules[name] = stand_in
     try:
         yield
     finally:
@@ -25,20 +29,33 @@ def imported_when_used(*names):
 
 @contextlib.contextmanager
 def silence():
-    """Nothing is printed, no warning shown."""
+    """Inside the block, Python prints nothing and shows no warnings."""
     nowhere = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         warnings.simplefilter("ignore")
         yield
 
 
 def import_silently(module: str, owner: str, package: str):
-    """The module, without what it prints and warns of; a ValueError that says how to install it if it is missing."""
+    """Import a module and suppress what it prints.
+
+    Args:
+      owner: the environment or namespace that needs it, for the error.
+      package: what to pass to `pip install`.
+
+    Raises:
+      ValueError: it is not installed; says how to install it.
+    """
     try:
         with silence():
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{owner} needs {error.name}, which is not installed: pip install {package!r}") from None
+        missing = f"{owner} needs {error.name}, which is not installed"
+        raise ValueError(f"{missing}: pip install {package!r}") from None
 
 
 def let_pygame_run_anywhere():

@@ -1,4 +1,4 @@
-"""What the robots of brax and of MuJoCo have in common."""
+"""What the adapters of brax and MuJoCo share: options, masks, and drawing without a screen."""
 
 import contextlib
 import inspect
@@ -12,7 +12,7 @@ from harness.errors import UsageError
 
 @contextlib.contextmanager
 def quiet():
-    """`silence`, also of MuJoCo itself, which would append its warnings to ./MUJOCO_LOG.TXT, too."""
+    """`silence`, and no warnings of MuJoCo itself, which appends them to ./MUJOCO_LOG.TXT."""
     import mujoco
 
     mujoco.set_mju_user_warning(lambda message: None)
@@ -24,13 +24,27 @@ def quiet():
 
 
 def arguments_of(constructor) -> dict:
-    """What a constructor can be given by name, and the defaults, a whole number for a float written as a float."""
-    arguments = inspect.signature(constructor).parameters.values()
-    given = {x.name: x for x in arguments if x.default is not x.empty and x.name != "default_camera_config"}
-    return {name: float(x.default) if x.annotation is float else x.default for name, x in given.items()}
+    """The named arguments of a constructor with their defaults, to check options against.
+
+    Defaults of arguments that are annotated as float become floats, so that 1 may be set to 0.5.
+    """
+
+    def default_of(argument):
+        return float(argument.default) if argument.annotation is float else argument.default
+
+    return {
+        argument.name: default_of(argument)
+        for argument in inspect.signature(constructor).parameters.values()
+        if argument.default is not argument.empty and argument.name != "default_camera_config"
+    }
 
 
 def take_max_steps(owner: str, options: dict, default: int) -> int:
+    """Remove max_steps from the options and return it, or its default.
+
+    Raises:
+      ValueError: it is less than 1.
+    """
     max_steps = options.pop("max_steps", default)
     if max_steps < 1:
         raise ValueError(f"option max_steps of {owner} must be at least 1, got {max_steps}")
@@ -38,7 +52,11 @@ def take_max_steps(owner: str, options: dict, default: int) -> int:
 
 
 def without_screen(render: Callable, owner: str) -> Callable:
-    """`render` of MuJoCo on a machine that need not have a screen; what it lacks it says in one sentence."""
+    """`render` of MuJoCo for machines that may have no screen.
+
+    Raises:
+      UsageError: MuJoCo finds no way to draw; says in one sentence what to try.
+    """
 
     def rendered(state):
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
@@ -46,36 +64,61 @@ def without_screen(render: Callable, owner: str) -> Callable:
         try:
             with quiet():
                 return render(state)
-        except Exception as error:  # every way to get an OpenGL context has exceptions of its own
-            raise UsageError(
-                f"{owner} cannot be drawn here, MuJoCo gets no OpenGL context ({str(error).splitlines()[0]}); "
-                "the environment variable MUJOCO_GL chooses between egl, osmesa and glfw"
-            ) from None
+        except Exception as error:  # every OpenGL backend has exceptions of its own
+            reason = (str(error) or repr(error)).splitlines()[0]
+            failure = f"{owner} cannot be drawn here, MuJoCo gets no OpenGL context ({reason})"
+            advice = "the environment variable MUJOCO_GL chooses between egl, osmesa and glfw"
+            raise UsageError(f"{failure}; {advice}") from None
 
     return rendered
 
 
-# coordinates that the observation leaves out: the robot's place in the plane
-HIDDEN_COORDINATES = {"halfcheetah": 1, "hopper": 1, "walker2d": 1, "swimmer": 2, "ant": 2, "humanoid": 2}
+# How many coordinates of qpos the observation leaves out: the robot's place in the plane.
+HIDDEN_COORDINATES = {
+    "halfcheetah": 1,
+    "hopper": 1,
+    "walker2d": 1,
+    "swimmer": 2,
+    "ant": 2,
+    "humanoid": 2,
+    "humanoidstandup": 2,
+}
 
 
-def kinematic_masks(env_id: str, env, nq: int, nv: int, cinert: int, cvel: int) -> dict[str, tuple[int, ...]]:
-    """Positions are what follows from qpos alone, velocities what follows from qvel, too; forces are neither.
+def kinematic_masks(
+    env_id: str,
+    env,
+    nq: int,
+    nv: int,
+    cinert: int,
+    cvel: int,
+) -> dict[str, tuple[int, ...]]:
+    """The masks "position" and "velocity" of a robot; brax and Gymnasium order entries alike.
 
-    Positions include sines, cosines, places of bodies, and the bodies' inertia about the centre of mass (cinert entries
-    of a humanoid); velocities those of the bodies (cvel entries). brax and Gymnasium have the same order.
+    Entries that follow from qpos alone are positions: joint angles and their sines and cosines,
+    places of bodies, and the bodies' inertia about the centre of mass. Entries that follow from
+    qvel as well are velocities. Forces are neither.
+
+    Args:
+      nq: entries of qpos; nv: entries of qvel.
+      cinert: entries of the bodies' inertia, and cvel: of the bodies' velocities. Only humanoids
+        show these.
     """
     robot = env_id.partition("-")[0].lower().replace("_", "")
+    # The kind of each entry: p for position, v for velocity. Forces, if any, come last.
     if robot == "inverteddoublependulum":
-        kinds = "p" * 5 + "v" * 3  # cart, sines, cosines; velocities; then Gymnasium's constraint forces
+        kinds = "p" * 5 + "v" * 3  # cart, sines, cosines; velocities
     elif robot == "reacher":
-        kinds = "p" * 6 + "v" * 2 + "p" * 3  # cosines, sines, target; velocities; from target to fingertip
+        kinds = "p" * 6 + "v" * 2 + "p" * 3  # cosines, sines, target; velocities; fingertip
     elif robot == "pusher":
-        kinds = "p" * 7 + "v" * 7 + "p" * 9  # joints; velocities; places of fingertip, object and goal
+        kinds = "p" * 7 + "v" * 7 + "p" * 9  # joints; velocities; fingertip, object and goal
     else:
-        hidden = HIDDEN_COORDINATES.get(robot, 0) * getattr(env, "_exclude_current_positions_from_observation", True)
-        kinds = "p" * (nq - hidden) + "v" * nv  # then forces
+        hidden = HIDDEN_COORDINATES.get(robot, 0)
+        hidden *= getattr(env, "_exclude_current_positions_from_observation", True)
+        kinds = "p" * (nq - hidden) + "v" * nv
         if robot.startswith("humanoid"):
-            kinds += "p" * cinert + "v" * cvel  # then forces
-    position, velocity = (tuple(i for i, kind in enumerate(kinds) if kind == letter) for letter in "pv")
-    return {"position": position, "velocity": velocity}
+            kinds += "p" * cinert + "v" * cvel
+    return {
+        name: tuple(i for i, kind in enumerate(kinds) if kind == name[0])
+        for name in ("position", "velocity")
+    }

@@ -1,25 +1,31 @@
-"""The POPGym benchmark (Morad et al. 2023, arXiv 2303.01859) in JAX: the namespace `popjaxrl`.
+"""The namespace `popjaxrl`: the POPGym benchmark (Morad et al. 2023, arXiv 2303.01859) in JAX.
 
-The ids are those of popjaxrl (Lu et al. 2023, arXiv 2303.03982), the rules those of the package popgym 1.0.7, which
-tests/test_popjaxrl.py compares every id with, step by step. The end of an id is its difficulty: Easy, Medium or Hard.
-What popjaxrl does otherwise, so that returns published for it are not to be compared with:
+The ids are those of popjaxrl (Lu et al. 2023, arXiv 2303.03982). The rules are those of the package
+popgym 1.0.7: a test compares every id with it, step by step. An id ends with its difficulty: Easy,
+Medium or Hard.
 
-  Autoencode      popjaxrl shows nothing while watching and the cards while playing; here it is as popgym has it
-  CountRecall     popjaxrl has 2 actions, too few for Medium and Hard, and does not count the card just dealt
-  RepeatPrevious  popjaxrl asks for the card of k steps ago, popgym for that of k - 1 steps ago
-  RepeatFirst, HigherLower, RepeatPrevious, CountRecall   popjaxrl's episodes are a step longer
-  Minesweeper     in popjaxrl some numbers of mines are not shown, and a won game goes on
-  NoisyStatelessPendulum                                  popjaxrl does not clip the noisy observation
-  all             termination and truncation are told apart: here time limits truncate, all else terminates
+Returns published for popjaxrl are not comparable, since popjaxrl has other rules:
 
-Every task has one id: popgym's own names (`POPGYM_NAMES`) are answered with those here. VelocityOnlyCartPole is one
-of popgym's that popjaxrl does not have.
+  Autoencode        shows nothing while watching, and the cards while playing
+  CountRecall       has 2 actions, too few for Medium and Hard, and does not count the last card
+  RepeatPrevious    asks for the card of k steps ago, popgym for that of k - 1 steps ago
+  RepeatFirst, HigherLower, RepeatPrevious, CountRecall
+                    have episodes that are one step longer
+  Minesweeper       does not show some numbers of mines, and does not end when the game is won
+  NoisyStatelessPendulum
+                    does not clip noisy observations
+  all               have one flag for the end of an episode; here time limits truncate, and
+                    everything else terminates
 
-Observations are vectors of float32: a number below n is shown as a one-hot vector of size n, several of them one after
-the other. Actions that are pairs (row, column) are the number row * width + column. popgym and popjaxrl advise to show
-the agent its last action (AliasPrevAction); the scripts with memory do so in every environment.
+VelocityOnlyCartPole is a family of popgym that popjaxrl does not have. Where popgym names a family
+differently (`POPGYM_NAMES`), errors point to the name used here.
 
-Decks hold 52 cards: 4 suits, 13 ranks, 2 colours, each equally often. All returns are at most 1.
+Observations are float32 vectors. A number below n is shown as a one-hot vector of size n; several
+numbers follow each other. An action that is a pair (row, column) is the number
+row * width + column. popgym and popjaxrl advise to show the agent its last action
+(AliasPrevAction); the recurrent scripts do so in every environment.
+
+A deck has 52 cards: 4 suits, 13 ranks, 2 colours, each equally often. No return is greater than 1.
 """
 
 from collections.abc import Callable
@@ -39,11 +45,12 @@ KINDS = {"colors": 2, "suits": 4, "ranks": 13}
 
 @dataclass(frozen=True, eq=False)
 class Game:
-    """A task in pieces, so that an episode can begin with a given hidden state.
+    """A task in parts, so that a test can begin an episode with a given hidden state.
 
-    deal: key -> hidden
-    begin: (key, hidden) -> (obs, state)
-    step: (key, state, action) -> (obs, state, reward, terminated, truncated)
+    Attributes:
+      deal: key -> hidden, what the agent does not see: cards, a board, probabilities.
+      begin: (key, hidden) -> (obs, state).
+      step: (key, state, action) -> (obs, state, reward, terminated, truncated).
     """
 
     deal: Callable
@@ -54,60 +61,99 @@ class Game:
     max_steps: int
 
     def task(self) -> Task:
+        """The game as a `Task`."""
+
         def reset(key):
             deal_key, begin_key = jax.random.split(key)
             return self.begin(begin_key, self.deal(deal_key))
 
-        return Task(reset, self.step, self.observation_space, self.action_space, self.max_steps)
+        return Task(
+            reset=reset,
+            step=self.step,
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            max_steps=self.max_steps,
+        )
 
 
 def one_hot(value, size):
-    """A number, or a truth value, as a one-hot vector."""
+    """A number, or a truth value, as a one-hot vector (size,) float32."""
     return jax.nn.one_hot(jnp.asarray(value, jnp.int32), size)
 
 
 def one_hots(values, sizes):
-    """Numbers as one-hot vectors, one after the other."""
-    return jnp.concatenate([one_hot(value, size) for value, size in zip(values, sizes, strict=True)])
+    """Numbers as one-hot vectors, one after the other: (sum of sizes,) float32."""
+    vectors = [one_hot(value, size) for value, size in zip(values, sizes, strict=True)]
+    return jnp.concatenate(vectors)
+
+
+def one_hot_space(*sizes) -> Box:
+    """The space of `one_hots`."""
+    return Box(0.0, 1.0, (sum(sizes),))
 
 
 def shuffled(key, num_cards, kind):
-    """Decks of which only the `kind` of a card counts: (num_cards,) int32."""
+    """The suits, ranks or colours of shuffled decks: (num_cards,) int32."""
     return jax.random.permutation(key, jnp.arange(num_cards, dtype=jnp.int32) % KINDS[kind])
 
 
 def right_or_wrong(right, scale):
+    """The reward `scale` for a right answer, -`scale` for a wrong one."""
     return jnp.where(right, scale, -scale)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Decks that are dealt card by card. An episode terminates with the last card.
+# --- Decks that are dealt card by card -----------------------------------------------------------
+# An episode terminates with the last card.
 
 
 def card_game(num_cards: int, kind: str, num_actions: int, reward: Callable) -> Game:
-    """One deck, of which every card is shown when it is dealt. reward: (cards, steps before this one, action)."""
+    """A deck whose cards are shown one by one, as they are dealt.
+
+    Args:
+      reward: (cards, time, action) -> reward of step `time`, counted from 0; cards[time] is the
+        last card dealt before it.
+    """
+    size = KINDS[kind]
 
     def begin(key, cards):
-        return one_hot(cards[0], KINDS[kind]), (jnp.int32(0), cards)
+        return one_hot(cards[0], size), (jnp.int32(0), cards)
 
     def step(key, state, action):
         time, cards = state
-        ends = time + 1 == num_cards - 1
-        return one_hot(cards[time + 1], KINDS[kind]), (time + 1, cards), reward(cards, time, action), ends, False
+        terminated = time + 1 == num_cards - 1
+        obs = one_hot(cards[time + 1], size)
+        return obs, (time + 1, cards), reward(cards, time, action), terminated, False
 
-    deal = partial(shuffled, num_cards=num_cards, kind=kind)
-    return Game(deal, begin, step, Box(0.0, 1.0, (KINDS[kind],)), Discrete(num_actions), num_cards - 1)
+    return Game(
+        deal=partial(shuffled, num_cards=num_cards, kind=kind),
+        begin=begin,
+        step=step,
+        observation_space=one_hot_space(size),
+        action_space=Discrete(num_actions),
+        max_steps=num_cards - 1,
+    )
 
 
 def repeat_first(decks: int) -> Game:
-    """Seen: the suit of the card just dealt. Rewarded at every step: naming the suit of the first card."""
+    """Remember the first card.
+
+    Seen: the suit of the card just dealt.
+    Rewarded, at every step: naming the suit of the first card.
+    """
     num_cards = 52 * decks
-    reward = lambda cards, time, action: right_or_wrong(action == cards[0], 1 / (num_cards - 1))  # noqa: E731
+
+    def reward(cards, time, action):
+        return right_or_wrong(action == cards[0], 1 / (num_cards - 1))
+
     return card_game(num_cards, "suits", 4, reward)
 
 
 def repeat_previous(decks: int, k: int) -> Game:
-    """Seen: the suit of the card just dealt. Rewarded once k are dealt: naming the suit of k - 1 cards before it."""
+    """Remember the last k cards.
+
+    Seen: the suit of the card just dealt.
+    Rewarded, once k cards are dealt: naming the suit of the card dealt k - 1 before it.
+    """
     num_cards = 52 * decks
 
     def reward(cards, time, action):
@@ -118,42 +164,65 @@ def repeat_previous(decks: int, k: int) -> Game:
 
 
 def higher_lower(decks: int) -> Game:
-    """Seen: the rank of the card just dealt. Rewarded: telling if the next is higher (0) or lower (1); ties give 0."""
+    """Count cards to guess the next one.
+
+    Seen: the rank of the card just dealt.
+    Rewarded: guessing whether the next rank is higher (0) or lower (1). Equal ranks give 0.
+    """
     num_cards = 52 * decks
 
     def reward(cards, time, action):
         change = cards[time + 1] - cards[time]
-        return jnp.where(change == 0, 0.0, right_or_wrong((change > 0) == (action == 0), 1 / num_cards))
+        is_tie = change == 0
+        right = (change > 0) == (action == 0)
+        return jnp.where(is_tie, 0.0, right_or_wrong(right, 1 / num_cards))
 
     return card_game(num_cards, "ranks", 2, reward)
 
 
 def count_recall(decks: int, kind: str) -> Game:
-    """Seen: a card, and another one that is asked about. Rewarded: how many of those were dealt, this one included."""
-    num_cards, size = 52 * decks, KINDS[kind]
+    """Count the cards of every kind.
+
+    Seen: the card just dealt, and a card that is asked about.
+    Rewarded: how many cards of that kind have been dealt, the one just dealt included.
+    """
+    num_cards = 52 * decks
+    size = KINDS[kind]
 
     def deal(key):
+        """The cards that are dealt, and the cards that are asked about."""
         return tuple(shuffled(key, num_cards, kind) for key in jax.random.split(key))
 
     def begin(key, hidden):
         cards, questions = hidden
         counts = jnp.zeros(size, jnp.int32).at[cards[0]].add(1)
-        return one_hots([cards[0], questions[0]], [size, size]), (jnp.int32(0), cards, questions, counts)
+        obs = one_hots([cards[0], questions[0]], [size, size])
+        return obs, (jnp.int32(0), cards, questions, counts)
 
     def step(key, state, action):
         time, cards, questions, counts = state
         reward = right_or_wrong(action == counts[questions[time]], 1 / (num_cards - 1))
         time = time + 1
         obs = one_hots([cards[time], questions[time]], [size, size])
-        return obs, (time, cards, questions, counts.at[cards[time]].add(1)), reward, time == num_cards - 1, False
+        counts = counts.at[cards[time]].add(1)
+        return obs, (time, cards, questions, counts), reward, time == num_cards - 1, False
 
-    return Game(deal, begin, step, Box(0.0, 1.0, (2 * size,)), Discrete(num_cards // size + 1), num_cards - 1)
+    return Game(
+        deal=deal,
+        begin=begin,
+        step=step,
+        observation_space=one_hot_space(size, size),
+        action_space=Discrete(num_cards // size + 1),
+        max_steps=num_cards - 1,
+    )
 
 
 def autoencode(decks: int) -> Game:
-    """Seen: is it time to watch (1) or to play (0), and the suit of the card just dealt; suit 0 while playing.
+    """Watch all cards, then name them in reverse order.
 
-    With the last card it is time to play. Rewarded while playing: naming the suits in reverse order.
+    Seen: whether it is time to watch (1) or to play (0), and the suit of the card just dealt. The
+    last card is already shown with a 0; after it the suit shown is always 0.
+    Rewarded, while playing: naming the suit of the last card, the one before it, and so on.
     """
     num_cards = 52 * decks
 
@@ -162,65 +231,88 @@ def autoencode(decks: int) -> Game:
 
     def step(key, state, action):
         time, cards = state
-        played = time - (num_cards - 1)  # cards named before; negative while watching
+        played = time - (num_cards - 1)  # cards named before this step; negative while watching
         right = action == cards[jnp.clip(num_cards - 1 - played, 0, num_cards - 1)]
         reward = jnp.where(played >= 0, right_or_wrong(right, 1 / num_cards), 0.0)
         suit = jnp.where(played >= 0, 0, cards[jnp.minimum(time + 1, num_cards - 1)])
-        return one_hots([played < -1, suit], [2, 4]), (time + 1, cards), reward, played == num_cards - 1, False
+        obs = one_hots([played < -1, suit], [2, 4])
+        return obs, (time + 1, cards), reward, played == num_cards - 1, False
 
-    deal = partial(shuffled, num_cards=num_cards, kind="suits")
-    return Game(deal, begin, step, Box(0.0, 1.0, (6,)), Discrete(4), 2 * num_cards - 1)
+    return Game(
+        deal=partial(shuffled, num_cards=num_cards, kind="suits"),
+        begin=begin,
+        step=step,
+        observation_space=one_hot_space(2, 4),
+        action_space=Discrete(4),
+        max_steps=2 * num_cards - 1,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Boards
+# --- Boards --------------------------------------------------------------------------------------
 
 
 def concentration(decks: int, kind: str) -> Game:
-    """Find pairs among cards that lie face down.
+    """Find pairs of equal cards among cards that lie face down.
 
-    Seen: of every card its kind, or that it is face down. An action turns a card; the second one that is turned stays
-    open with the first if they match, and both are closed otherwise: this is still seen, once.
-    Rewarded: a pair. Punished: no pair, the same card twice, a card that is open already.
-    Terminates when all cards are open, truncates after about twice as many steps as there are cards.
+    An action turns a card over. The second card of a pair stays open with the first if they match;
+    otherwise both are shown once and closed again.
+
+    Seen: every card, by its kind or as face down.
+    Rewarded: a pair. Punished: two cards that differ, the same card twice, a card that is open.
+    Terminates when all cards are open. Truncates after about twice as many steps as cards.
     """
-    num_cards, face_down = 52 * decks, KINDS[kind]
+    num_cards = 52 * decks
+    face_down = KINDS[kind]
     max_steps = int(np.ceil(2 * num_cards - num_cards / (2 * num_cards - 1)))
 
     def begin(key, cards):
         obs = one_hot(jnp.full(num_cards, face_down), face_down + 1).reshape(-1)
-        return obs, (jnp.int32(0), cards, jnp.zeros(num_cards, bool), jnp.int32(-1))
+        is_open = jnp.zeros(num_cards, bool)
+        return obs, (jnp.int32(0), cards, is_open, jnp.int32(-1))
 
     def step(key, state, action):
-        time, cards, is_open, first = state  # first: the card turned in the step before, -1 if this begins a pair
-        second = first >= 0
+        # first: the card turned over in the step before; -1 if the next card begins a pair.
+        time, cards, is_open, first = state
+        is_second = first >= 0
         visible = is_open.at[action].set(True) | (jnp.arange(num_cards) == first)
         obs = one_hot(jnp.where(visible, cards, face_down), face_down + 1).reshape(-1)
         was_open = is_open[action]
-        match = second & ~was_open & (cards[first] == cards[action]) & (first != action)
-        pair = jnp.where(match, 2 / num_cards, -2 / max_steps)
-        reward = jnp.where(was_open, -(1 + second) / max_steps, jnp.where(second, pair, 0.0))
+        match = is_second & ~was_open & (cards[first] == cards[action]) & (first != action)
+        pair_reward = jnp.where(match, 2 / num_cards, -2 / max_steps)
+        reward = jnp.where(
+            was_open,
+            -(1 + is_second) / max_steps,
+            jnp.where(is_second, pair_reward, 0.0),
+        )
         is_open = jnp.where(match, visible, is_open)
-        first = jnp.where(was_open | second, -1, action)
+        first = jnp.where(was_open | is_second, -1, action)
         return obs, (time + 1, cards, is_open, first), reward, is_open.all(), time + 1 >= max_steps
 
-    deal = partial(shuffled, num_cards=num_cards, kind=kind)
-    return Game(deal, begin, step, Box(0.0, 1.0, (num_cards * (face_down + 1),)), Discrete(num_cards), max_steps)
+    return Game(
+        deal=partial(shuffled, num_cards=num_cards, kind=kind),
+        begin=begin,
+        step=step,
+        observation_space=Box(0.0, 1.0, (num_cards * (face_down + 1),)),
+        action_space=Discrete(num_cards),
+        max_steps=max_steps,
+    )
 
 
-SHIPS = (2, 3, 3, 4)
+SHIPS = (2, 3, 3, 4)  # lengths
 
 
 def battleship(size: int) -> Game:
-    """Sink four ships on a board of size x size that is not shown.
+    """Sink four ships on a hidden board of size x size squares.
 
-    Seen: has the last shot hit (a second shot at the same place has not). Rewarded: a hit. Punished: anything else.
-    Terminates when all are sunk, truncates after size * size shots.
+    Seen: whether the last shot was a hit; a second shot at the same square is not.
+    Rewarded: a hit. Punished: any other shot.
+    Terminates when all ships are sunk. Truncates after size * size shots.
     """
-    to_hit, max_steps = sum(SHIPS), size * size
+    num_targets = sum(SHIPS)
+    max_steps = size * size
 
     def places(free, length):
-        """Where `length` free squares begin, in a row to the right."""
+        """Where a row of `length` free squares to the right begins: (size, size) bool."""
         padded = jnp.pad(free, ((0, 0), (0, length)))
         return jnp.stack([padded[:, i : i + size] for i in range(length)]).all(axis=0)
 
@@ -228,7 +320,8 @@ def battleship(size: int) -> Game:
         board = jnp.zeros((size, size), bool)
         for ship_key, length in zip(jax.random.split(key, len(SHIPS)), SHIPS, strict=True):
             possible = jnp.stack([places(~board, length), places(~board.T, length).T])
-            place = jax.random.categorical(ship_key, jnp.where(possible.reshape(-1), 0.0, -jnp.inf))
+            logits = jnp.where(possible.reshape(-1), 0.0, -jnp.inf)
+            place = jax.random.categorical(ship_key, logits)
             down, row, column = jnp.unravel_index(place, possible.shape)
             along = jnp.arange(length)
             board = board.at[row + down * along, column + (1 - down) * along].set(True)
@@ -239,27 +332,35 @@ def battleship(size: int) -> Game:
 
     def step(key, state, action):
         time, board, shots = state
-        place = action // size, action % size
+        place = (action // size, action % size)
         hit = board[place] & ~shots[place]
         shots = shots.at[place].set(True)
-        reward = jnp.where(hit, 1 / to_hit, -1 / (max_steps - to_hit))
-        sunk = (shots | ~board).all()
-        return one_hot(hit, 2), (time + 1, board, shots), reward, sunk, time + 1 >= max_steps
+        reward = jnp.where(hit, 1 / num_targets, -1 / (max_steps - num_targets))
+        terminated = (shots | ~board).all()
+        return one_hot(hit, 2), (time + 1, board, shots), reward, terminated, time + 1 >= max_steps
 
-    return Game(deal, begin, step, Box(0.0, 1.0, (2,)), Discrete(size * size), max_steps)
+    return Game(
+        deal=deal,
+        begin=begin,
+        step=step,
+        observation_space=one_hot_space(2),
+        action_space=Discrete(size * size),
+        max_steps=max_steps,
+    )
 
 
 CLEAR, MINE, VIEWED = 0, 1, 2
 
 
 def minesweeper(size: int, num_mines: int) -> Game:
-    """View all squares of a board of size x size but those with a mine; the board is not shown.
+    """View all squares without a mine on a hidden board of size x size squares.
 
-    Seen: the number of mines on and around the square just viewed. Rewarded: a square not viewed before.
-    Punished: one viewed before; a mine, which terminates, as winning does. Truncates after as many steps as are needed.
+    Seen: the number of mines on and around the square just viewed.
+    Rewarded: a square not viewed before. Punished: a square viewed before; a mine.
+    Terminates at a mine and when the game is won. Truncates after as many steps as winning needs.
     """
     max_steps = size * size - num_mines
-    counts = min(num_mines + 1, 10)
+    num_counts = min(num_mines + 1, 10)
 
     def deal(key):
         mines = jax.random.choice(key, size * size, (num_mines,), replace=False)
@@ -269,29 +370,43 @@ def minesweeper(size: int, num_mines: int) -> Game:
         padded = jnp.pad((board == MINE).astype(jnp.int32), 1)
         shifts = [(i, j) for i in range(3) for j in range(3)]
         neighbors = sum(padded[i : i + size, j : j + size] for i, j in shifts)
-        return one_hot(0, counts), (jnp.int32(0), board, neighbors)
+        return one_hot(0, num_counts), (jnp.int32(0), board, neighbors)
 
     def step(key, state, action):
         time, board, neighbors = state
-        place = action // size, action % size
-        square, reward = board[place], 1 / max_steps
-        reward = jnp.select([square == CLEAR, square == VIEWED], [reward, -0.5 / (max_steps - 2)], -0.5 - reward)
+        place = (action // size, action % size)
+        square = board[place]
+        gain = 1 / max_steps
+        reward = jnp.select(
+            [square == CLEAR, square == VIEWED],
+            [gain, -0.5 / (max_steps - 2)],
+            default=-0.5 - gain,
+        )
         board = board.at[place].set(jnp.where(square == CLEAR, VIEWED, square))
         terminated = (square == MINE) | (board != CLEAR).all()
-        state = time + 1, board, neighbors
-        return one_hot(neighbors[place], counts), state, reward, terminated, time + 1 == max_steps
+        state = (time + 1, board, neighbors)
+        obs = one_hot(neighbors[place], num_counts)
+        return obs, state, reward, terminated, time + 1 == max_steps
 
-    return Game(deal, begin, step, Box(0.0, 1.0, (counts,)), Discrete(size * size), max_steps)
+    return Game(
+        deal=deal,
+        begin=begin,
+        step=step,
+        observation_space=one_hot_space(num_counts),
+        action_space=Discrete(size * size),
+        max_steps=max_steps,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bandits and control
+# --- Bandits and control -------------------------------------------------------------------------
 
 
 def bandit(num_arms: int, max_steps: int) -> Game:
-    """Find the arm that pays most often; each pays with a probability of its own, uniform in [0, 1).
+    """Find the arm that pays most often; each arm pays with its own probability from U[0, 1).
 
-    Seen: has the last arm paid. Rewarded: that it has, and punished that it has not. Truncates.
+    Seen: whether the last arm paid.
+    Rewarded: an arm that pays. Punished: one that does not.
+    Truncates after max_steps.
     """
 
     def begin(key, payout):
@@ -303,20 +418,32 @@ def bandit(num_arms: int, max_steps: int) -> Game:
         reward = right_or_wrong(pays, 1 / max_steps)
         return one_hot(pays, 2), (time + 1, payout), reward, False, time + 1 >= max_steps
 
-    deal = partial(jax.random.uniform, shape=(num_arms,))
-    return Game(deal, begin, step, Box(0.0, 1.0, (2,)), Discrete(num_arms), max_steps)
+    return Game(
+        deal=partial(jax.random.uniform, shape=(num_arms,)),
+        begin=begin,
+        step=step,
+        observation_space=one_hot_space(2),
+        action_space=Discrete(num_arms),
+        max_steps=max_steps,
+    )
 
 
 def noisy(key, obs, noise, high):
-    """obs with normal noise, clipped to +-high; unchanged where `noise`, its standard deviation, is 0."""
+    """obs with normal noise, clipped to [-high, high]; unchanged if `noise` is 0.
+
+    Args:
+      noise: the standard deviation, a Python number.
+    """
     return jnp.clip(obs + noise * jax.random.normal(key, obs.shape), -high, high) if noise else obs
 
 
 def cart_pole(max_steps: int, noise: float = 0.0, velocity_only: bool = False) -> Game:
-    """Balance a pole on a cart (gymnasium's CartPole-v1).
+    """Balance a pole on a cart, with the physics of gymnasium's CartPole-v1.
 
-    Seen: position and angle, with noise or without; or the velocities alone, but position and angle at first, which
-    is popgym's doing. Rewarded: every step. Terminates when the pole falls or the cart leaves, truncates at the limit.
+    Seen: position and angle, with noise or without. With `velocity_only`: their velocities, except
+    in the first observation, which popgym fills with position and angle.
+    Rewarded: every step.
+    Terminates when the pole falls or the cart leaves the track. Truncates after max_steps.
     """
     max_angle = 12 * 2 * np.pi / 360
     high = np.array([4.8, 2 * max_angle], np.float32)
@@ -327,7 +454,9 @@ def cart_pole(max_steps: int, noise: float = 0.0, velocity_only: bool = False) -
     def step(key, state, action):
         time, physics = state
         x, x_dot, theta, theta_dot = physics
-        force, sin, cos = jnp.where(action == 1, 10.0, -10.0), jnp.sin(theta), jnp.cos(theta)
+        force = jnp.where(action == 1, 10.0, -10.0)
+        sin = jnp.sin(theta)
+        cos = jnp.cos(theta)
         push = (force + 0.05 * theta_dot**2 * sin) / 1.1
         theta_acc = (9.8 * sin - cos * push) / (0.5 * (4 / 3 - 0.1 * cos**2 / 1.1))
         x_acc = push - 0.05 * theta_acc * cos / 1.1
@@ -336,21 +465,29 @@ def cart_pole(max_steps: int, noise: float = 0.0, velocity_only: bool = False) -
         terminated = (jnp.abs(physics[0]) > 2.4) | (jnp.abs(physics[2]) > max_angle)
         return obs, (time + 1, physics), 1 / max_steps, terminated, time + 1 >= max_steps
 
-    deal = partial(jax.random.uniform, shape=(4,), minval=-0.05, maxval=0.05)
-    space = Box(-np.inf, np.inf, (2,)) if velocity_only else Box(-high, high, (2,))
-    return Game(deal, begin, step, space, Discrete(2), max_steps)
+    return Game(
+        deal=partial(jax.random.uniform, shape=(4,), minval=-0.05, maxval=0.05),
+        begin=begin,
+        step=step,
+        observation_space=Box(-np.inf, np.inf, (2,)) if velocity_only else Box(-high, high, (2,)),
+        action_space=Discrete(2),
+        max_steps=max_steps,
+    )
 
 
 def pendulum(max_steps: int, noise: float = 0.0) -> Game:
-    """Swing a pendulum up (gymnasium's Pendulum-v1).
+    """Swing a pendulum up, with the physics of gymnasium's Pendulum-v1.
 
-    Seen: cosine and sine of its angle, with noise or without. Rewarded: upright, slow and without effort, between
-    -1 / max_steps and 1 / max_steps. Truncates.
+    Seen: cosine and sine of its angle, with noise or without.
+    Rewarded: an upright, slow pendulum and little torque, between -1 and 1 over max_steps.
+    Truncates after max_steps.
     """
+    half_of_highest_cost = 8.1368022
 
     def begin(key, physics):
         theta = physics[0]
-        return noisy(key, jnp.stack([jnp.cos(theta), jnp.sin(theta)]), noise, 1.0), (jnp.int32(0), physics)
+        obs = jnp.stack([jnp.cos(theta), jnp.sin(theta)])
+        return noisy(key, obs, noise, 1.0), (jnp.int32(0), physics)
 
     def step(key, state, action):
         time, (theta, theta_dot) = state
@@ -359,17 +496,23 @@ def pendulum(max_steps: int, noise: float = 0.0) -> Game:
         cost = angle**2 + 0.1 * theta_dot**2 + 0.001 * torque**2
         theta_dot = jnp.clip(theta_dot + 0.05 * (15.0 * jnp.sin(theta) + 3.0 * torque), -8.0, 8.0)
         obs, (_, physics) = begin(key, jnp.stack([theta + 0.05 * theta_dot, theta_dot]))
-        reward = (1.0 - cost / 8.1368022) / max_steps  # half the highest cost
+        reward = (1.0 - cost / half_of_highest_cost) / max_steps
         return obs, (time + 1, physics), reward, False, time + 1 >= max_steps
 
     def deal(key):
         return jax.random.uniform(key, (2,), minval=-1.0, maxval=1.0) * jnp.array([jnp.pi, 1.0])
 
-    return Game(deal, begin, step, Box(-1.0, 1.0, (2,)), Box(-2.0, 2.0, (1,)), max_steps)
+    return Game(
+        deal=deal,
+        begin=begin,
+        step=step,
+        observation_space=Box(-1.0, 1.0, (2,)),
+        action_space=Box(-2.0, 2.0, (1,)),
+        max_steps=max_steps,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ids
+# --- Ids -----------------------------------------------------------------------------------------
 
 # family -> (function, its arguments when easy, medium and hard)
 FAMILIES: dict[str, tuple[Callable[..., Game], tuple[Any, Any, Any]]] = {
@@ -395,7 +538,7 @@ GAMES = {
     for level, arguments in zip(LEVELS, levels, strict=True)
 }
 
-# popgym's names for families that have another one here
+# popgym's name for a family -> its name here, where they differ
 POPGYM_NAMES = {
     "MineSweeper": "Minesweeper",
     "MultiarmedBandit": "MultiArmedBandit",
@@ -408,11 +551,15 @@ POPGYM_NAMES = {
 
 
 def ids() -> list[str]:
-    """The ids of `GAMES`."""
+    """The 42 ids: 14 families, each Easy, Medium and Hard."""
     return list(GAMES)
 
 
 def make_task(env_id: str, **options) -> Task:
-    """A task of POPGym; it has no options."""
+    """A task of POPGym; it has no options of its own.
+
+    Raises:
+      ValueError: options are given.
+    """
     check_options(f"popjaxrl::{env_id}", options, {})
     return GAMES[env_id]().task()

@@ -10,7 +10,7 @@ from env_adapters.task import Task
 from env_adapters.wrappers import DEFAULTS, check_options, common_options, mask_observation, wrap
 from harness.errors import did_you_mean
 
-# namespace -> (its ids, (id, **options) -> Task); libraries are imported when one of their ids is asked for
+# namespace -> (its ids, (id, **options) -> Task). Both import the library when they are called.
 NAMESPACES: dict[str, tuple[Callable[[], list[str]], Callable[..., Task]]] = {
     "gymnax": (gymnax.ids, gymnax.make_task),
     "brax": (brax.ids, brax.make_task),
@@ -24,60 +24,33 @@ NAMESPACES: dict[str, tuple[Callable[[], list[str]], Callable[..., Task]]] = {
 # namespace -> (id -> the namespace::id that it is short for)
 ALIASES: dict[str, Callable[[str], str]] = {"navix": navix.full_id, "gxm": gxm.full_id}
 
+# Namespaces that take seconds to list their ids, each with a word. `known_ids` lists them only if
+# they are asked for by name, or if the user wrote that word.
+SLOW_TO_LIST = {"navix": "MiniGrid", "popgym_arcade": "Arcade"}
+
 
 def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment:
     """The environment `namespace::id`.
 
-    Equal arguments give the same object: it has no state, and is a static argument of the scripts' jitted functions.
+    Equal arguments give the same object. It has no state, and is a static argument of jitted
+    functions.
 
     Args:
-      id: namespace and the library's own id, e.g. "gymnax::CartPole-v1".
-      mask: entries of the observation to hide, see `mask_observation`.
-      **options: parameters of the task, e.g. memory_length=10 for gymnax::MemoryChain-bsuite, and for every task
-        sticky_actions, noise, mask_probability, flicker, delay, frame_stack, time_limit, rescale_actions: see
-          wrappers.py, also for the order in which they are applied;
-        normalize_obs, normalize_reward: running normalisation, see `Normalized`;
-        reward_gamma: discount per step of the return that normalize_reward looks at.
+      id: the namespace and the library's own id, as in "gymnax::CartPole-v1".
+      mask: entries of the observation to remove, see `mask_observation`.
+      **options: parameters of the task, as memory_length=10 of gymnax::MemoryChain-bsuite, and for
+        every task
+          sticky_actions, noise, mask_probability, flicker, delay, frame_stack, time_limit,
+            rescale_actions: wrappers.py describes them and their order;
+          normalize_obs, normalize_reward: running normalisation, see `Normalized`;
+          reward_gamma: the discount of normalize_reward.
 
     Raises:
-      ValueError: unknown namespace, id, mask or option; names what is valid and what is nearest.
+      ValueError: a namespace, id, mask or option is unknown (names what is valid, and the closest
+        match), or its library is missing (names the package).
     """
-    return _make(full_id(id), (mask,) if isinstance(mask, str) else tuple(mask), tuple(sorted(options.items())))
-
-
-def full_id(id: str) -> str:
-    """The namespace::id that `id` is short for, or `id` itself."""
-    namespace, separator, env_id = id.partition("::")
-    if not (separator and namespace in ALIASES):
-        return id
-    longer = ALIASES[namespace](env_id)
-    return id if longer == id else full_id(longer)
-
-
-# Namespaces that take seconds to list their ids: asked only by name, or about what they are likely to have.
-SLOW_TO_LIST = {"navix": "MiniGrid", "popgym_arcade": "Arcade"}
-
-
-def known_ids(wanted: str, namespaces=()) -> dict[str, str]:
-    """Names that someone might have in mind, and the full ids they stand for; of all namespaces that are installed.
-
-    An id is also known without what libraries put before or after the name of a task: Catch is gymnax::Catch-bsuite.
-    """
-    known: dict[str, str] = {}
-    for namespace, (ids, _) in NAMESPACES.items():
-        if namespace not in (namespaces or NAMESPACES):
-            continue
-        if not namespaces and SLOW_TO_LIST.get(namespace, "") not in wanted:
-            continue
-        with contextlib.suppress(ImportError, ValueError):
-            for env_id in ids():
-                name = env_id.rpartition("/")[2]
-                for short in (f"{namespace}::{env_id}", env_id, name, name.rpartition("-")[0], name.partition("-")[2]):
-                    known.setdefault(short, f"{namespace}::{env_id}")
-    if "popjaxrl" in (namespaces or NAMESPACES):
-        for theirs, ours in popjaxrl.POPGYM_NAMES.items():
-            known |= {theirs + level: f"popjaxrl::{ours}{level}" for level in popjaxrl.LEVELS}
-    return {name: full for name, full in known.items() if name}
+    masks = (mask,) if isinstance(mask, str) else tuple(mask)
+    return _make(full_id(id), masks, tuple(sorted(options.items())))
 
 
 @functools.cache
@@ -85,26 +58,88 @@ def _make(id, mask, options):
     namespace, separator, env_id = id.partition("::")
     if not separator:
         hint = did_you_mean(id, known_ids(id))
-        raise ValueError(f"environment {id!r} has no namespace{hint}; write namespace::id, as in gymnax::CartPole-v1")
+        advice = "write namespace::id, as in gymnax::CartPole-v1"
+        raise ValueError(f"environment {id!r} has no namespace{hint}; {advice}")
     if namespace not in NAMESPACES:
-        valid, hint = ", ".join(NAMESPACES), did_you_mean(env_id, known_ids(env_id))
-        raise ValueError(f"unknown environment namespace {namespace!r} in {id!r}{hint}; this version has: {valid}")
+        hint = did_you_mean(env_id, known_ids(env_id))
+        valid = f"this version has: {', '.join(NAMESPACES)}"
+        raise ValueError(f"unknown environment namespace {namespace!r} in {id!r}{hint}; {valid}")
     ids, make_task = NAMESPACES[namespace]
     if env_id not in ids():
-        hint = did_you_mean(env_id, known_ids(env_id, [namespace])) or did_you_mean(env_id, known_ids(env_id))
-        raise ValueError(f"unknown environment {id!r}{hint}; valid ids of {namespace}: {', '.join(ids())}")
+        hint = did_you_mean(env_id, known_ids(env_id, [namespace]))
+        hint = hint or did_you_mean(env_id, known_ids(env_id))
+        valid = f"valid ids of {namespace}: {', '.join(ids())}"
+        raise ValueError(f"unknown environment {id!r}{hint}; {valid}")
+
     common = common_options()
     own = {name: value for name, value in options if name not in common}
     given = {name: value for name, value in options if name in common}
     check_options(id, given, {})
     common |= given
-    if not 0 <= common["reward_gamma"] <= 1:
-        raise ValueError(f"option reward_gamma of {id} must be between 0 and 1, got {common['reward_gamma']}")
+    gamma = common["reward_gamma"]
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"option reward_gamma of {id} must be between 0 and 1, got {gamma}")
+
     task = make_task(env_id, **own)
     if mask:
         task = mask_observation(id, task, mask)
     task = wrap(task, id, {name: common[name] for name in DEFAULTS})
-    observations, rewards = common["normalize_obs"], common["normalize_reward"]
-    if observations or rewards:
-        return Normalized(id, task, observations, rewards, common["reward_gamma"])
+    if common["normalize_obs"] or common["normalize_reward"]:
+        return Normalized(
+            id=id,
+            task=task,
+            observations=common["normalize_obs"],
+            rewards=common["normalize_reward"],
+            gamma=gamma,
+        )
     return Environment(id, task)
+
+
+def full_id(id: str) -> str:
+    """The namespace::id that `id` is short for, or `id` itself.
+
+    Raises:
+      ValueError: the part after gxm:: does not name a library, or is not supported.
+    """
+    namespace, separator, env_id = id.partition("::")
+    if not (separator and namespace in ALIASES):
+        return id
+    longer = ALIASES[namespace](env_id)
+    return id if longer == id else full_id(longer)
+
+
+def known_ids(wanted: str, namespaces=()) -> dict[str, str]:
+    """Names that a user may have in mind, and the full ids that they stand for.
+
+    Known are full ids, ids without their namespace, and ids without what libraries put before or
+    after the name of a task: Catch is gymnax::Catch-bsuite. Libraries that are not installed are
+    left out.
+
+    Args:
+      wanted: what the user wrote; decides whether slow namespaces are listed.
+      namespaces: the namespaces to list; all if empty.
+    """
+    known: dict[str, str] = {}
+    listed = namespaces or NAMESPACES
+    for namespace, (ids, _) in NAMESPACES.items():
+        if namespace not in listed:
+            continue
+        if not namespaces and SLOW_TO_LIST.get(namespace, "") not in wanted:
+            continue
+        with contextlib.suppress(ImportError, ValueError):  # the library is missing
+            for env_id in ids():
+                full = f"{namespace}::{env_id}"
+                for name in (full, *names_of(env_id)):
+                    known.setdefault(name, full)
+    if "popjaxrl" in listed:
+        for theirs, ours in popjaxrl.POPGYM_NAMES.items():
+            known |= {theirs + level: f"popjaxrl::{ours}{level}" for level in popjaxrl.LEVELS}
+    return {name: full for name, full in known.items() if name}
+
+
+def names_of(env_id: str) -> list[str]:
+    """What a user may call an id: Gymnasium/ALE/Pong-v5 is also Pong-v5 and Pong."""
+    name = env_id.rpartition("/")[2]
+    without_suffix = name.rpartition("-")[0]
+    without_prefix = name.partition("-")[2]
+    return [env_id, name, without_suffix, without_prefix]

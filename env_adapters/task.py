@@ -1,4 +1,4 @@
-"""What a library supplies: a `Task` of pure functions, and the spaces of its observations and actions."""
+"""What an adapter returns: a `Task` of pure functions, and the spaces of its arrays."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,12 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Box:
-    """Arrays of one shape and dtype between `low` and `high` (arrays of that shape, or scalars)."""
+    """Arrays with one shape and dtype.
+
+    Attributes:
+      low: smallest values, a scalar or an array of that shape; may be -inf.
+      high: greatest values, likewise; may be inf.
+    """
 
     low: Any
     high: Any
@@ -19,8 +24,9 @@ class Box:
     dtype: Any = np.float32
 
     def sample(self, key):
-        """A uniform sample; needs finite bounds."""
-        low, high = jnp.asarray(self.low, jnp.float32), jnp.asarray(self.high, jnp.float32)
+        """A uniform sample; the bounds must be finite."""
+        low = jnp.asarray(self.low, jnp.float32)
+        high = jnp.asarray(self.high, jnp.float32)
         return jax.random.uniform(key, self.shape, jnp.float32, low, high).astype(self.dtype)
 
 
@@ -39,14 +45,19 @@ class Discrete:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a library supplies: pure functions without auto-reset.
+    """An environment without auto-reset, as pure functions that JAX can compile and vmap.
 
-    reset: key -> (obs, state)
-    step: (key, state, action) -> (obs, state, reward, terminated, truncated)
-    max_steps: steps after which the task truncates by itself.
-    render: state -> uint8 image (height, width, 3), on the host; None if the library cannot draw it.
-    masks: names for entries of the observation, as in {"velocity": (1, 3)}.
-    costly_reset: worth a loop, so that it is computed for those environments only whose episode ends.
+    Attributes:
+      reset: key -> (obs, state); the state is any pytree of arrays.
+      step: (key, state, action) -> (obs, state, reward, terminated, truncated).
+        obs is the true next observation, also when the episode ends. Shapes are those of the
+        spaces; dtypes may differ, `Environment` casts them.
+      max_steps: an upper bound of an episode's length; the task ends every episode by then.
+      render: state -> uint8 image (height, width, 3), called with numpy arrays outside of JAX;
+        None if the library cannot draw.
+      masks: names for entries of a vector observation, as in {"velocity": (1, 3)}.
+      costly_reset: True if a reset costs about as much as a step or more. `Environment` then
+        computes resets only for environments whose episode has ended (`branch_where`).
     """
 
     reset: Callable
@@ -60,10 +71,10 @@ class Task:
 
 
 def cast(obs, space: Box):
-    """An observation with the shape and dtype of its space."""
+    """The observation with the dtype and shape of its space."""
     return jnp.asarray(obs).astype(space.dtype).reshape(space.shape)
 
 
 def strong(x):
-    """x without jax's weak type."""
+    """The array without JAX's weak type, which would make JAX compile a second time."""
     return jax.lax.convert_element_type(x, x.dtype)
