@@ -1,9 +1,9 @@
-"""What a script needs for a run besides its algorithm: options, seeds, compiled updates, resuming, evaluating.
+"""What a script needs besides its algorithm: options, compiled updates, resuming, evaluating.
 
-    launch(main, Config)                                                 # the command line
-    with Run(config, init) as run: ...                                   # directory, logger, checkpoints
-    state, report = run_updates(update, state, env, num_updates)         # train all seeds
-    show(config, env, init, evaluate)                                    # --evaluate
+    launch(main, Config)                                            # the command line
+    with Run(config, init) as run: ...                              # directory, logger, checkpoints
+    state, report = run_updates(update, state, env, num_updates)    # train all seeds
+    show(config, env, init, evaluate)                               # --evaluate
 
 The parts are in `harness/`: options.py, run_dir.py, checkpoints.py, metrics.py.
 """
@@ -68,12 +68,15 @@ __all__ = [
 
 
 def seed_keys(config):
-    """Typed keys (num_seeds,): with --num-seeds 3 --seed 5 those of the runs with seeds 5, 6 and 7."""
+    """Typed keys (num_seeds,): --num-seeds 3 --seed 5 has those of the seeds 5, 6 and 7."""
     return jax.vmap(jax.random.key)(config.seed + jnp.arange(config.num_seeds))
 
 
 def vmap_seeds(function):
-    """`jax.vmap` over the leading seed axis; a single seed is not batched, which compiles a fifth faster."""
+    """`jax.vmap` over the leading seed axis, but a single seed is not batched.
+
+    Unbatched programs compile a fifth faster.
+    """
 
     def mapped(state):
         if jax.tree.leaves(state)[0].shape[0] > 1:
@@ -141,15 +144,16 @@ def compiled_updates(update, state, env, num_updates):
     metrics = jax.eval_shape(update_seeds, state)[1]
     zeros = jax.tree.map(jnp.zeros_like, metrics)
     counts = jax.tree.map(lambda x: jnp.zeros(x.shape, int), metrics)
-    # The number of updates is not known when this compiles: a last, shorter chunk does not compile again.
+    # The number of updates is not known when this compiles: a last, shorter chunk does not compile
+    # again.
     return jax.lax.fori_loop(0, num_updates, body, (state, zeros, counts))
 
 
 def run_updates(update, state, env, num_updates: int):
     """Run several updates of every seed: the new state, and the `Report` of their means.
 
-    The first call compiles `update`, and so does every call with another shape of state. The state passed in is used
-    up (donated).
+    The first call compiles `update`, and so does every call with another shape of state. The state
+    passed in is used up (donated).
     """
     began = time.perf_counter()
     first = int(state.updates[0])
@@ -186,7 +190,10 @@ def fill_buffer(rollout, state, env):
 
 
 def report_chunks(config, num_steps: int):
-    """The updates of each report in `num_steps` steps per seed: `log_every`, and in the end what is left, at least 1."""
+    """Divide `num_steps` steps per seed into reports: the number of updates of each.
+
+    It is `log_every`, and for the last report what is left. There is at least one update.
+    """
     remaining = max(1, num_steps // config.steps_per_update)
     while remaining:
         num_updates = min(config.log_every, remaining)
@@ -204,7 +211,7 @@ def environment_steps(state) -> int:
 
 
 def check_buffer(config, buffer) -> None:
-    """Print the size of a replay buffer, from the shapes and dtypes of its arrays, before it is made.
+    """Print the size of a replay buffer that is still to be made, from shapes and dtypes.
 
     Raises:
       UsageError: it is larger than the free memory.
@@ -221,7 +228,7 @@ def check_buffer(config, buffer) -> None:
 
 
 class Run:
-    """One training run: its directory, logger and checkpoints; a new run, or the one that --resume names.
+    """A training run, new or resumed: its directory, logger and checkpoints.
 
         with Run(config, init) as run:
             state = warmup(run.state, env, run.logger)
@@ -230,8 +237,9 @@ class Run:
                 if run.evaluation_is_due(state):
                     run.save(state, evaluate(state, env, config.eval_episodes))
 
-    Reports and evaluations happen after the same updates whether or not the run was interrupted. SIGTERM and Ctrl-C
-    end the loop at the next report, after a checkpoint; a second Ctrl-C ends it at once.
+    Reports and evaluations happen after the same updates whether or not the run was interrupted.
+    SIGTERM and Ctrl-C end the loop at the next report, after a checkpoint; a second Ctrl-C ends it
+    at once.
 
     Raises:
       UsageError: the directory or a logger cannot be used.
@@ -272,7 +280,7 @@ class Run:
         return max(1, self.config.eval_every // self.config.steps_per_update)
 
     def next_chunk(self, state) -> int:
-        """Steps to train until the next report; 0 if the run is complete, or was told to stop and has saved."""
+        """Steps to train until the next report; 0 if the run is complete or has been stopped."""
         self._listen()
         config = self.config
         if self.signal and self.saved_step != environment_steps(state):
@@ -285,7 +293,7 @@ class Run:
         return min(config.log_every, end - done) * config.steps_per_update
 
     def evaluation_is_due(self, state) -> bool:
-        """Whether `eval_every` steps, rounded down to whole updates, have passed since the last, or the run ends."""
+        """True after every `eval_every` steps, rounded down to whole updates, and at the end."""
         done = int(state.updates[0])
         return done % self.updates_per_evaluation == 0 or done == self.config.num_updates
 
@@ -321,7 +329,7 @@ class Run:
         return f"the last checkpoint is of step {self.saved_step:,}, {advice} {self.dir}"
 
     def _listen(self):
-        """From the first chunk on, signals wait for the next report; before it there is nothing to save."""
+        """Let signals wait for the next report. Before the first chunk there is nothing to save."""
         gc.enable()
         if self.handlers or threading.current_thread() is not threading.main_thread():
             return
@@ -363,10 +371,10 @@ class Run:
 
 
 def show(config, env, init, evaluate) -> None:
-    """Print the greedy return of a trained agent (--evaluate); with --video, write one of its episodes.
+    """What --evaluate does: print the greedy return of a trained agent, or film it (--video).
 
     Raises:
-      UsageError: there is no such run or no checkpoint, or the library cannot draw this environment.
+      UsageError: there is no such run or checkpoint, or the environment cannot be drawn.
     """
     check_same(config, load_config(config.evaluate, type(config)), MAY_DIFFER_ON_EVALUATE)
     if config.video:

@@ -1,7 +1,7 @@
-"""The same layers, optimizer steps and random numbers, written so that XLA compiles them to fast CPU code.
+"""The same layers, optimizer steps and random numbers, which XLA compiles to fast CPU code.
 
-Scripts use `Dense` and `Conv` like Flax's layers of these names. Parameters and results are the same; to get the
-plain version, import the two from `flax.linen` instead.
+Scripts use `Dense` and `Conv` like Flax's layers of these names. Parameters and results are the
+same; to get the plain version, import the two from `flax.linen` instead.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,16 @@ import optax
 from jax.extend.random import threefry2x32_p
 from jax.interpreters import mlir
 
-# --- Dense layers -----------------------------------------------------------------------------------------------------
+# --- Dense layers --------------------------------------------------------------------------------
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def fast_dot_general(x, kernel, dimension_numbers, precision=None):
     """The product of a dense layer: x (..., in), kernel (in, out) -> (..., out).
 
-    The gradient of the kernel is a sum over the rows of x. JAX writes it as a product that sums over the first axes of
-    two matrices, which XLA's fast CPU kernels do not support. Here the smaller of the two is transposed first.
+    The gradient of the kernel is a sum over the rows of x. JAX writes it as a product that sums
+    over the first axes of two matrices, which XLA's fast CPU kernels do not support. Here the
+    smaller of the two is transposed first.
     """
     return jax.lax.dot_general(x, kernel, dimension_numbers, precision)
 
@@ -52,7 +53,7 @@ class Dense(nn.Dense):
     dot_general: Callable | None = fast_dot_general
 
 
-# --- Convolutions -----------------------------------------------------------------------------------------------------
+# --- Convolutions --------------------------------------------------------------------------------
 
 
 @partial(jax.custom_vjp, nondiff_argnums=range(2, 9))
@@ -67,11 +68,12 @@ def fast_conv(
     feature_group_count,
     precision,
 ):
-    """A convolution of images without padding: x (N, H, W, in), kernel (h, w, in, out) -> (N, H', W', out).
+    """A convolution without padding: x (N, H, W, in), kernel (h, w, in, out) -> (N, H', W', out).
 
-    JAX writes the gradients as convolutions whose arrays keep their order of axes. Where it is not the order above,
-    XLA for CPUs transposes them, except inside loops, and training is a loop: there its slowest code computes them,
-    which takes 20 to 30 times as long (github.com/jax-ml/jax/issues/12868). Here they are transposed first.
+    JAX writes the gradients as convolutions whose arrays keep their order of axes. Where it is not
+    the order above, XLA for CPUs transposes them, except inside loops, and training is a loop:
+    there its slowest code computes them, which takes 20 to 30 times as long
+    (github.com/jax-ml/jax/issues/12868). Here they are transposed first.
     """
     if (padding, *lhs_dilation, *rhs_dilation, feature_group_count) != ("VALID", 1, 1, 1, 1, 1):
         raise NotImplementedError("fast.Conv is for images, without padding, dilation and groups")
@@ -119,19 +121,23 @@ fast_conv.defvjp(_conv_forward, _conv_backward)
 
 
 class Conv(nn.Conv):
-    """`flax.linen.Conv` with gradients that are fast on CPUs, for images without padding, dilation and groups."""
+    """`flax.linen.Conv` with gradients that are fast on CPUs.
+
+    It is for images, without padding, dilation and groups.
+    """
 
     conv_general_dilated: Callable | None = fast_conv
 
 
-# --- The optimizer's step ---------------------------------------------------------------------------------------------
+# --- The optimizer's step ------------------------------------------------------------------------
 
 
 def flatten_small(optimizer, limit=2**15):
-    """`optax.flatten(optimizer)` for networks of up to `limit` parameters, else the optimizer as it is.
+    """`optax.flatten(optimizer)` for up to `limit` parameters, else the optimizer as it is.
 
-    Many small arrays are updated faster as one vector, by a few operations instead of a few per array. Large arrays
-    are faster one by one: nothing is copied together, and the first do not wait for the last gradient.
+    Many small arrays are updated faster as one vector, by a few operations instead of a few per
+    array. Large arrays are faster one by one: nothing is copied together, and the first do not wait
+    for the last gradient.
     """
     flat = optax.flatten(optimizer)
 
@@ -148,15 +154,15 @@ def flatten_small(optimizer, limit=2**15):
     return optax.GradientTransformation(init, update)
 
 
-# --- Random numbers ---------------------------------------------------------------------------------------------------
+# --- Random numbers ------------------------------------------------------------------------------
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def threefry_2x32(key1, key2, x1, x2):
-    """The hash Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+    """Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers").
 
-    Two words of key and two of counter, uint32 of one shape, to two words of random bits of that shape.
+    Two words of a key and two of a counter to two words of random bits, uint32 of one shape.
     """
     keys = (key1, key2, key1 ^ key2 ^ np.uint32(0x1BD11BDA))
     x1, x2 = x1 + keys[0], x2 + keys[1]
@@ -165,15 +171,16 @@ def threefry_2x32(key1, key2, x1, x2):
             x1 = x1 + x2
             x2 = x1 ^ ((x2 << np.uint32(bits)) | (x2 >> np.uint32(32 - bits)))
         x1, x2 = x1 + keys[(i + 1) % 3], x2 + keys[(i + 2) % 3] + np.uint32(i + 1)
-    # Without the barrier XLA would repeat the hash in everything that reads the bits, and compile for minutes.
+    # Without the barrier XLA would repeat the hash in everything that reads the bits, and compile
+    # for minutes.
     return jax.lax.optimization_barrier((x1, x2))
 
 
 def use_fast_random() -> None:
     """Let this process compute JAX's random bits, the same ones, by `threefry_2x32` on CPUs.
 
-    JAX writes the rounds of this hash as a loop, whose turns XLA for CPUs starts one by one. Programs that were
-    compiled before the call keep the loop.
+    JAX writes the rounds of this hash as a loop, whose turns XLA for CPUs starts one by one.
+    Programs that were compiled before the call keep the loop.
     """
     lowering = mlir.lower_fun(threefry_2x32, multiple_results=True)
     mlir.register_lowering(threefry2x32_p, lowering, platform="cpu")

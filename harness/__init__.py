@@ -1,1 +1,4 @@
-"""What a run needs besides its algorithm: errors, run directories, checkpoints, options, viewing."""
+"""What runs need: errors, metrics, run directories, checkpoints, options, a dashboard.
+
+Imports run one way: errors, metrics < run_dir, checkpoints < options < dashboard.
+"""

@@ -24,7 +24,7 @@ class Diverged(RunError):
 
 
 def did_you_mean(name: str, valid) -> str:
-    """A hint, " (did you mean 'this'?)", with the valid name closest to `name`; "" if none is close.
+    """The hint " (did you mean 'this'?)" with the closest valid name, or "" if none is close.
 
     Args:
       valid: the valid names, or a dict from valid names to the names to show for them.

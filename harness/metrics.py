@@ -1,4 +1,4 @@
-"""The numbers of a run: the means of a report, statistics over seeds, and the file that keeps them."""
+"""The numbers of a run: means of reports, statistics over seeds, and the file that keeps them."""
 
 import json
 import math
@@ -29,12 +29,12 @@ class Report(dict):
 def summarize(sums: dict, finite: dict, first: int, count: int, steps_per_update: int) -> Report:
     """The report of the `count` updates that follow the first `first` ones.
 
-    `charts/episodic_*` are divided by the number of episodes that ended, `charts/episodes`. Where no
-    episode ended there is no mean: nan for that seed, and no entry if so for all seeds.
+    `charts/episodic_*` are divided by the number of episodes that ended, `charts/episodes`. Where
+    no episode ended there is no mean: nan for that seed, and no entry if so for all seeds.
 
     Args:
       sums: each metric summed over the updates, (S,).
-      finite: for each metric the number of updates, from the first on, until its sum was nan or inf.
+      finite: for each metric the number of updates before its sum became nan or inf.
     """
     episodes = np.asarray(sums["charts/episodes"])
     means = {"charts/episodes": episodes}
@@ -75,7 +75,8 @@ def interval(values, statistic=iqm, resamples: int = 2000):
 def scalars(metrics: dict) -> dict[str, float]:
     """Metrics as plain numbers: the mean over seeds as `name`, each seed's value as `name/seed_i`.
 
-    Returns of several seeds also have `name/iqm`, and its interval as `name/iqm_low` and `name/iqm_high`.
+    Returns of several seeds also have `name/iqm`, and its interval as `name/iqm_low` and
+    `name/iqm_high`.
     """
     flat = {}
     for name, value in metrics.items():
@@ -95,7 +96,7 @@ def scalars(metrics: dict) -> dict[str, float]:
 
 
 def describe(episodes, diverged=()) -> str:
-    """One line about evaluation episodes with returns (S, episodes), without the seeds in `diverged`."""
+    """One line about evaluation episodes, returns (S, episodes), without the `diverged` seeds."""
     returns = np.delete(np.asarray(episodes.returns), list(diverged), axis=0)
     text = f"greedy return over {returns.shape[1]} episodes: "
     if len(returns) == 1:
@@ -110,7 +111,7 @@ def describe(episodes, diverged=()) -> str:
 
 
 def read_metrics(path: Path, start: int = 0) -> list[dict]:
-    """The records of a metrics file from byte `start` on, without a last line that is unfinished."""
+    """The records of a metrics file from byte `start` on, without an unfinished last line."""
     if not path.exists():
         return []
     with open(path, "rb") as file:

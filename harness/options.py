@@ -74,10 +74,12 @@ ANY_SIGN = ("target_entropy",)
 def launch(main, config_class):
     """Parse the command line into `config_class` and call `main` with the result.
 
-    The process exits with code 2 and one sentence after a mistake of the user's, with 1 after a run that failed,
-    and with 130 after Ctrl-C.
+    The process exits with code 2 and one sentence after a mistake of the user's, with 1 after a run
+    that failed, and with 130 after Ctrl-C.
     """
-    gc.disable()  # tracing makes many objects and no garbage: a sixth of the start; `Run` enables it
+    # Tracing makes many objects and no garbage: collecting it is a sixth of the start. `Run`
+    # enables it again.
+    gc.disable()
     try:
         if not issubclass(config_class, Experiment):
             return main(tyro.cli(config_class))
@@ -96,7 +98,7 @@ def launch(main, config_class):
 
 
 def parse(config_class):
-    """The config of the command line. With --resume or --evaluate, what is not given is as in that run."""
+    """The config of the command line; with --resume or --evaluate the rest is as in that run."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?")
     parser.add_argument("--evaluate", nargs="?")
@@ -119,13 +121,14 @@ def parse(config_class):
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Let jax keep compiled programs in `folder`, unless JAX_COMPILATION_CACHE_DIR already names one."""
+    """Let jax keep compiled programs in `folder`; JAX_COMPILATION_CACHE_DIR takes precedence."""
     import jax
 
     if not (folder or os.environ.get("JAX_COMPILATION_CACHE_DIR")):
         return
     if jax.__version_info__ < (0, 10) and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":
-        # jax 0.9 prints pages about every program it loads from the cache, unless the level is set before its import.
+        # jax 0.9 prints pages about every program it loads from the cache, unless the level is set
+        # before its import.
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
         os.execv(sys.executable, sys.orig_argv)
     if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

@@ -1,6 +1,6 @@
-"""The directory of a run: opening it, and comparing a run with the code and config that want to continue it.
+"""The directory of a run: making it, reading it, and checking that a run can be continued.
 
-config.json    the script, every field of its config, and the code, packages and machine that made the run
+config.json    the script, its config, and the code, packages and machine that made the run
 metrics.jsonl  one JSON object per report (metrics.py), beside the files of the other loggers
 checkpoints/   the last training states and the best one (checkpoints.py)
 """
@@ -76,7 +76,7 @@ def numerical_sources(script: Path) -> dict[str, Path]:
 
 
 def provenance(script: Path) -> dict:
-    """What made a run: command, code version, packages, machine; None for what cannot be found out."""
+    """What made a run: command, code version, packages, machine; None for what is unknown."""
     import jax
 
     def git(*args):
@@ -111,7 +111,7 @@ def provenance(script: Path) -> dict:
 
 
 def open_run_dir(config):
-    """The directory of the run, new or to be resumed, and the lock that keeps other processes out of it.
+    """The directory of the run, new or to be resumed, and the lock on it.
 
     Raises:
       UsageError: it is taken, cannot be written, or is not a run of this script with this config.
@@ -172,7 +172,7 @@ def load_config(run_dir: str, config_class):
     """The config of a run of the script of `config_class`.
 
     Raises:
-      UsageError: there is no such run, it is of another script, or it has other fields than this version.
+      UsageError: there is no such run, or it is of another script or version.
     """
     path = Path(run_dir) / CONFIG_FILE
     script = script_of(config_class).stem
@@ -200,7 +200,7 @@ def load_config(run_dir: str, config_class):
 
 
 def check_same(config, saved, may_differ) -> None:
-    """Refuse a config that differs from the one a run was trained with, in other fields than `may_differ`.
+    """Refuse a config that is not the one a run was trained with, except for `may_differ`.
 
     Raises:
       UsageError: names the field, its value then, and its value now.
@@ -234,7 +234,7 @@ def check_versions(run_dir: Path, here: dict) -> None:
 
 
 def forget_after(path: Path, size: int) -> None:
-    """Cut a metrics file to the size it had when the checkpoint was written; the rest will be written again.
+    """Cut a metrics file to its size at the checkpoint; what came after will be written again.
 
     Raises:
       UsageError: it cannot be written.
