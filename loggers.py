@@ -199,7 +199,7 @@ class Console:
         "q value": ("losses/q_values", "{:.2f}"),
         "greedy return": (GREEDY, "{:.2f}"),
     }
-    # The columns are those of the first report, and these, which a report may lack.
+    # The columns are those that the first report has, and these.
     ALWAYS = (RETURN, "charts/episodic_length", GREEDY)
 
     def __init__(self, config, final_step):

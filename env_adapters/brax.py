@@ -1,6 +1,6 @@
 """The namespace `brax`: robots in JAX, without brax's own wrappers.
 
-The shortest adapter that has every part: copy it to add a library (README.md).
+It has every part of an adapter, masks and drawing included; playground.py is the shortest one.
 """
 
 import functools

@@ -200,7 +200,7 @@ class Moments(NamedTuple):
 
     mean: jax.Array  # float32, the shape of one value
     var: jax.Array  # float32, likewise
-    count: jax.Array  # () float32; grown so large that rounding stops it, it fixes later weights
+    count: jax.Array  # () float32; past about 2^24 it stops growing, and new weights stay fixed
 
     @classmethod
     def init(cls, shape):

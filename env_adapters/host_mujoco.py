@@ -28,7 +28,7 @@ from jax.interpreters import batching, mlir
 # Everything that mj_step reads. An int, as every call would have to convert the enum.
 STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 MAX_ROWS = 256  # environments simulated at once; each takes up to some MB
-THREAD_SECONDS = 2e-4  # physics worth another thread, which has to wake up and wait for Python
+THREAD_SECONDS = 2e-4  # of physics are worth another thread, which must wake up first
 
 # --- Calling numpy functions from JAX ------------------------------------------------------------
 
