@@ -1,22 +1,22 @@
-"""The wrappers of env_wrappers.py, each against what numpy expects of it."""
-
-from functools import partial
+"""Every wrapper against what numpy expects of it."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import constant_task
-from env_wrappers import wrap
+from helpers import constant_task, random_rollout
 
+from env_adapters.wrappers import wrap
 from envs import Box, Discrete, Environment, Task, make
 
 
 def clock_task(length=7, obs_shape=()):
-    """Observations (a number of the episode, steps so far), or images that are full of the steps so far."""
+    """Observations (a number of the episode, steps so far), or images full of the steps so far."""
 
     def show(number, time):
-        return jnp.full(obs_shape, time, jnp.uint8) if obs_shape else jnp.stack([number, 1.0 * time])
+        if obs_shape:
+            return jnp.full(obs_shape, time, jnp.uint8)
+        return jnp.stack([number, 1.0 * time])
 
     def reset(key):
         number = jax.random.uniform(key, minval=1.0, maxval=2.0)
@@ -33,10 +33,13 @@ def clock_task(length=7, obs_shape=()):
 def echo_task(length=50):
     """Observation: the action that was done; zero at first."""
 
+    def reset(key):
+        return jnp.zeros(1), jnp.int32(0)
+
     def step(key, time, action):
         return action[None], time + 1, 0.0, time + 1 >= length, False
 
-    return Task(lambda key: (jnp.zeros(1), jnp.int32(0)), step, Box(0.0, 9.0, (1,)), Discrete(10), length)
+    return Task(reset, step, Box(0.0, 9.0, (1,)), Discrete(10), length)
 
 
 def ones_task():
@@ -47,7 +50,7 @@ def ones_task():
 
 
 def rollout(task, steps=60, **options):
-    """(obs acted on, action, next obs, terminated, truncated, info) of every step, and the environment."""
+    """Of each step obs acted on, action, next obs, terminated, truncated, info; the environment."""
     env = Environment("test::Any", wrap(task, "test::Any", options))
 
     def step(carry, key):
@@ -58,19 +61,28 @@ def rollout(task, steps=60, **options):
 
     run = jax.jit(lambda key: jax.lax.scan(step, env.reset(key), jax.random.split(key, steps))[1])
     first = jax.eval_shape(env.reset, jax.random.key(0))[0]
-    assert (first.shape, first.dtype) == (env.observation_space.shape, env.observation_space.dtype)
+    space = env.observation_space
+    assert (first.shape, first.dtype) == (space.shape, space.dtype)
     return *jax.device_get(run(jax.random.key(3))), env
 
 
 @pytest.mark.parametrize(
     ("options", "ages"),
-    [({"delay": 2}, [2]), ({"frame_stack": 3}, [2, 1, 0]), ({"frame_stack": 2, "delay": 2}, [3, 2])],
+    [
+        ({"delay": 2}, [2]),
+        ({"frame_stack": 3}, [2, 1, 0]),
+        ({"frame_stack": 2, "delay": 2}, [3, 2]),
+    ],
 )
 def test_the_past_is_seen_and_ends_with_the_episode(options, ages):
     obs, _, _, terminated, _, info, _ = rollout(clock_task(), **options)
     numbers = obs[:, 0]  # of the episode that each step belongs to
     time = np.arange(60) % 7
-    expected = lambda time: np.stack([x for age in ages for x in (numbers, np.maximum(time - age, 0))], axis=1)  # noqa: E731
+
+    def expected(time):
+        columns = [x for age in ages for x in (numbers, np.maximum(time - age, 0))]
+        return np.stack(columns, axis=1)
+
     np.testing.assert_array_equal(obs, expected(time))
     np.testing.assert_array_equal(info["final_obs"], expected(time + 1))
     np.testing.assert_array_equal(terminated, time == 6)
@@ -81,7 +93,8 @@ def test_images_are_stacked_along_channels():
     obs, *_, env = rollout(clock_task(obs_shape=(4, 5, 3)), steps=14, frame_stack=2)
     assert obs.shape == (14, 4, 5, 6) and obs.dtype == np.uint8 == env.observation_space.dtype
     time = np.arange(14) % 7
-    np.testing.assert_array_equal(obs[:, 0, 0], np.stack([np.maximum(time - 1, 0)] * 3 + [time] * 3, axis=1))
+    expected = np.stack([np.maximum(time - 1, 0)] * 3 + [time] * 3, axis=1)
+    np.testing.assert_array_equal(obs[:, 0, 0], expected)
 
 
 def test_noise():
@@ -95,7 +108,8 @@ def test_noise():
 
 
 def test_entries_are_hidden_one_by_one_or_all_at_once():
-    single, together = (rollout(ones_task(), steps=4000, **{name: 0.3})[0] for name in ("mask_probability", "flicker"))
+    single, *_ = rollout(ones_task(), steps=4000, mask_probability=0.3)
+    together, *_ = rollout(ones_task(), steps=4000, flicker=0.3)
     for obs in (single, together):
         assert set(np.unique(obs)) == {0.0, 1.0} and abs(obs.mean() - 0.7) < 0.03
     assert np.abs(np.corrcoef(single.T) - np.eye(3)).max() < 0.08
@@ -116,25 +130,29 @@ def test_sticky_actions():
 def test_time_limit():
     *_, terminated, truncated, info, env = rollout(constant_task(50), steps=40, time_limit=4)
     np.testing.assert_array_equal(truncated, np.arange(40) % 4 == 3)
-    assert not terminated.any() and (info["episode_length"][truncated] == 4).all() and env.max_steps == 4
+    assert not terminated.any() and env.max_steps == 4
+    assert (info["episode_length"][truncated] == 4).all()
     *_, terminated, truncated, _, env = rollout(clock_task(7), steps=40, time_limit=7)
     np.testing.assert_array_equal(terminated, np.arange(40) % 7 == 6)
-    assert not truncated.any() and rollout(clock_task(7), steps=1, time_limit=9)[-1].max_steps == 7
+    assert not truncated.any()
+    *_, env = rollout(clock_task(7), steps=1, time_limit=9)
+    assert env.max_steps == 7
 
 
 def test_rescaled_actions():
     plain, scaled = make("gymnax::Pendulum-v1"), make("gymnax::Pendulum-v1", rescale_actions=True)
-    assert (scaled.action_space.low, scaled.action_space.high, scaled.action_space.shape) == (-1.0, 1.0, (1,))
+    space = scaled.action_space
+    assert (space.low, space.high, space.shape) == (-1.0, 1.0, (1,))
     _, state = plain.reset(jax.random.key(0))
     for action in (-3.0, -1.0, 0.3, 1.0):
-        ours, theirs = (
-            env.step(jax.random.key(1), state, jnp.array([a])) for env, a in ((scaled, action), (plain, 2 * action))
-        )
-        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
+        ours, *_ = scaled.step(jax.random.key(1), state, jnp.array([action]))
+        theirs, *_ = plain.step(jax.random.key(1), state, jnp.array([2 * action]))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 def test_a_wrapped_environment_is_drawn():
-    env = make("gymnax::CartPole-v1", frame_stack=2, delay=1, sticky_actions=0.1, time_limit=9, normalize_obs=True)
+    wrappers = {"frame_stack": 2, "delay": 1, "sticky_actions": 0.1, "time_limit": 9}
+    env = make("gymnax::CartPole-v1", **wrappers, normalize_obs=True)
     _, state = env.reset(jax.random.key(0))
     assert env.observation_space.shape == (8,) and env.max_steps == 9
     assert env.render(jax.device_get(state.task)).shape[-1] == 3
@@ -146,25 +164,50 @@ def test_masks_come_first():
 
 
 @pytest.mark.parametrize(
-    ("id", "options", "message"),
+    ("id", "mask", "kept"),
     [
-        ("CartPole-v1", {"flicker": 1.0}, "option flicker of .* must be at least 0 and less than 1, got 1.0"),
-        ("CartPole-v1", {"sticky_actions": -0.1}, "option sticky_actions of .* less than 1, got -0.1"),
-        ("CartPole-v1", {"mask_probability": float("nan")}, "option mask_probability of .* less than 1, got nan"),
-        ("CartPole-v1", {"noise": -1.0}, "option noise of gymnax::CartPole-v1 must be 0 or more, got -1.0"),
-        ("CartPole-v1", {"noise": float("inf")}, "option noise of .* must be 0 or more, got inf"),
-        ("CartPole-v1", {"delay": -1}, "option delay of .* must be 0 or more, got -1"),
-        ("CartPole-v1", {"delay": 1.5}, "option delay of .* must be int, got 1.5"),
-        ("CartPole-v1", {"frame_stack": 0}, "option frame_stack of .* must be 1 or more, got 0"),
-        ("CartPole-v1", {"time_limit": -5}, "option time_limit of .* must be 0 or more, got -5"),
-        ("CartPole-v1", {"frame_stak": 2}, r"has no option 'frame_stak' \(did you mean 'frame_stack'\?\)"),
+        ("gymnax::CartPole-v1", ("velocity",), [0, 2]),
+        ("gymnax::CartPole-v1", "position", [1, 3]),
+        ("gymnax::CartPole-v1", ("0", "3"), [1, 2]),
+        ("gymnax::CartPole-v1", ("velocity", "0"), [2]),
+        ("gymnax::Acrobot-v1", ("velocity",), [0, 1, 2, 3]),
+        ("gymnax::Pendulum-v1", ("velocity",), [0, 1]),
+        ("gymnax::MountainCar-v0", ("velocity",), [0]),
+        ("gymnax::MountainCarContinuous-v0", ("position",), [1]),
     ],
 )
-def test_what_is_refused(id, options, message):
+def test_mask_hides_and_changes_nothing_else(id, mask, kept):
+    with jax.disable_jit():  # compiled as a whole, two programs may round differently
+        full, masked = random_rollout(make(id), 60), random_rollout(make(id, mask=mask), 60)
+    np.testing.assert_array_equal(masked[0], full[0][:, kept])
+    np.testing.assert_array_equal(masked[1], full[1][:, kept])
+    np.testing.assert_array_equal(masked[5]["final_obs"], full[5]["final_obs"][:, kept])
+    np.testing.assert_array_equal(masked[2], full[2])
+    space = make(id, mask=mask).observation_space
+    assert space.shape == (len(kept),) == space.low.shape == space.high.shape
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("flicker", 1.0, "option flicker of .* must be at least 0 and less than 1, got 1.0"),
+        ("sticky_actions", -0.1, "option sticky_actions of .* less than 1, got -0.1"),
+        ("mask_probability", np.nan, "option mask_probability of .* less than 1, got nan"),
+        ("noise", -1.0, "option noise of gymnax::CartPole-v1 must be 0 or more, got -1.0"),
+        ("noise", np.inf, "option noise of .* must be 0 or more, got inf"),
+        ("delay", -1, "option delay of .* must be 0 or more, got -1"),
+        ("delay", 1.5, "option delay of .* must be int, got 1.5"),
+        ("frame_stack", 0, "option frame_stack of .* must be 1 or more, got 0"),
+        ("time_limit", -5, "option time_limit of .* must be 0 or more, got -5"),
+        ("frame_stak", 2, r"has no option 'frame_stak' \(did you mean 'frame_stack'\?\)"),
+    ],
+)
+def test_what_is_refused(option, value, message):
     with pytest.raises(ValueError, match=message):
-        make(f"gymnax::{id}", **options)
+        make("gymnax::CartPole-v1", **{option: value})
 
 
 def test_noise_is_not_for_images():
-    with pytest.raises(ValueError, match="noise is not for images of whole numbers, which test::Any has"):
-        partial(wrap, clock_task(obs_shape=(4, 4, 3)), "test::Any")({"noise": 0.1})
+    message = "noise is not for images of whole numbers, which test::Any has"
+    with pytest.raises(ValueError, match=message):
+        wrap(clock_task(obs_shape=(4, 4, 3)), "test::Any", {"noise": 0.1})

@@ -1,12 +1,19 @@
-"""PQN and recurrent PQN: the mathematics against brute force, invariants of a rollout, tasks of known values."""
-
-from operator import itemgetter
+"""PQN and recurrent PQN: targets against brute force, rollouts, tasks of known values."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_ppo import SIZES, final_returns, one_seed, start
+from helpers import (
+    Table,
+    assert_close,
+    final_returns,
+    one_seed,
+    order_of,
+    outputs_at_final_observations,
+    small_on_policy,
+    start,
+)
 
 from algorithms import pqn, rpqn
 from loggers import Logger
@@ -16,24 +23,25 @@ SCRIPTS = [pqn, rpqn]
 
 
 def small(script, **changes):
-    sizes = SIZES | {"num_minibatches": 4, "learning_rate": 3e-3, "total_steps": 8 * 16 * 20}
-    return script.Config(**sizes | {"env": "gymnax::CartPole-v1"} | changes)
+    return small_on_policy(script, **{"num_minibatches": 4, "learning_rate": 3e-3} | changes)
 
 
 def q_values(state, batch):
-    """The values of all actions (T, N, num_actions) in a rollout, read again from the state before it."""
+    """The values (T, N, num_actions) in a rollout, read again from the state before it."""
     network = (pqn if hasattr(batch, "obs") else rpqn).QNetwork(state.config)
     if hasattr(batch, "obs"):
         return network.apply(state.params, batch.obs)
     return network.apply(state.params, state.carry, batch.inputs, batch.start)[1]
 
 
-# --- Mathematics -----------------------------------------------------------------------------------------------------
+# --- Mathematics ---------------------------------------------------------------------------------
 
 
 def brute_force_targets(reward, next_q, terminated, done, gamma, q_lambda):
-    """The forward view, O(T^2), of one environment: n-step targets, with weights (1 - lambda) lambda^(n - 1); the
-    longest, up to the end of the episode or of the rollout, has the weight that is left."""
+    """The forward view of one environment: n-step targets with weights (1 - lambda) lambda^(n - 1).
+
+    The longest, up to the end of the episode or of the rollout, has the weight that is left.
+    """
     targets = np.zeros(len(reward))
     for t in range(len(reward)):
         rewards, weight = 0.0, 1.0
@@ -60,18 +68,29 @@ def test_targets_equal_brute_force(script, q_lambda, rng):
     targets = script.q_lambda_targets(*map(jnp.asarray, (reward, next_q, terminated, done)), config)
     for env in range(envs):
         column = (x[:, env] for x in (reward, next_q, terminated, done))
-        np.testing.assert_allclose(targets[:, env], brute_force_targets(*column, 0.97, q_lambda), atol=1e-4)
+        expected = brute_force_targets(*column, 0.97, q_lambda)
+        np.testing.assert_allclose(targets[:, env], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_epsilon_falls_in_environment_steps(script):
-    """Whatever number of steps an update has, and however many gradient steps: half-way down at a tenth of the run."""
-    for sizes in ({"num_envs": 4, "num_steps": 5, "num_minibatches": 1}, {"num_envs": 50, "num_steps": 2}):
-        sizes |= {"num_minibatches": 2, "update_epochs": 3}
-        config = small(script, total_steps=100_000, exploration_fraction=0.2, start_e=0.9, end_e=0.1, **sizes)
-        at = lambda steps: script.epsilon(steps // config.steps_per_update, config)  # noqa: E731, B023
-        np.testing.assert_allclose([at(0), at(10_000)], [0.9, 0.5], rtol=1e-6)
-        np.testing.assert_allclose([at(20_000), at(50_000), at(100_000)], 0.1, rtol=1e-6)
+    """Half-way down at a tenth of the run, whatever steps and gradient steps an update has."""
+    changes = {"total_steps": 100_000, "exploration_fraction": 0.2, "start_e": 0.9, "end_e": 0.1}
+    changes |= {"num_minibatches": 2, "update_epochs": 3}
+
+    def at(steps, config):
+        return script.epsilon(steps // config.steps_per_update, config)
+
+    for sizes in ({"num_envs": 4, "num_steps": 5}, {"num_envs": 50, "num_steps": 2}):
+        config = small(script, **changes | sizes)
+        for steps, expected in (
+            (0, 0.9),
+            (10_000, 0.5),
+            (20_000, 0.1),
+            (50_000, 0.1),
+            (100_000, 0.1),
+        ):
+            np.testing.assert_allclose(at(steps, config), expected, rtol=1e-6)
     config = small(script, exploration_fraction=0.0, end_e=0.05)
     np.testing.assert_allclose(script.epsilon(1, config), 0.05, rtol=1e-6)
 
@@ -86,22 +105,21 @@ def test_epsilon_greedy_is_what_it_says(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_loss_is_the_formula_of_the_docstring(script, rng):
-    class Table:
-        def apply(self, params, *_):
-            return params
-
     n, actions = 50, 3
-    values, action, targets = rng.normal(size=(n, actions)), rng.integers(actions, size=n), rng.normal(size=n)
-    others = {name: None for name in script.Transition._fields}
-    batch = script.Transition(**others | {"action": jnp.asarray(action), "q_value": jnp.zeros(n)})
-    outputs, carry = (jnp.asarray(values), ()) if script is pqn else (((), jnp.asarray(values)), ((),))
+    values, targets = rng.normal(size=(n, actions)), rng.normal(size=n)
+    action = rng.integers(actions, size=n)
+    given = {"action": jnp.asarray(action), "q_value": jnp.zeros(n)}
+    batch = script.Transition(**dict.fromkeys(script.Transition._fields) | given)
+    outputs, carry = jnp.asarray(values), ()
+    if script is rpqn:
+        outputs, carry = ((), outputs), ((),)
     loss, parts = script.td_loss(outputs, Table(), *carry, batch, jnp.asarray(targets))
     chosen = values[np.arange(n), action]
     np.testing.assert_allclose(loss, np.mean(0.5 * (chosen - targets) ** 2), rtol=1e-5)
     np.testing.assert_allclose(parts["losses/q_values"], chosen.mean(), rtol=1e-5)
 
 
-# --- Rollouts --------------------------------------------------------------------------------------------------------
+# --- Rollouts ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -114,28 +132,24 @@ def test_next_values_are_of_the_true_next_observation(script):
     assert not done.all() and batch.terminated.any() and (batch.done & ~batch.terminated).any()
     np.testing.assert_allclose(batch.next_q[:-1][~done], best[1:][~done], atol=1e-5)
 
-    # At an episode's end the next observation is (number, 1), read by a memory that has not been reset: unrolled here
-    # as if the episode went on.
+    # At an episode's end the next observation is (number, 1), read by a memory that is not reset.
     network = script.QNetwork(config)
     if script is pqn:
         expected = network.apply(state.params, batch.obs.at[..., 1].set(1.0)).max(axis=-1)
     else:
-        values = []
-        for t in range(config.num_steps):
-            so_far = jax.tree.map(itemgetter(slice(t + 1)), (batch.inputs, batch.start))
-            carry, _ = network.apply(state.params, state.carry, *so_far)
-            final = rpqn.Inputs(batch.inputs.obs[t].at[:, 1].set(1.0), batch.action[t], batch.reward[t])
-            values.append(network.apply(state.params, carry, final, jnp.zeros(8, bool), method="step")[1].max(axis=-1))
-        expected = jnp.stack(values)
+        expected = outputs_at_final_observations(rpqn, network, state, batch).max(axis=-1)
     np.testing.assert_allclose(batch.next_q[batch.done], expected[batch.done], atol=1e-5)
 
 
 FEW = ("gru", "gated_deltanet")  # the others compile for two minutes
+OTHERS_ARE_SLOW = [
+    pytest.param(cell, marks=() if cell in FEW else pytest.mark.slow) for cell in CELLS
+]
 
 
-@pytest.mark.parametrize("cell", [pytest.param(c, marks=() if c in FEW else pytest.mark.slow) for c in CELLS])
+@pytest.mark.parametrize("cell", OTHERS_ARE_SLOW)
 def test_the_loss_sees_what_the_rollout_saw(cell):
-    """Unrolling the batch from the carry before the rollout gives the values that were acted on again."""
+    """Unrolled from the carry before the rollout, the batch has the values that were acted on."""
     config = small(rpqn, env="test::Counting", cell=cell, num_minibatches=2, update_epochs=1)
     env, state = start(config, rpqn)
     for _ in range(2):  # for a used carry and trained parameters
@@ -143,13 +157,15 @@ def test_the_loss_sees_what_the_rollout_saw(cell):
         assert report["losses/first_q_error"].max() < 1e-4
     state = one_seed(state)
     after, batch = rpqn.rollout(state, env)
-    assert not batch.start[0].all() and batch.start.any()  # the rollout begins and ends within episodes
+    # The rollout begins and ends within episodes.
+    assert not batch.start[0].all() and batch.start.any()
     np.testing.assert_array_equal(batch.start[1:], batch.done[:-1])
-    carry, values = rpqn.QNetwork(config).apply(state.params, state.carry, batch.inputs, batch.start)
+    args = state.carry, batch.inputs, batch.start
+    carry, values = rpqn.QNetwork(config).apply(state.params, *args)
     chosen = jnp.take_along_axis(values, batch.action[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(chosen, batch.q_value, atol=1e-5)
     if cell != "dnc":  # which of two equally free slots it writes to is decided by rounding
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, after.carry)
+        assert_close(carry, after.carry, atol=1e-5)
 
 
 def test_the_memory_is_told_the_executed_action():
@@ -164,11 +180,12 @@ def test_the_memory_is_told_the_executed_action():
     np.testing.assert_array_equal(after.inputs.reward, batch.reward[-1])
 
 
-# --- Updates ---------------------------------------------------------------------------------------------------------
+# --- Updates -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("script", "changes"), [(pqn, {}), (rpqn, {}), (rpqn, {"cell": "slstm", "num_layers": 2, "bptt": 4})]
+    ("script", "changes"),
+    [(pqn, {}), (rpqn, {}), (rpqn, {"cell": "slstm", "num_layers": 2, "bptt": 4})],
 )
 def test_the_first_minibatch_finds_the_values_of_the_rollout(script, changes):
     config = small(script, env="test::Counting", **changes)
@@ -176,28 +193,27 @@ def test_the_first_minibatch_finds_the_values_of_the_rollout(script, changes):
     for _ in range(3):
         state, report = script.train(state, env, Logger(), config.steps_per_update)
         assert report["losses/first_q_error"].max() < 1e-5
-        assert np.isfinite(report["losses/td_loss"]).all() and report["losses/grad_norm"].min() > 0
+        assert np.isfinite(report["losses/td_loss"]).all()
+        assert report["losses/grad_norm"].min() > 0
 
 
 def test_minibatches_are_whole_environments(monkeypatch):
-    """test::Counting marks every observation with its episode and its time in it: the loss must get sequences."""
+    """The loss must get sequences, each of one environment."""
     original = rpqn.td_loss
 
     def checked_loss(params, network, carry, batch, targets):
-        number, time = batch.inputs.obs[..., 0], batch.inputs.obs[..., 1]
-        follows = (number[1:] == number[:-1]) & (jnp.abs(time[1:] - time[:-1] - 1 / 7) < 1e-6)
-        fresh = (number[1:] != number[:-1]) & (time[1:] == 0)
-        in_order = jnp.where(batch.start[1:], fresh, follows).all() & (batch.inputs.obs.shape[:2] == (16, 2))
         loss, parts = original(params, network, carry, batch, targets)
-        return loss, parts | {"test/in_order": in_order.astype(jnp.float32), "test/number": number[0].mean()}
+        return loss, parts | order_of(batch)
 
     monkeypatch.setattr(rpqn, "td_loss", checked_loss)
-    config = small(rpqn, env="test::Counting", cell="none", gamma=0.98)  # compiled here only
+    # With another gamma than elsewhere: a program compiled before would have the original loss.
+    config = small(rpqn, env="test::Counting", cell="none", gamma=0.98)
     env, state = start(config, rpqn)
     first_numbers = state.inputs.obs[..., 0].mean()
     _, report = rpqn.train(state, env, Logger(), config.steps_per_update)
     assert report["test/in_order"] == 1.0
-    np.testing.assert_allclose(report["test/number"], first_numbers, rtol=1e-5)  # an epoch sees all, each once
+    # An epoch sees all, each once.
+    np.testing.assert_allclose(report["test/number"], first_numbers, rtol=1e-5)
 
 
 def test_minibatches_of_steps_cover_the_batch(monkeypatch):
@@ -208,7 +224,7 @@ def test_minibatches_of_steps_cover_the_batch(monkeypatch):
         return loss, parts | {"test/targets": targets.mean(), "test/squares": (targets**2).mean()}
 
     monkeypatch.setattr(pqn, "td_loss", checked_loss)
-    config = small(pqn, env="test::Counting", gamma=0.98)  # compiled here only
+    config = small(pqn, env="test::Counting", gamma=0.98)  # compiled with this loss
     env, state = start(config, pqn)
     _, batch = pqn.rollout(one_seed(state), env)
     targets = pqn.q_lambda_targets(batch.reward, batch.next_q, batch.terminated, batch.done, config)
@@ -229,13 +245,15 @@ def test_images_and_integers_are_observations_too(script, id):
     assert (5 in kernels) == ("MinAtar" in id)  # a convolution's kernel, with the seed axis
 
 
-# --- Tasks of known values -------------------------------------------------------------------------------------------
+# --- Tasks of known values -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_truncation_is_no_end_of_the_world(script):
-    """Reward 1 for ever, cut into episodes of 5 steps: the value is 1 / (1 - gamma) = 10. Taking the cut for an end
-    would give less than 4.1."""
+    """Reward 1 for ever, cut into episodes of 5 steps: the value is 1 / (1 - gamma) = 10.
+
+    If the cut counted as an end, it would be less than 4.1.
+    """
     cell = {"cell": "none"} if script is rpqn else {}
     config = small(script, env="test::Constant", gamma=0.9, total_steps=8 * 16 * 150, **cell)
     env, state = start(config, script)
@@ -259,7 +277,8 @@ def test_truncation_is_no_end_of_the_world(script):
     ids=str,
 )
 def test_probes_are_solved(script, probe):
-    config = small(script, env="test::Probe", env_kwargs=probe, gamma=0.8, end_e=0.0, total_steps=8 * 16 * 100)
+    changes = {"gamma": 0.8, "end_e": 0.0, "total_steps": 8 * 16 * 100}
+    config = small(script, env="test::Probe", env_kwargs=probe, **changes)
     env, state = start(config, script)
     state, _ = script.train(state, env, Logger(), config.total_steps)
     returns = script.evaluate(state, env, 40).returns
@@ -270,17 +289,18 @@ def test_probes_are_solved(script, probe):
     if probe.get("action_matters", True):
         assert (returns == 1.0).all()
         expected, known = 0.8**steps_to_go, True
-    elif probe.get("obs_matters", True):
-        expected, known = obs[..., 0] * 0.8**steps_to_go, first  # later on, only the memory knows the sign
+    elif probe.get("obs_matters", True):  # later on, only the memory knows the sign
+        expected, known = obs[..., 0] * 0.8**steps_to_go, first
     else:
         expected, known = 0.8**steps_to_go, True
     known &= steps_to_go >= 0
     best = q_values(state, batch).max(axis=-1)
-    np.testing.assert_allclose(best[known], jnp.broadcast_to(expected, best.shape)[known], atol=0.1)
+    expected = jnp.broadcast_to(expected, best.shape)
+    np.testing.assert_allclose(best[known], expected[known], atol=0.1)
 
 
 def test_without_a_memory_the_sign_is_forgotten():
-    """Half of the answers are wrong; and not even the previous action may help (which could be the sign)."""
+    """Half of the answers are wrong, as not even the previous action, which could be it, helps."""
     probe = {"env": "test::Probe", "env_kwargs": {"wait": 3}, "total_steps": 8 * 16 * 100}
     config = small(rpqn, cell="none", prev_action=False, **probe)
     env, state = start(config, rpqn)
@@ -288,7 +308,7 @@ def test_without_a_memory_the_sign_is_forgotten():
     assert abs(rpqn.evaluate(state, env, 40).returns.mean()) < 0.7
 
 
-# --- Learning --------------------------------------------------------------------------------------------------------
+# --- Learning ------------------------------------------------------------------------------------
 
 
 def chain(length):

@@ -6,38 +6,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import Checkpoints
+from helpers import Table, assert_same, counting, final_returns, one_seed, start
+from helpers import small_on_policy as small
 from scipy import stats
-from test_ppo import CONTINUOUS, assert_same, counting, final_returns, one_seed, small, start
 
 from algorithms import ppo_continuous, rppo_continuous
 from experiment import seed_keys
+from harness.checkpoints import Checkpoints
 from loggers import Logger
 
-# --- Mathematics -----------------------------------------------------------------------------------------------------
+CONTINUOUS = [ppo_continuous, rppo_continuous]
+
+# --- Mathematics ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", CONTINUOUS)
 def test_the_loss_is_the_formula_of_the_docstring(script, rng):
     """With the density and the entropy of scipy; the action is not squashed, nor clipped."""
-
-    class Table:
-        def apply(self, params, *_):
-            return params
-
     n, std = 50, np.array([0.5, 2.0])
     mean, action, value = rng.normal(size=(n, 2)), 2.0 * rng.normal(size=(n, 2)), rng.normal(size=n)
     old_log_prob, advantage, returns = rng.normal(size=(3, n))
-    others = {name: None for name in script.Transition._fields}
-    batch = script.Transition(**others | {"action": jnp.asarray(action), "log_prob": old_log_prob, "value": value})
+    given = {"action": jnp.asarray(action), "log_prob": old_log_prob, "value": value}
+    batch = script.Transition(**dict.fromkeys(script.Transition._fields) | given)
     config = small(script, clip_coef=0.3, vf_coef=0.7, ent_coef=0.2)
     outputs = jnp.asarray(mean), jnp.asarray(std), jnp.asarray(value)
     outputs, carry = (outputs, ()) if script is ppo_continuous else (((), *outputs), ((),))
-    loss, parts = script.ppo_loss(outputs, Table(), config, *carry, batch, jnp.asarray(advantage), jnp.asarray(returns))
+    data = batch, jnp.asarray(advantage), jnp.asarray(returns)
+    loss, parts = script.ppo_loss(outputs, Table(), config, *carry, *data)
 
     densities = [stats.multivariate_normal(m, np.diag(std**2)) for m in mean]
     log_prob = np.array([density.logpdf(a) for density, a in zip(densities, action, strict=True)])
-    ratio, normal = np.exp(log_prob - old_log_prob), (advantage - advantage.mean()) / advantage.std()
+    ratio = np.exp(log_prob - old_log_prob)
+    normal = (advantage - advantage.mean()) / advantage.std()
     policy_loss = -np.mean(np.minimum(ratio * normal, np.clip(ratio, 0.7, 1.3) * normal))
     value_loss, entropy = 0.5 * np.mean((value - returns) ** 2), densities[0].entropy()
     np.testing.assert_allclose(parts["losses/entropy"], entropy, rtol=1e-5)
@@ -45,7 +45,7 @@ def test_the_loss_is_the_formula_of_the_docstring(script, rng):
     np.testing.assert_allclose(loss, policy_loss + 0.7 * value_loss - 0.2 * entropy, rtol=1e-4)
 
 
-# --- Actions ---------------------------------------------------------------------------------------------------------
+# --- Actions -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", CONTINUOUS)
@@ -57,9 +57,8 @@ def test_actions_are_stored_as_drawn_and_clipped_where_they_are_executed(script)
     assert batch.action.shape == (16, 8, 2) and (jnp.abs(batch.action) > 1.0).any()
     executed = -0.5 + 2.5 * jnp.clip(batch.action[..., 0], -1.0, 1.0)
     np.testing.assert_allclose(batch.reward, 1.0 + executed, atol=1e-5)
-    np.testing.assert_allclose(
-        batch.log_prob, stats.norm.logpdf(batch.action, *policy(state, batch)).sum(-1), atol=1e-4
-    )
+    log_prob = stats.norm.logpdf(batch.action, *policy(state, batch)).sum(-1)
+    np.testing.assert_allclose(batch.log_prob, log_prob, atol=1e-4)
 
 
 def policy(state, batch):
@@ -79,18 +78,20 @@ def test_the_memory_reads_the_executed_action():
 
     def value(action, start):
         inputs = state.inputs._replace(action=jnp.full((8, 1), action))
-        return network.apply(state.params, state.carry, inputs, jnp.full(8, start), method="step")[-1]
+        args = state.carry, inputs, jnp.full(8, start)
+        return network.apply(state.params, *args, method="step")[-1]
 
     np.testing.assert_array_equal(value(1.5, False), value(40.0, False))
-    assert (value(0.5, False) != value(1.5, False)).all() and (value(-1.0, False) != value(1.0, False)).all()
+    assert (value(0.5, False) != value(1.5, False)).all()
+    assert (value(-1.0, False) != value(1.0, False)).all()
     np.testing.assert_array_equal(value(0.5, True), value(-0.5, True))
 
 
-# --- Normalisation ---------------------------------------------------------------------------------------------------
+# --- Normalisation -------------------------------------------------------------------------------
 
 
 def test_statistics_are_learned_frozen_and_saved(tmp_path):
-    """Training moves them, evaluation uses them and leaves them alone, and a checkpoint brings both back."""
+    """Training moves them, evaluation uses them and leaves them alone, a checkpoint keeps them."""
     config = counting(ppo_continuous, num_seeds=2)
     env, state = start(config, ppo_continuous)
     state, _ = ppo_continuous.train(state, env, Logger(), 4 * config.steps_per_update)
@@ -104,17 +105,19 @@ def test_statistics_are_learned_frozen_and_saved(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state, 512, 0.0, metrics_bytes=0, diverged=[])
     checkpoints.close()
-    loaded, *_ = Checkpoints(tmp_path).restore(jax.eval_shape(lambda: ppo_continuous.init(config, seed_keys(config))))
+    like = jax.eval_shape(lambda: ppo_continuous.init(config, seed_keys(config)))
+    loaded, *_ = Checkpoints(tmp_path).restore(like)
     assert_same(loaded.env_state.statistics, state.env_state.statistics)
     assert_same(ppo_continuous.evaluate(loaded, env, 8), episodes)
 
     # They matter: with those of other observations the same policy plays otherwise.
-    other = state.env_state._replace(statistics=jax.tree.map(lambda x: x + 1.0, state.env_state.statistics))
+    statistics = jax.tree.map(lambda x: x + 1.0, state.env_state.statistics)
+    other = state.env_state._replace(statistics=statistics)
     others = ppo_continuous.evaluate(state.replace(env_state=other), env, 8)
     assert (others.returns != episodes.returns).any()
 
 
-# --- Learning --------------------------------------------------------------------------------------------------------
+# --- Learning ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", CONTINUOUS)
@@ -130,8 +133,8 @@ def test_steering_goes_to_its_bound(script):
 
 def test_memory_learns_what_none_cannot():
     """Remember a sign for three steps, then act on it: 1 with a memory; 0 by chance."""
-    probe = {"env": "test::Probe", "env_kwargs": {"wait": 3, "continuous": True}, "total_steps": 8 * 16 * 80}
-    config = small(rppo_continuous, learning_rate=1e-2, **probe)
+    probe = {"env": "test::Probe", "env_kwargs": {"wait": 3, "continuous": True}}
+    config = small(rppo_continuous, learning_rate=1e-2, total_steps=8 * 16 * 80, **probe)
     for cell, low, high in (("gru", 0.9, 1.0), ("none", -0.6, 0.6)):
         config = replace(config, cell=cell, prev_action=cell != "none")
         env, state = start(config, rppo_continuous)

@@ -1,4 +1,4 @@
-"""Every task of popjaxrl.py against popgym, step by step, from the same hidden state; and how episodes begin."""
+"""Every task of popjaxrl against popgym, step by step from the same hidden state; how it begins."""
 
 import functools
 import re
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import popgym  # noqa: F401  (registers its environments)
 import pytest
-from popjaxrl import GAMES, POPGYM_NAMES, SHIPS
+from helpers import check_conformance
 
+from env_adapters.popjaxrl import GAMES, POPGYM_NAMES, SHIPS
 from envs import Discrete, make
 
 POPGYM = {ours: theirs for theirs, ours in POPGYM_NAMES.items()}
@@ -55,7 +56,7 @@ def hidden_state(env, env_id):
 
 
 def expert(env, env_id, hidden, time, rng):
-    """The best action, or one that leads far, from popgym's own state; None where there is no such thing."""
+    """The best action, or one that leads far, from popgym's own state; None if there is none."""
     if "Autoencode" in env_id:
         return int(env.deck.suits_idx[env.deck["system"][-1]]) if env.mode == 0 else 0
     if "RepeatPrevious" in env_id:
@@ -87,12 +88,19 @@ def as_shown(obs, space):
     if isinstance(space, gymnasium.spaces.Box):
         return np.asarray(obs, np.float32)
     spaces = space.spaces if isinstance(space, gymnasium.spaces.Tuple) else [space]
-    sizes = np.concatenate([np.atleast_1d(getattr(s, "nvec", getattr(s, "n", None))) for s in spaces])
-    return np.concatenate([np.eye(int(n))[int(value)] for value, n in zip(np.ravel(obs), sizes, strict=True)])
+    sizes = np.concatenate(
+        [np.atleast_1d(getattr(s, "nvec", getattr(s, "n", None))) for s in spaces]
+    )
+    return np.concatenate(
+        [np.eye(int(n))[int(value)] for value, n in zip(np.ravel(obs), sizes, strict=True)]
+    )
 
 
 def play_popgym(env_id, seed, skill, keys):
-    """An episode: hidden state, and (obs, action, reward, terminated, truncated, physics before) of every step."""
+    """An episode: hidden state, first observation, and the columns of every step.
+
+    The columns are obs, action, reward, terminated, truncated, and the physics before the step.
+    """
     env, rng = popgym_env(env_id), np.random.default_rng(seed)
     env.action_space.seed(seed)
     is_noisy, is_control = "Noisy" in env_id, any(name in env_id for name in CONTROL)
@@ -101,7 +109,10 @@ def play_popgym(env_id, seed, skill, keys):
     if is_noisy:  # the first number is for the first observation
         env.reset(seed=seed)
         physics = np.asarray(env.state, np.float32)
-        first = env.state[[0, 2]] if "CartPole" in env_id else [np.cos(env.state[0]), np.sin(env.state[0])]
+        if "CartPole" in env_id:
+            first = env.state[[0, 2]]
+        else:
+            first = [np.cos(env.state[0]), np.sin(env.state[0])]
         env.np_random = Dice(numbers)
         obs = env.add_noise_to_obs(np.asarray(first, np.float32))
     else:
@@ -117,22 +128,32 @@ def play_popgym(env_id, seed, skill, keys):
         if is_control:
             env.state = physics.astype(np.float64)  # so that rounding does not add up
         obs, reward, terminated, truncated, _ = env.step(action)
-        flat = action[0] * env.action_space.nvec[1] + action[1] if hasattr(env.action_space, "nvec") else action
+        if hasattr(env.action_space, "nvec"):
+            action = action[0] * env.action_space.nvec[1] + action[1]
         ends = terminated or truncated
-        row = as_shown(obs, env.observation_space), flat, reward, terminated, truncated and not terminated, physics
-        steps.append(row)
+        obs = as_shown(obs, env.observation_space)
+        steps.append((obs, action, reward, terminated, truncated and not terminated, physics))
     return hidden, first_obs, [np.stack(column) for column in zip(*steps, strict=True)]
 
 
 @pytest.mark.parametrize("env_id", GAMES)
+def test_conformance(env_id):
+    check_conformance(make(f"popjaxrl::{env_id}"))
+
+
+@pytest.mark.parametrize("env_id", GAMES)
 def test_as_popgym(env_id):
-    """An episode by an expert, one by half an expert, one by chance: the same from beginning to end."""
+    """An episode by an expert, one by half an expert, one by chance: the same to their ends."""
     game, is_control = GAMES[env_id](), any(name in env_id for name in CONTROL)
     keys = jax.random.split(jax.random.key(7), (3, game.max_steps + 1))
     theirs = [play_popgym(env_id, seed, 1 - seed / 2, keys[seed]) for seed in range(3)]
     hidden = jax.tree.map(lambda *x: np.stack(x), *[episode[0] for episode in theirs])
-    padded = lambda x: np.concatenate([x, np.zeros((game.max_steps - len(x), *x.shape[1:]), x.dtype)])  # noqa: E731
-    actions, physics = (np.stack([padded(episode[2][column]) for episode in theirs]) for column in (1, 5))
+
+    def padded(x):
+        return np.concatenate([x, np.zeros((game.max_steps - len(x), *x.shape[1:]), x.dtype)])
+
+    actions = np.stack([padded(columns[1]) for _, _, columns in theirs])
+    physics = np.stack([padded(columns[5]) for _, _, columns in theirs])
 
     @jax.jit
     @jax.vmap
@@ -147,7 +168,8 @@ def test_as_popgym(env_id):
         return obs, jax.lax.scan(step, state, (keys[1:], actions, physics))[1]
 
     first_obs, ours = jax.device_get(run(keys, jax.tree.map(jnp.asarray, hidden), actions, physics))
-    for episode, (_, their_first_obs, (obs, _, reward, terminated, truncated, _)) in enumerate(theirs):
+    for episode, (_, their_first_obs, columns) in enumerate(theirs):
+        obs, _, reward, terminated, truncated, _ = columns
         steps = len(obs)
         our_obs, our_reward, our_terminated, our_truncated = (x[episode][:steps] for x in ours)
         np.testing.assert_allclose(first_obs[episode], their_first_obs, atol=1e-6)
@@ -171,20 +193,32 @@ def test_spaces_are_those_of_popgym(env_id):
     else:
         np.testing.assert_array_equal(env.action_space.high, oracle.action_space.high)
     if isinstance(oracle.observation_space, gymnasium.spaces.Box):
-        np.testing.assert_allclose(np.broadcast_to(env.observation_space.high, 2), oracle.observation_space.high)
-        np.testing.assert_allclose(np.broadcast_to(env.observation_space.low, 2), oracle.observation_space.low)
+        np.testing.assert_allclose(
+            np.broadcast_to(env.observation_space.high, 2), oracle.observation_space.high
+        )
+        np.testing.assert_allclose(
+            np.broadcast_to(env.observation_space.low, 2), oracle.observation_space.low
+        )
     obs, _ = jax.eval_shape(env.reset, jax.random.key(0))
-    assert obs.shape == env.observation_space.shape == as_shown(oracle.reset()[0], oracle.observation_space).shape
+    assert (
+        obs.shape
+        == env.observation_space.shape
+        == as_shown(oracle.reset()[0], oracle.observation_space).shape
+    )
 
 
-# --- How episodes begin ----------------------------------------------------------------------------------------------
+# --- How episodes begin --------------------------------------------------------------------------
 
 
 def deals(env_id, number):
-    return jax.device_get(jax.jit(jax.vmap(GAMES[env_id]().deal))(jax.random.split(jax.random.key(0), number)))
+    return jax.device_get(
+        jax.jit(jax.vmap(GAMES[env_id]().deal))(jax.random.split(jax.random.key(0), number))
+    )
 
 
-@pytest.mark.parametrize(("env_id", "size", "kinds"), [("RepeatFirstEasy", 52, 4), ("HigherLowerMedium", 104, 13)])
+@pytest.mark.parametrize(
+    ("env_id", "size", "kinds"), [("RepeatFirstEasy", 52, 4), ("HigherLowerMedium", 104, 13)]
+)
 def test_decks_are_shuffled(env_id, size, kinds):
     decks = deals(env_id, 4000)
     assert decks.shape == (4000, size)
@@ -209,7 +243,9 @@ def test_ships_lie_as_likely_as_popgym_lays_them():
     oracle.reset(seed=0)
     for _ in range(3000):
         counts += functools.reduce(oracle.place_ship, SHIPS, np.zeros((size, size), np.int8))
-    np.testing.assert_allclose(boards.mean(axis=0), counts / 3000, atol=0.035)  # standard deviation 0.008
+    np.testing.assert_allclose(
+        boards.mean(axis=0), counts / 3000, atol=0.035
+    )  # standard deviation 0.008
     for symmetric in (boards[:, ::-1], boards[:, :, ::-1], boards.transpose(0, 2, 1)):
         np.testing.assert_allclose(boards.mean(axis=0), symmetric.mean(axis=0), atol=0.02)
 
@@ -237,12 +273,20 @@ def test_physics_begin_uniformly(env_id, low, high):
 
 def test_noise_is_normal_and_clipped():
     env = make("popjaxrl::NoisyStatelessCartPoleHard")
-    first = np.asarray(jax.jit(jax.vmap(lambda key: env.reset(key)[0]))(jax.random.split(jax.random.key(0), 4000)))
-    assert abs(first[:, 0].std() - np.hypot(0.3, 0.1 / 12**0.5)) < 0.02 and abs(first[:, 0].mean()) < 0.03
+    first = np.asarray(
+        jax.jit(jax.vmap(lambda key: env.reset(key)[0]))(jax.random.split(jax.random.key(0), 4000))
+    )
+    assert (
+        abs(first[:, 0].std() - np.hypot(0.3, 0.1 / 12**0.5)) < 0.02
+        and abs(first[:, 0].mean()) < 0.03
+    )
     assert np.abs(first[:, 1]).max() == np.float32(2 * 12 * 2 * np.pi / 360)
 
 
 def test_names_of_popgym_lead_to_those_here():
-    for theirs, ours in (("PositionOnlyCartPoleEasy", "StatelessCartPoleEasy"), ("MineSweeperHard", "MinesweeperHard")):
+    for theirs, ours in (
+        ("PositionOnlyCartPoleEasy", "StatelessCartPoleEasy"),
+        ("MineSweeperHard", "MinesweeperHard"),
+    ):
         with pytest.raises(ValueError, match=f"did you mean 'popjaxrl::{ours}'"):
             make(f"popjaxrl::{theirs}")

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import Checkpoints
 
 from experiment import UsageError
+from harness.checkpoints import Checkpoints
 
 TREE = {
-    "params": {"kernel": jnp.arange(12.0).reshape(3, 4), "bias": jnp.array([jnp.nan, jnp.inf, -0.0])},
+    "params": {
+        "kernel": jnp.arange(12.0).reshape(3, 4),
+        "bias": jnp.array([jnp.nan, jnp.inf, -0.0]),
+    },
     "counts": (jnp.int32(7), jnp.array([True, False]), jnp.arange(5, dtype=jnp.uint8)),
     "key": jax.random.split(jax.random.key(3), 2),
     "nothing": (),
@@ -27,14 +30,20 @@ def damage(path, how):
     if how == "cut":
         path.write_bytes(data[: len(data) // 2])
     elif how == "bit flipped" and data:
-        path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1 :])
+        path.write_bytes(
+            data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1 :]
+        )
     elif how == "deleted":
         path.unlink()
     return data
 
 
 def data(leaf):
-    return jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    return (
+        jax.random.key_data(leaf)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else leaf
+    )
 
 
 def test_everything_comes_back_exactly(tmp_path):
@@ -54,7 +63,14 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     for step, score in enumerate([1.0, 5.0, float("nan"), 3.0, 4.0]):
         checkpoints.save({"x": jnp.full(3, step)}, step, score)
     assert checkpoints.steps() == [1, 3, 4]
-    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["1", "1.json", "3", "3.json", "4", "4.json"]
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [
+        "1",
+        "1.json",
+        "3",
+        "3.json",
+        "4",
+        "4.json",
+    ]
     like = {"x": jax.ShapeDtypeStruct((3,), jnp.int32)}
     assert checkpoints.restore(like)[1] == 4 and checkpoints.restore(like, best=True)[1] == 1
 
@@ -67,7 +83,12 @@ def test_a_step_can_be_saved_again_and_leftovers_disappear(tmp_path):
     (checkpoints.folder / "8").mkdir()  # as before, but later: without its .json it does not count
     assert checkpoints.restore({"x": jax.ShapeDtypeStruct((), jnp.float32)})[0]["x"] == 2.0
     checkpoints.save({"x": jnp.array(3.0)}, 6)
-    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["5", "5.json", "6", "6.json"]
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [
+        "5",
+        "5.json",
+        "6",
+        "6.json",
+    ]
 
 
 @pytest.mark.parametrize("how", ["cut", "bit flipped", "deleted"])
@@ -83,7 +104,9 @@ def test_damage_to_any_file_is_noticed_and_the_one_before_is_used(how, tmp_path,
             continue
         assert checkpoints.restore(SHAPES)[1] == 1, path
         errors = capfd.readouterr().err
-        if path.name != "2.json" or how != "deleted":  # without it, it looks like one that was never finished
+        if (
+            path.name != "2.json" or how != "deleted"
+        ):  # without it, it looks like one that was never finished
             assert "2 is damaged" in errors and errors.count("\n") == 1, errors
         path.write_bytes(original)
     assert checkpoints.restore(SHAPES)[1] == 2 and not capfd.readouterr().err
@@ -109,14 +132,25 @@ def test_when_all_are_damaged(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tree: tree | {"extra": tree["key"]}, "another version of this script: only the state has extra"),
-        (lambda tree: {"params": tree["params"]}, "another version of this script: only the checkpoint has counts/0"),
         (
-            lambda tree: tree | {"params": tree["params"] | {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}},
+            lambda tree: tree | {"extra": tree["key"]},
+            "another version of this script: only the state has extra",
+        ),
+        (
+            lambda tree: {"params": tree["params"]},
+            "another version of this script: only the checkpoint has counts/0",
+        ),
+        (
+            lambda tree: (
+                tree
+                | {"params": tree["params"] | {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}}
+            ),
             r"its params/kernel is float32 \[3, 4\], not float32 \[4, 4\]",
         ),
         (
-            lambda tree: tree | {"params": tree["params"] | {"bias": jax.ShapeDtypeStruct((3,), jnp.int32)}},
+            lambda tree: (
+                tree | {"params": tree["params"] | {"bias": jax.ShapeDtypeStruct((3,), jnp.int32)}}
+            ),
             r"its params/bias is float32 \[3\], not int32 \[3\]",
         ),
     ],
@@ -128,7 +162,9 @@ def test_what_does_not_fit_is_refused_by_name(change, message, tmp_path):
 
 
 def test_there_may_be_none(tmp_path):
-    with pytest.raises(UsageError, match="no checkpoint in .*: the run did not come to its first evaluation"):
+    with pytest.raises(
+        UsageError, match="no checkpoint in .*: the run did not come to its first evaluation"
+    ):
         Checkpoints(tmp_path).restore(SHAPES)
     assert not list(tmp_path.iterdir())  # looking leaves no trace
 
@@ -136,7 +172,7 @@ def test_there_may_be_none(tmp_path):
 def test_a_checkpoint_loads_on_another_device(tmp_path):
     """Saved where there are two CPU devices, from the second one; loaded where there is one."""
     code = (
-        "import jax; from checkpoints import Checkpoints\n"
+        "import jax; from harness.checkpoints import Checkpoints\n"
         "state = jax.device_put({'x': jax.numpy.arange(5.0)}, jax.devices()[1])\n"
         f"Checkpoints({str(tmp_path)!r}).save(state, 1)\n"
     )
@@ -147,7 +183,9 @@ def test_a_checkpoint_loads_on_another_device(tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(tmp_path):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True
+    ).returncode:
         pytest.skip("needs the right to mount a small disk")
     try:
         checkpoints = Checkpoints(tmp_path)
