@@ -242,6 +242,11 @@ def start(config, script):
     return config.make_env(), script.init(config, seed_keys(config))
 
 
+def network_of(script, config):
+    """The network that a script makes for its own environment."""
+    return script.make_network(config, config.make_env())
+
+
 def one_seed(state):
     return jax.tree.map(lambda x: x[0], state)
 

@@ -17,7 +17,7 @@ TABLE = """
 algorithms: envs experiment fast replay memory_cells
 benchmark: *
 envs: env_adapters harness.options
-experiment: env_adapters.episodes loggers harness
+experiment: env_adapters loggers harness
 loggers: harness
 env_adapters: harness fast
     | task, library < environment, wrappers, physics < episodes, host_*, playground < *

@@ -19,10 +19,10 @@ import jax
 import numpy as np
 import pytest
 import tyro
-from conftest import ALGORITHMS, SCRIPTS, tiny
+from helpers import ALGORITHMS, SCRIPTS, tiny
 
 from experiment import seed_keys
-from loggers import scalars
+from harness.metrics import scalars
 
 ROOT = ALGORITHMS.parent
 NOT_OURS = ("build", "runs", "shared", "venv", "node_modules")

@@ -41,7 +41,7 @@ def numbered(num_envs, first, num_steps, episode_length=5):
 @pytest.mark.parametrize(("added", "expected"), [(6, range(6)), (9, range(9)), (21, range(12, 21))])
 def test_every_item_of_the_buffer_is_as_likely_as_another(added, expected):
     replay = ItemReplay(buffer_size=9, batch_size=4)
-    buffer = replay.init({"number": jnp.int32(0), "obs": jnp.zeros(2)})
+    buffer = replay.init({"number": jnp.zeros(1, jnp.int32), "obs": jnp.zeros((1, 2))})
     for number in range(added):
         obs = jnp.full((1, 1, 2), number, jnp.float32)
         buffer = replay.add(buffer, {"number": jnp.full((1, 1), number), "obs": obs})

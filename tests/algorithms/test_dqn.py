@@ -8,13 +8,14 @@ from helpers import (
     assert_close,
     assert_same_shapes,
     final_returns,
+    network_of,
     one_seed,
     small_off_policy,
     start,
 )
 
 from algorithms import dqn, drqn
-from experiment import compiled_updates, seed_keys
+from experiment import compiled_updates, fill_buffer, seed_keys
 from loggers import Logger
 from memory_cells import CELLS
 from replay import Sequence
@@ -30,9 +31,9 @@ def filled(**changes):
     """A config of DRQN, its network, the state of one seed with a filled buffer, a minibatch."""
     config = small(drqn, **{"learning_starts": 200} | changes)
     env, state = start(config, drqn)
-    state = one_seed(drqn.fill_buffer(state, env))  # acted with one set of parameters
+    state = one_seed(fill_buffer(drqn.rollout, state, env))  # acted with one set of parameters
     sample = drqn.make_replay(config).sample(state.buffer, jax.random.key(1))
-    return config, drqn.QNetwork(config), state, sample
+    return config, network_of(drqn, config), state, sample
 
 
 # --- Mathematics ---------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ def test_the_scale_of_values_and_its_inverse():
 def test_dqn_keeps_the_true_next_observation():
     config = small(dqn)
     env, state = start(config, dqn)
-    state = dqn.fill_buffer(state, env)
+    state = fill_buffer(dqn.rollout, state, env)
     steps = int(state.updates[0]) * config.steps_per_update
     assert steps == 64
     seen = jax.tree.map(lambda x: x[0, 0, :steps], state.buffer.experience)
@@ -206,7 +207,7 @@ def test_final_observations_are_no_steps():
 def test_weights_of_prioritized_sequences():
     config = small(drqn, learning_starts=200, prioritized=True)
     env, state = start(config, drqn)
-    state = drqn.fill_buffer(state, env)
+    state = fill_buffer(drqn.rollout, state, env)
     for _ in range(2):
         state, report = drqn.train(state, env, Logger(), 10 * config.steps_per_update)
     assert np.isfinite(report["losses/td_loss"]).all()
@@ -222,7 +223,7 @@ def test_weights_of_prioritized_sequences():
 def test_the_target_network_follows(script):
     config = small(script, tau=1.0, target_network_frequency=4, gradient_steps=2, anneal_lr=False)
     env, state = start(config, script)
-    state = script.fill_buffer(state, env)
+    state = fill_buffer(script.rollout, state, env)
     same = []
     first = int(state.updates[0])
     for _ in range(4):
@@ -296,7 +297,7 @@ def test_probes_are_solved(script, probe):
     state, _ = script.train(state, env, Logger(), config.total_steps)
     if probe.get("action_matters", True):
         assert (script.evaluate(state, env, 40).returns == 1.0).all()
-    wait, state, network = probe.get("wait", 0), one_seed(state), script.QNetwork(config)
+    wait, state, network = probe.get("wait", 0), one_seed(state), network_of(script, config)
     obs = jnp.array([[-1.0, wait], [1.0, wait]])  # the first of an episode
     if script is dqn:
         q_values = network.apply(state.params, obs)

@@ -17,6 +17,7 @@ from helpers import (
     copy,
     counting,
     final_returns,
+    network_of,
     one_seed,
     order_of,
     outputs_at_final_observations,
@@ -133,10 +134,10 @@ def test_next_values_are_of_the_true_next_observation(script):
     np.testing.assert_allclose(batch.next_value[:-1][~done], batch.value[1:][~done], atol=1e-5)
 
     # At an episode's end the next observation is (number, 1), read by a memory that is not reset.
-    network = script.ActorCritic(config)
+    network = network_of(script, config)
     if script not in RECURRENT:
         final = batch.obs.at[..., 1].set(1.0)
-        expected = network.apply(state.params, final)[-1]
+        expected = jax.vmap(network.apply, (None, 0))(state.params, final)[-1]
     else:
         expected = outputs_at_final_observations(script, network, state, batch)
     np.testing.assert_allclose(batch.next_value[batch.done], expected[batch.done], atol=1e-5)
@@ -160,7 +161,7 @@ def test_the_loss_sees_what_the_rollout_saw(script, cell, shared_torso):
     assert not batch.start[0].all() and batch.start.any()
     np.testing.assert_array_equal(batch.start[1:], batch.done[:-1])
     args = state.carry, batch.inputs, batch.start
-    carry, *policy, value = script.ActorCritic(config).apply(state.params, *args)
+    carry, *policy, value = network_of(script, config).apply(state.params, *args)
     if script in CONTINUOUS:
         log_prob = multivariate_normal_log_prob(batch.action, *policy)
     else:
@@ -176,7 +177,7 @@ def test_the_loss_sees_what_the_rollout_saw(script, cell, shared_torso):
 def test_the_network_forgets_at_a_start(cell):
     config = small(rppo, cell=cell)
     _, state = start(config, rppo)
-    state, network = one_seed(state), rppo.ActorCritic(config)
+    state, network = one_seed(state), network_of(rppo, config)
     key, steps = jax.random.key(1), 12
     inputs = rppo.Inputs(
         jax.random.normal(key, (steps, 8, 4)),
@@ -199,7 +200,7 @@ def test_the_network_forgets_at_a_start(cell):
 def test_previous_action_and_reward_can_be_left_out(read):
     config = small(rppo, **({"prev_action": False, "prev_reward": False} | {read: True}))
     _, state = start(config, rppo)
-    state, network = one_seed(state), rppo.ActorCritic(config)
+    state, network = one_seed(state), network_of(rppo, config)
 
     def value(inputs):
         args = state.carry, inputs, jnp.zeros(8, bool)

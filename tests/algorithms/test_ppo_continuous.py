@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Table, assert_same, counting, final_returns, one_seed, start
+from helpers import Table, assert_same, counting, final_returns, network_of, one_seed, start
 from helpers import small_on_policy as small
 from scipy import stats
 
@@ -65,16 +65,18 @@ def policy(state, batch):
     """Mean and standard deviation that the actions of a rollout were drawn from."""
     state = one_seed(state)
     if hasattr(state, "obs"):
-        return ppo_continuous.ActorCritic(state.config).apply(state.params, batch.obs)[:2]
+        network = network_of(ppo_continuous, state.config)
+        mean, std, _ = jax.vmap(network.apply, (None, 0))(state.params, batch.obs)
+        return mean, std[0]
     inputs = state.carry, batch.inputs, batch.start
-    return rppo_continuous.ActorCritic(state.config).apply(state.params, *inputs)[1:3]
+    return network_of(rppo_continuous, state.config).apply(state.params, *inputs)[1:3]
 
 
 def test_the_memory_reads_the_executed_action():
     """Two actions beyond the same bound are one; before an episode's first step there was none."""
     config = small(rppo_continuous)
     _, state = start(config, rppo_continuous)
-    state, network = one_seed(state), rppo_continuous.ActorCritic(config)
+    state, network = one_seed(state), network_of(rppo_continuous, config)
 
     def value(action, start):
         inputs = state.inputs._replace(action=jnp.full((8, 1), action))

@@ -8,6 +8,7 @@ from helpers import (
     Table,
     assert_close,
     final_returns,
+    network_of,
     one_seed,
     order_of,
     outputs_at_final_observations,
@@ -28,9 +29,10 @@ def small(script, **changes):
 
 def q_values(state, batch):
     """The values (T, N, num_actions) in a rollout, read again from the state before it."""
-    network = (pqn if hasattr(batch, "obs") else rpqn).QNetwork(state.config)
     if hasattr(batch, "obs"):
-        return network.apply(state.params, batch.obs)
+        network = network_of(pqn, state.config)
+        return jax.vmap(network.apply, (None, 0))(state.params, batch.obs)
+    network = network_of(rpqn, state.config)
     return network.apply(state.params, state.carry, batch.inputs, batch.start)[1]
 
 
@@ -133,9 +135,10 @@ def test_next_values_are_of_the_true_next_observation(script):
     np.testing.assert_allclose(batch.next_q[:-1][~done], best[1:][~done], atol=1e-5)
 
     # At an episode's end the next observation is (number, 1), read by a memory that is not reset.
-    network = script.QNetwork(config)
+    network = network_of(script, config)
     if script is pqn:
-        expected = network.apply(state.params, batch.obs.at[..., 1].set(1.0)).max(axis=-1)
+        final = batch.obs.at[..., 1].set(1.0)
+        expected = jax.vmap(network.apply, (None, 0))(state.params, final).max(axis=-1)
     else:
         expected = outputs_at_final_observations(rpqn, network, state, batch).max(axis=-1)
     np.testing.assert_allclose(batch.next_q[batch.done], expected[batch.done], atol=1e-5)
@@ -161,7 +164,7 @@ def test_the_loss_sees_what_the_rollout_saw(cell):
     assert not batch.start[0].all() and batch.start.any()
     np.testing.assert_array_equal(batch.start[1:], batch.done[:-1])
     args = state.carry, batch.inputs, batch.start
-    carry, values = rpqn.QNetwork(config).apply(state.params, *args)
+    carry, values = network_of(rpqn, config).apply(state.params, *args)
     chosen = jnp.take_along_axis(values, batch.action[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(chosen, batch.q_value, atol=1e-5)
     if cell != "dnc":  # which of two equally free slots it writes to is decided by rounding

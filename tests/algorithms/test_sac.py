@@ -8,6 +8,7 @@ from helpers import (
     assert_close,
     assert_same_shapes,
     final_returns,
+    network_of,
     one_seed,
     small_off_policy,
     start,
@@ -15,7 +16,7 @@ from helpers import (
 
 from algorithms import rsac, rsacd, sac, sacd
 from envs import Box
-from experiment import compiled_updates, seed_keys
+from experiment import compiled_updates, fill_buffer, seed_keys
 from loggers import Logger
 from memory_cells import CELLS
 
@@ -31,9 +32,9 @@ def filled(script, **changes):
     """A config, its network, the state of one seed with a filled buffer, a minibatch."""
     config = small(script, **changes)
     env, state = start(config, script)
-    state = one_seed(script.fill_buffer(state, env))
+    state = one_seed(fill_buffer(script.rollout, state, env))
     sample = script.make_replay(config).sample(state.buffer, jax.random.key(1))
-    return config, script.ActorCritic(config), state, sample
+    return config, network_of(script, config), state, sample
 
 
 def loss_of(script, part=None):
@@ -363,7 +364,7 @@ def test_probes_are_solved(script, probe):
     if probe.get("action_matters", True):
         assert script.evaluate(state, env, 40).returns.min() > 0.9
         return
-    wait, state, network = probe.get("wait", 0), one_seed(state), script.ActorCritic(config)
+    wait, state, network = probe.get("wait", 0), one_seed(state), network_of(script, config)
     obs = jnp.array([[-1.0, wait], [1.0, wait]])  # the first of an episode
     args = (obs,)
     if script in RECURRENT:
