@@ -167,7 +167,7 @@ def print_growth(memory):
 
 def main():
     from memory_cells import CELLS
-    from memory_cells.checks import IMPLS
+    from memory_cells.parts.checks import IMPLS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS, metavar="CELL")

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from memory_cells import CELLS, MaskedRNN, make_cell
-from memory_cells.masked_rnn import episode_steps
+from memory_cells.parts.carry import episode_steps
 
 STEPS, BATCH, FEATURES, SYMBOLS, BACK = 32, 32, 64, 4, 4
 TASKS = ("recall", "4-back")

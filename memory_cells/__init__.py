@@ -21,10 +21,11 @@ from memory_cells.linear_attention import LinearAttention
 from memory_cells.lru import LRU
 from memory_cells.lstm import LSTM
 from memory_cells.mamba import Mamba
-from memory_cells.masked_rnn import MaskedRNN, MemoryCell, Stack, detach, take
+from memory_cells.masked_rnn import MaskedRNN, MemoryCell, Stack
 from memory_cells.mingru import MinGRU
 from memory_cells.mlstm import MLSTM
 from memory_cells.none import NoMemory
+from memory_cells.parts.carry import detach, take
 from memory_cells.retnet import RetNet
 from memory_cells.rtu import RTU
 from memory_cells.s5 import S5

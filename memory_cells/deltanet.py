@@ -14,15 +14,14 @@ floating-point operations per environment; sequences are parallel within chunks 
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import delta_memory, in_pieces
-from memory_cells.dense import Dense
-from memory_cells.heads import merge_heads, split_heads
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.short_conv import ShortConv, conv_buffer
+from memory_cells.parts.checks import check_beta_scale, check_conv_width, check_impl, check_num_heads
+from memory_cells.parts.chunkwise import delta_memory, in_pieces
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.heads import l2_normalise, merge_heads, split_heads
+from memory_cells.parts.short_conv import ShortConv, conv_buffer
 
 
 class DeltaNet(SequenceCell):
@@ -70,13 +69,3 @@ class DeltaNet(SequenceCell):
         beta = self.beta_scale * nn.sigmoid(self.beta(xs))
         memory, reads = delta_memory(memory, q, k, v, beta, None, starts, self.impl)
         return (memory, buffer), self.output(merge_heads(self.norm(reads)))
-
-
-def l2_normalise(x):
-    """Vectors of unit length; 1e-6 keeps the gradient at zero finite."""
-    return x * jax.lax.rsqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6)
-
-
-def check_beta_scale(owner, cell):
-    if cell.beta_scale not in (1, 2):
-        raise ValueError(f"{owner} needs beta_scale to be 1 or 2, got {cell.beta_scale}")

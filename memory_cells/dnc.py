@@ -28,9 +28,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_at_least
-from memory_cells.dense import Dense
-from memory_cells.masked_rnn import SequenceCell, reset
+from memory_cells.masked_rnn import SequenceCell
+from memory_cells.parts.carry import reset
+from memory_cells.parts.checks import check_at_least
+from memory_cells.parts.dense import Dense
 
 EPSILON = 1e-6  # as in the authors' code: keeps norms differentiable at an empty slot, and usages above 0
 

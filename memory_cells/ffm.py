@@ -21,10 +21,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_impl
-from memory_cells.dense import Dense
-from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import SequenceCell
+from memory_cells.parts.checks import check_impl
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.linear_scan import linear_scan
 
 
 class FFM(SequenceCell):

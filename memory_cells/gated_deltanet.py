@@ -16,13 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import delta_memory, in_pieces
-from memory_cells.deltanet import check_beta_scale, l2_normalise
-from memory_cells.dense import Dense
-from memory_cells.heads import merge_heads, split_heads
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.short_conv import ShortConv, conv_buffer
+from memory_cells.parts.checks import check_beta_scale, check_conv_width, check_impl, check_num_heads
+from memory_cells.parts.chunkwise import delta_memory, in_pieces
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.heads import l2_normalise, merge_heads, split_heads
+from memory_cells.parts.short_conv import ShortConv, conv_buffer
 
 
 class GatedDeltaNet(SequenceCell):

@@ -27,10 +27,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from memory_cells.band_attention import append, band_attention, newest, start_times
-from memory_cells.checks import check_at_least, check_num_heads
-from memory_cells.dense import Dense
 from memory_cells.masked_rnn import SequenceCell
+from memory_cells.parts.band_attention import append, band_attention, newest, start_times
+from memory_cells.parts.checks import check_at_least, check_num_heads
+from memory_cells.parts.dense import Dense
 
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 

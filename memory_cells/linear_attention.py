@@ -15,12 +15,12 @@ Cost per step: 8 H^2 + 4 H d floating-point operations per environment; sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import in_pieces, linear_memory
-from memory_cells.dense import Dense
-from memory_cells.heads import merge_heads, split_heads
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.short_conv import ShortConv, conv_buffer
+from memory_cells.parts.checks import check_conv_width, check_impl, check_num_heads
+from memory_cells.parts.chunkwise import in_pieces, linear_memory
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.heads import merge_heads, split_heads
+from memory_cells.parts.short_conv import ShortConv, conv_buffer
 
 
 class LinearAttention(SequenceCell):

@@ -16,17 +16,16 @@ Carry: h (B, N) complex64, zeros. Cost per step: 8 H N + 4 H^2 floating-point op
 parallel or in a loop, see `linear_scan.py`.
 """
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_impl
-from memory_cells.dense import Dense
-from memory_cells.gated_linear_unit import GatedLinearUnit
-from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import SequenceCell
+from memory_cells.parts.checks import check_impl, check_ring
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.gated_linear_unit import GatedLinearUnit
+from memory_cells.parts.initializers import log_phase_init, log_rate_init
+from memory_cells.parts.linear_scan import linear_scan
 
 
 class LRU(SequenceCell):
@@ -89,30 +88,3 @@ class LRU(SequenceCell):
         hs = linear_scan(decay, inputs, carry, starts, self.initial_carry_like(xs), self.impl)
         ys = hs.real @ self.C[0] - hs.imag @ self.C[1] + self.d * xs
         return hs[-1], self.output(ys) if self.glu else ys
-
-
-def check_ring(owner, r_min, r_max, max_phase):
-    """Refuse limits of |lambda| and of its phase that leave no ring inside the unit circle.
-
-    Raises:
-      ValueError: names the values and what is valid.
-    """
-    if not 0 <= r_min < r_max <= 1:
-        raise ValueError(f"{owner} needs 0 <= r_min < r_max <= 1, got {r_min} and {r_max}")
-    if not 0 < max_phase <= math.tau:
-        raise ValueError(f"{owner} needs max_phase to be above 0 and at most 2 pi, got {max_phase}")
-
-
-def log_rate_init(r_min, r_max):
-    """log(-log |lambda|) for |lambda| distributed evenly over the ring's area; 0 and 1 themselves are left out."""
-
-    def init(key, shape):
-        squared = jax.random.uniform(key, shape, minval=r_min**2, maxval=r_max**2)
-        return jnp.log(jnp.clip(-0.5 * jnp.log(squared), 1e-6, 20.0))
-
-    return init
-
-
-def log_phase_init(max_phase):
-    """log of a phase evenly distributed up to `max_phase`."""
-    return lambda key, shape: jnp.log(jax.random.uniform(key, shape, minval=1e-6, maxval=max_phase))

@@ -13,9 +13,9 @@ operations per environment; sequences are sequential.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memory_cells.dense import Dense
 from memory_cells.masked_rnn import MemoryCell
-from memory_cells.recurrent_scan import recurrent_scan
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.recurrent_scan import recurrent_scan
 
 
 class LSTM(MemoryCell):

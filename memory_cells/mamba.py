@@ -20,11 +20,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_at_least, check_impl
-from memory_cells.dense import Dense
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.selective_scan import selective_scan
-from memory_cells.short_conv import ShortConv, conv_buffer
+from memory_cells.parts.checks import check_at_least, check_impl
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.initializers import uniform
+from memory_cells.parts.selective_scan import selective_scan
+from memory_cells.parts.short_conv import ShortConv, conv_buffer
 
 
 class Mamba(SequenceCell):
@@ -76,11 +77,6 @@ class Mamba(SequenceCell):
         inputs = dt, dt * us, self.write(us), self.read(us), starts
         h, ys = selective_scan(-jnp.exp(self.A_log.T), h, inputs, self.chunk_size, self.impl)
         return (h, buffer), self.output((ys + self.D * us) * nn.silu(self.gate(xs)))
-
-
-def uniform(limit):
-    """Uniform in [-limit, limit]."""
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 def dt_bias_init(key, shape, dtype):

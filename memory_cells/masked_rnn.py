@@ -9,15 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-
-def reset(carry, initial, starts):
-    """The carry, with the environments where `starts` (B,) is True set to `initial` (same structure as the carry)."""
-
-    # Selected, never multiplied by a mask: 0 * nan is nan, and a broken episode must not outlive its end.
-    def select(old, new):
-        return jnp.where(starts.reshape(starts.shape + (1,) * (old.ndim - 1)), new, old)
-
-    return jax.tree.map(select, carry, initial)
+from memory_cells.parts.carry import detach, reset
 
 
 class MemoryCell(nn.RNNCellBase):
@@ -86,15 +78,6 @@ def scan_steps(cell, carry, xs, starts, valid=None):
 
     scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
     return scan(cell, carry, (xs, starts, valid))
-
-
-def split_steps(tree, length):
-    """Leaves (T, ...) -> n chunks of at most `length` steps (n, T // n, ...), and the fewer than n steps left over."""
-    steps = len(jax.tree.leaves(tree)[0])
-    num_chunks = -(-steps // length)
-    whole = steps - steps % num_chunks
-    chunks = jax.tree.map(lambda a: a[:whole].reshape(num_chunks, -1, *a.shape[1:]), tree)
-    return chunks, jax.tree.map(lambda a: a[whole:], tree) if whole < steps else None
 
 
 class Stack(MemoryCell):
@@ -184,20 +167,3 @@ class MaskedRNN(nn.Module):
     def initialize_carry(self, input_shape):
         """The carry before anything is read, for `input_shape` = (B, D)."""
         return self.cell.initialize_carry(jax.random.key(0), input_shape)
-
-
-def episode_steps(count, starts):
-    """The number of each step within its episode (T, B), where `count` (B,) continues the carried episode."""
-    time = jnp.arange(len(starts))[:, None]
-    start = jax.lax.cummax(jnp.where(starts, time, -1))
-    return jnp.where(start < 0, count + time, time - start)
-
-
-def take(carry, envs):
-    """The carries of the environments `envs` (an index array): what a minibatch of whole environments needs."""
-    return jax.tree.map(lambda leaf: leaf[envs], carry)
-
-
-def detach(carry):
-    """The carry as a constant: no gradient flows into what came before it."""
-    return jax.lax.stop_gradient(carry)

@@ -16,11 +16,11 @@ per environment; sequences in parallel or in a loop, see `linear_scan.py`.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memory_cells.checks import check_conv_width, check_impl
-from memory_cells.dense import Dense
-from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.short_conv import ShortConv, conv_buffer
+from memory_cells.parts.checks import check_conv_width, check_impl
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.linear_scan import linear_scan
+from memory_cells.parts.short_conv import ShortConv, conv_buffer
 
 
 class MinGRU(SequenceCell):

@@ -24,12 +24,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import GATED_CHUNK, gated_memory, in_pieces
-from memory_cells.dense import Dense
-from memory_cells.heads import merge_heads, split_heads
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.short_conv import ShortConv, conv_buffer
+from memory_cells.parts.checks import check_conv_width, check_impl, check_num_heads
+from memory_cells.parts.chunkwise import GATED_CHUNK, gated_memory, in_pieces
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.heads import merge_heads, split_heads
+from memory_cells.parts.initializers import small_init, wang_init
+from memory_cells.parts.short_conv import ShortConv, conv_buffer
 
 BLOCK = 4  # channels that are mixed by the projections to q, k and v
 
@@ -116,16 +117,6 @@ def _multiply_blocks_backward(residuals, d_ys):
 
 
 multiply_blocks.defvjp(lambda kernel, x: (multiply_blocks(kernel, x), (kernel, x)), _multiply_blocks_backward)
-
-
-def small_init(features):
-    """Normal, as the authors initialise what leads into a layer of a stream of `features`."""
-    return nn.initializers.normal((2 / (5 * features)) ** 0.5)
-
-
-def wang_init(features, num_blocks):
-    """Normal, as the authors initialise what leads out of a layer: smaller in deeper networks."""
-    return nn.initializers.normal(2 / (num_blocks * features**0.5))
 
 
 def round_up(size, multiple):

@@ -8,8 +8,8 @@ Carry: (), nothing. Give it to a recurrent script and everything but the memory 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memory_cells.dense import Dense
 from memory_cells.masked_rnn import MemoryCell
+from memory_cells.parts.dense import Dense
 
 
 class NoMemory(MemoryCell):

@@ -21,12 +21,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_impl
-from memory_cells.dense import Dense
-from memory_cells.linear_scan import linear_scan
-from memory_cells.lru import check_ring, log_phase_init, log_rate_init
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.recurrent_scan import recurrent_scan
+from memory_cells.parts.checks import check_impl, check_ring
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.initializers import log_phase_init, log_rate_init
+from memory_cells.parts.linear_scan import linear_scan
+from memory_cells.parts.recurrent_scan import recurrent_scan
 
 ACTIVATIONS = {"tanh": jnp.tanh, "relu": nn.relu}
 

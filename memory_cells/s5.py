@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memory_cells.checks import check_impl
-from memory_cells.dense import Dense
-from memory_cells.gated_linear_unit import GatedLinearUnit
-from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import SequenceCell
+from memory_cells.parts.checks import check_impl
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.gated_linear_unit import GatedLinearUnit
+from memory_cells.parts.linear_scan import linear_scan
 
 
 class S5(SequenceCell):

@@ -23,10 +23,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_impl
-from memory_cells.dense import Dense
-from memory_cells.linear_scan import linear_scan
-from memory_cells.masked_rnn import SequenceCell, episode_steps, reset
+from memory_cells.masked_rnn import SequenceCell
+from memory_cells.parts.carry import episode_steps, reset
+from memory_cells.parts.checks import check_impl
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.linear_scan import linear_scan
 
 CHUNK = 32  # steps; a product of as many C is at most 2^32: no overflow in the parallel form
 COUNT_LIMIT = 2**20  # where the count begins again, before float32 runs out of integers

@@ -22,12 +22,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.causal_conv import causal_conv
-from memory_cells.checks import check_conv_width, check_num_heads
-from memory_cells.dense import Dense
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.recurrent_scan import recurrent_scan
-from memory_cells.short_conv import conv_buffer, uniform
+from memory_cells.parts.causal_conv import causal_conv
+from memory_cells.parts.checks import check_conv_width, check_num_heads
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.initializers import uniform
+from memory_cells.parts.recurrent_scan import recurrent_scan
+from memory_cells.parts.short_conv import conv_buffer
 
 
 class SLSTM(SequenceCell):

@@ -15,10 +15,11 @@ import math
 
 import flax.linen as nn
 
-from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.dense import Dense
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.mlstm import MLSTM, small_init, wang_init
+from memory_cells.mlstm import MLSTM
+from memory_cells.parts.checks import check_conv_width, check_impl, check_num_heads
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.initializers import small_init, wang_init
 from memory_cells.slstm import SLSTM
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from memory_cells import make_cell
-from memory_cells.band_attention import append, band_attention, newest, skew, start_times
 from memory_cells.gtrxl import Gate, RelativeAttention
+from memory_cells.parts.band_attention import append, band_attention, newest, skew, start_times
 
 ORACLES = Path(__file__).parent / "oracles"
 T, B, D, H = 70, 3, 6, 8  # longer than two chunks of 32 steps

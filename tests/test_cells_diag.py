@@ -9,7 +9,7 @@ import pytest
 from test_memory_cells import ORACLES, B, H, T, assert_close, run_oracle, sequence, setup
 
 from memory_cells import make_cell, s5
-from memory_cells.linear_scan import linear_scan
+from memory_cells.parts.linear_scan import linear_scan
 
 FAMILY = ["lru", "mingru", "s5", "ffm", "rtu", "mamba"]
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memory_cells import chunkwise, make_cell
-from memory_cells.chunkwise import delta_memory, gated_memory, linear_memory, unit_lower_inverse
+from memory_cells import make_cell
+from memory_cells.parts import chunkwise
+from memory_cells.parts.chunkwise import delta_memory, gated_memory, linear_memory, unit_lower_inverse
 
 ORACLES = Path(__file__).parent / "oracles"
 CELLS = ["mlstm", "xlstm", "linear_attention", "retnet", "deltanet", "gated_deltanet"]
@@ -179,7 +180,7 @@ def test_unit_lower_inverse_of_three_seeds_compiles():
     """Differentiated, with an axis for each half, it ended the process that compiled it: a bug of XLA's in JAX 0.11."""
     program = """
 import jax, jax.numpy as jnp, numpy as np
-from memory_cells.chunkwise import unit_lower_inverse
+from memory_cells.parts.chunkwise import unit_lower_inverse
 a = np.tril(np.random.default_rng(0).normal(size=(3, 2, 4, 32, 32)), -1) / 8
 gradient = jax.jit(jax.vmap(jax.grad(lambda a: unit_lower_inverse(a).sum())))(jnp.float32(a))
 inverse = np.linalg.inv(np.eye(32) + a).swapaxes(-1, -2)

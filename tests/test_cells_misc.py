@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from memory_cells import dnc, make_cell, shm
+from memory_cells.parts.carry import episode_steps
 
 ORACLES = Path(__file__).parent / "oracles"
 B = 3
@@ -69,7 +70,7 @@ def shm_problem(steps, dtype=jnp.float32):
 def test_shm_equals_the_paper_step_by_step():
     with jax.enable_x64(True):
         cell, params, carry, xs, starts = shm_problem(70, jnp.float64)
-        steps = shm.episode_steps(carry[1], starts)
+        steps = episode_steps(carry[1], starts)
         rows = shm.random_rows(steps, 7)
         (memory, count), ys = jax.jit(partial(cell.apply, method="sequence"))(params, carry, xs, starts)
         steps, rows, starts, memory, count, ys = jax.device_get((steps, rows, starts, memory, count, ys))

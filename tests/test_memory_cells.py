@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from memory_cells import CELLS, MaskedRNN, detach, make_cell, take
-from memory_cells.masked_rnn import MemoryCell, reset
+from memory_cells.masked_rnn import MemoryCell
+from memory_cells.parts.carry import reset
 
 ORACLES = Path(__file__).parent / "oracles"
 T, B, D, H = 40, 3, 8, 8

@@ -15,7 +15,7 @@ Here the environment comes first and time last but one, as a memory keeps it: a 
 import jax
 import jax.numpy as jnp
 
-from memory_cells.masked_rnn import episode_steps
+from memory_cells.parts.carry import episode_steps
 
 MIN_CHUNK = 32  # steps; smaller chunks waste less on steps outside of the window, but make more and smaller products
 

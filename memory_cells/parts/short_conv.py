@@ -4,10 +4,10 @@ Without it they hardly tell one step from the next: copying the input of 4 steps
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from memory_cells.causal_conv import causal_conv
+from memory_cells.parts.causal_conv import causal_conv
+from memory_cells.parts.initializers import uniform
 
 
 class ShortConv(nn.Module):
@@ -33,8 +33,3 @@ class ShortConv(nn.Module):
 def conv_buffer(width, batch, channels):
     """The buffer at an episode's start: zeros; nothing where there is no convolution."""
     return jnp.zeros((*batch, width - 1, channels)) if width else ()
-
-
-def uniform(limit):
-    """Uniform in [-limit, limit]."""
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)

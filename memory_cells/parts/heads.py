@@ -1,5 +1,7 @@
 """Small things that the memories with several heads have in common."""
 
+import jax
+
 
 def split_heads(x, num_heads):
     """(..., H) -> (..., heads, H / heads)."""
@@ -9,3 +11,8 @@ def split_heads(x, num_heads):
 def merge_heads(x):
     """(..., heads, d) -> (..., heads * d)."""
     return x.reshape(*x.shape[:-2], -1)
+
+
+def l2_normalise(x):
+    """Vectors of unit length; 1e-6 keeps the gradient at zero finite."""
+    return x * jax.lax.rsqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6)

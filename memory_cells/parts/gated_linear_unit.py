@@ -7,7 +7,7 @@ A linear recurrence alone cannot decide what to put out when; the official S5 an
 
 import flax.linen as nn
 
-from memory_cells.dense import Dense
+from memory_cells.parts.dense import Dense
 
 
 class GatedLinearUnit(nn.Module):

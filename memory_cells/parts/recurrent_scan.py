@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from memory_cells.masked_rnn import reset
+from memory_cells.parts.carry import reset
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

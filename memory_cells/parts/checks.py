@@ -1,5 +1,7 @@
 """Options that several memories have, checked in the same words."""
 
+import math
+
 IMPLS = ("auto", "scan", "parallel")
 
 
@@ -42,3 +44,20 @@ def check_at_least(owner, cell, **least):
     for name, limit in least.items():
         if getattr(cell, name) < limit:
             raise ValueError(f"{owner} needs {name} to be at least {limit}, got {getattr(cell, name)}")
+
+
+def check_ring(owner, r_min, r_max, max_phase):
+    """Refuse limits of |lambda| and of its phase that leave no ring inside the unit circle.
+
+    Raises:
+      ValueError: names the values and what is valid.
+    """
+    if not 0 <= r_min < r_max <= 1:
+        raise ValueError(f"{owner} needs 0 <= r_min < r_max <= 1, got {r_min} and {r_max}")
+    if not 0 < max_phase <= math.tau:
+        raise ValueError(f"{owner} needs max_phase to be above 0 and at most 2 pi, got {max_phase}")
+
+
+def check_beta_scale(owner, cell):
+    if cell.beta_scale not in (1, 2):
+        raise ValueError(f"{owner} needs beta_scale to be 1 or 2, got {cell.beta_scale}")

@@ -17,8 +17,8 @@ The gradient, with d_t that of y_t: g_t = C_t d_t + a_(t+1) g_(t+1) is that of h
 import jax
 import jax.numpy as jnp
 
-from memory_cells.linear_scan import linear_scan
-from memory_cells.masked_rnn import reset
+from memory_cells.parts.carry import reset
+from memory_cells.parts.linear_scan import linear_scan
 
 
 def selective_scan(A, h, inputs, chunk_size, impl="auto"):

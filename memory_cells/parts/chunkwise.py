@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memory_cells.masked_rnn import reset, split_steps
+from memory_cells.parts.carry import reset
 
 CHUNK = 32  # steps at most; measured on CPU with 16 environments, where 16 and 64 are slower
 GATED_CHUNK = 64  # measured likewise, where 16 and 32 are slower
@@ -137,6 +137,15 @@ def _run(step, chunk, carry, inputs, starts, impl, length):
         carry, rest_ys = many(carry, rest)
         ys = jnp.concatenate([ys, rest_ys])
     return carry, ys
+
+
+def split_steps(tree, length):
+    """Leaves (T, ...) -> n chunks of at most `length` steps (n, T // n, ...), and the fewer than n steps left over."""
+    steps = len(jax.tree.leaves(tree)[0])
+    num_chunks = -(-steps // length)
+    whole = steps - steps % num_chunks
+    chunks = jax.tree.map(lambda a: a[:whole].reshape(num_chunks, -1, *a.shape[1:]), tree)
+    return chunks, jax.tree.map(lambda a: a[whole:], tree) if whole < steps else None
 
 
 def _expand(mask, like):
