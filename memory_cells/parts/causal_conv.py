@@ -1,6 +1,7 @@
-"""A short causal convolution over time that respects episode starts and can be continued from a carry.
+"""A short causal convolution over time that stops at episode starts and continues from a carry.
 
-The gradient is written by hand: jax would keep all K taps of every step in memory, and go over them once per tap.
+The gradient is written by hand. JAX's own would store all K taps of every step and pass over them
+once per tap.
 """
 
 import jax
@@ -8,21 +9,23 @@ import jax.numpy as jnp
 
 
 def causal_conv(kernel, buffer, xs, starts):
-    """Depthwise convolution y_t = sum_j kernel[j] * x_(t - K + 1 + j), without reaching back over an episode's start.
+    """Depthwise convolution y_t = sum_j kernel[j] * x_(t - K + 1 + j) within each episode.
 
     Args:
-      kernel: (K, D); kernel[-1] meets the current input.
-      buffer: (B, K - 1, D) the inputs before xs[0], oldest first; zeros where there was none in this episode.
+      kernel: (K, D); kernel[-1] multiplies the current input.
+      buffer: (B, K - 1, D), the inputs before xs[0], oldest first; zeros before an episode's start.
       xs: (T, B, D).
       starts: (T, B) bool.
 
     Returns:
       The buffer after the last step (B, K - 1, D), and ys (T, B, D).
     """
-    width, steps = len(kernel), len(xs)
-    episode = jnp.cumsum(starts, axis=0)  # (T, B); 0 continues the episode that the buffer belongs to
+    width = len(kernel)
+    steps = len(xs)
+    episode = jnp.cumsum(starts, axis=0)  # (T, B); 0 is the episode that the buffer belongs to
     padded = jnp.concatenate([jnp.moveaxis(buffer, 1, 0), xs])  # (K - 1 + T, B, D)
-    padded_episode = jnp.concatenate([jnp.zeros((width - 1, xs.shape[1]), episode.dtype), episode])
+    before = jnp.zeros((width - 1, xs.shape[1]), episode.dtype)
+    padded_episode = jnp.concatenate([before, episode])
     sees = jnp.stack([padded_episode[j : j + steps] == episode for j in range(width)])
     last = slice(steps, steps + width - 1)
     buffer = _select(padded_episode[last] == episode[-1], padded[last])
@@ -35,7 +38,10 @@ def _select(mask, x):
 
 @jax.custom_vjp
 def _convolve(kernel, padded, sees):
-    """ys (T, B, D) of padded (K - 1 + T, B, D); sees (K, T, B): step t may see its tap j, padded[t + j]."""
+    """ys (T, B, D) from padded (K - 1 + T, B, D).
+
+    sees (K, T, B) is True where tap j of step t, padded[t + j], belongs to the step's episode.
+    """
     steps = sees.shape[1]
     return sum(kernel[j] * _select(sees[j], padded[j : j + steps]) for j in range(len(kernel)))
 
@@ -50,19 +56,21 @@ def _backward(residuals, d_ys):
 
     def d_tap(j):
         terms = _select(sees[j], jax.lax.dynamic_slice_in_dim(padded, j, steps)) * d_ys
-        # A sum over steps and environments; as a product it takes about three quarters of the time on a CPU.
+        # A sum over steps and environments. As a matrix product it takes 3/4 of the time on a CPU.
         return jnp.einsum("tb,tbd->d", jnp.ones_like(terms[..., 0]), terms, precision="highest")
 
-    # The same convolution, backward in time: padded[s] was tap j of step s - j.
+    # The same convolution, backwards in time: padded[s] was tap j of step s - j.
     ends = (width - 1, width - 1)
-    d_padded = _convolve(kernel[::-1], jnp.pad(d_ys, (ends, (0, 0), (0, 0))), _taps_of_sources(sees))
+    padded_d_ys = jnp.pad(d_ys, (ends, (0, 0), (0, 0)))
+    d_padded = _convolve(kernel[::-1], padded_d_ys, _taps_by_source(sees))
     return jax.lax.map(d_tap, jnp.arange(width)), d_padded, None
 
 
-def _taps_of_sources(sees):
-    """(K, T, B) by step -> (K, K - 1 + T, B) by source, the tap of the latest step first."""
+def _taps_by_source(sees):
+    """`sees` (K, T, B) by step -> (K, K - 1 + T, B) by source, the latest step first."""
     width = len(sees)
-    return jnp.stack([jnp.pad(sees[j], ((j, width - 1 - j), (0, 0))) for j in reversed(range(width))])
+    taps = [jnp.pad(sees[j], ((j, width - 1 - j), (0, 0))) for j in reversed(range(width))]
+    return jnp.stack(taps)
 
 
 _convolve.defvjp(_forward, _backward)

@@ -1,13 +1,14 @@
-"""A dense layer that multiplies all steps and environments as the rows of one matrix."""
+"""A dense layer that treats all steps and environments as the rows of one matrix."""
 
 import flax.linen as nn
 
 
 class Dense(nn.Dense):
-    """flax's dense layer, (..., D) -> (..., features), with two axes inside.
+    """Flax's dense layer, (..., D) -> (..., features), computed on inputs of shape (rows, D).
 
-    The numbers are the same, but the gradient of the kernel over inputs (T, B, D) is not: there XLA first transposes
-    them (on CPU half of the layer's time), and does not for inputs (T * B, D).
+    The numbers are the same, but the gradient of the kernel is faster. Given inputs (T, B, D), XLA
+    transposes them first, which takes half of the layer's time on a CPU. Given (T * B, D), it does
+    not.
     """
 
     def __call__(self, inputs):

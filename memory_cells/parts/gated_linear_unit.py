@@ -1,8 +1,9 @@
-"""Gated linear unit (Dauphin et al. 2017, arXiv 1612.08083) behind a GELU: what linear recurrences end with.
+"""Gated linear unit (Dauphin et al. 2017, arXiv 1612.08083) behind a GELU.
 
     u = gelu(x),   y = (W u + b) * sigmoid(V u + c)
 
-A linear recurrence alone cannot decide what to put out when; the official S5 and LRU layers both end with this.
+The official S5 and LRU layers end with it: a linear recurrence alone cannot decide when to output
+what.
 """
 
 import flax.linen as nn
@@ -18,4 +19,6 @@ class GatedLinearUnit(nn.Module):
     @nn.compact
     def __call__(self, x):
         u = nn.gelu(x)
-        return Dense(self.features, name="value")(u) * nn.sigmoid(Dense(self.features, name="gate")(u))
+        value = Dense(self.features, name="value")(u)
+        gate = nn.sigmoid(Dense(self.features, name="gate")(u))
+        return value * gate

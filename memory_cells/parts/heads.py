@@ -1,4 +1,4 @@
-"""Small things that the memories with several heads have in common."""
+"""Helpers for memories with several heads."""
 
 import jax
 
@@ -14,5 +14,5 @@ def merge_heads(x):
 
 
 def l2_normalise(x):
-    """Vectors of unit length; 1e-6 keeps the gradient at zero finite."""
+    """Vectors of unit length; 1e-6 keeps the gradient finite at zero."""
     return x * jax.lax.rsqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6)

@@ -1,4 +1,4 @@
-"""Initial values that several memories share."""
+"""Initialisers that several memories share."""
 
 import flax.linen as nn
 import jax
@@ -7,21 +7,28 @@ import jax.numpy as jnp
 
 def uniform(limit):
     """Uniform in [-limit, limit]."""
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
 
 
 def small_init(features):
-    """Normal, as the authors initialise what leads into a layer of a stream of `features`."""
+    """xLSTM's initialiser for weights that read a stream of `features`: normal."""
     return nn.initializers.normal((2 / (5 * features)) ** 0.5)
 
 
 def wang_init(features, num_blocks):
-    """Normal, as the authors initialise what leads out of a layer: smaller in deeper networks."""
+    """xLSTM's initialiser for weights that write to the stream: smaller in deeper networks."""
     return nn.initializers.normal(2 / (num_blocks * features**0.5))
 
 
 def log_rate_init(r_min, r_max):
-    """log(-log |lambda|) for |lambda| distributed evenly over the ring's area; 0 and 1 themselves are left out."""
+    """log(-log |lambda|), with lambda uniform over the area of the ring r_min <= |lambda| <= r_max.
+
+    |lambda| is kept away from 0 and 1, where this is infinite.
+    """
 
     def init(key, shape):
         squared = jax.random.uniform(key, shape, minval=r_min**2, maxval=r_max**2)
@@ -31,5 +38,9 @@ def log_rate_init(r_min, r_max):
 
 
 def log_phase_init(max_phase):
-    """log of a phase evenly distributed up to `max_phase`."""
-    return lambda key, shape: jnp.log(jax.random.uniform(key, shape, minval=1e-6, maxval=max_phase))
+    """log of a phase that is uniform in (0, max_phase)."""
+
+    def init(key, shape):
+        return jnp.log(jax.random.uniform(key, shape, minval=1e-6, maxval=max_phase))
+
+    return init

@@ -1,6 +1,7 @@
-"""A learned causal convolution over the last few steps, one filter per channel: what linear recurrences read through.
+"""A learned causal convolution over the last few steps, with one filter per channel.
 
-Without it they hardly tell one step from the next: copying the input of 4 steps ago, for instance, is out of reach.
+Linear recurrences read their inputs through it. Without it they can hardly tell one step from the
+next; for instance, they do not learn to copy the input of four steps ago.
 """
 
 import flax.linen as nn
@@ -11,10 +12,10 @@ from memory_cells.parts.initializers import uniform
 
 
 class ShortConv(nn.Module):
-    """(buffer (B, K - 1, D), xs (T, B, D), starts (T, B)) -> buffer, ys (T, B, D); see the module's docstring.
+    """(buffer (B, K - 1, D), xs (T, B, D), starts (T, B)) -> buffer, ys (T, B, D).
 
     Attributes:
-      width: K; 0 leaves xs as they are.
+      width: K; 0 returns xs unchanged.
       use_bias: add a bias per channel.
     """
 
@@ -25,11 +26,15 @@ class ShortConv(nn.Module):
     def __call__(self, buffer, xs, starts):
         if not self.width:
             return buffer, xs
-        init, channels = uniform(self.width**-0.5), xs.shape[-1]
-        buffer, ys = causal_conv(self.param("kernel", init, (self.width, channels)), buffer, xs, starts)
-        return buffer, ys + self.param("bias", init, (channels,)) if self.use_bias else ys
+        init = uniform(self.width**-0.5)
+        channels = xs.shape[-1]
+        kernel = self.param("kernel", init, (self.width, channels))
+        buffer, ys = causal_conv(kernel, buffer, xs, starts)
+        if self.use_bias:
+            ys = ys + self.param("bias", init, (channels,))
+        return buffer, ys
 
 
 def conv_buffer(width, batch, channels):
-    """The buffer at an episode's start: zeros; nothing where there is no convolution."""
+    """The buffer at the start of an episode: zeros, or () without a convolution."""
     return jnp.zeros((*batch, width - 1, channels)) if width else ()
