@@ -1,19 +1,21 @@
-"""Replay of single steps, and of sequences: what off-policy learning needs besides flashbax's buffers.
+"""Replay buffers for off-policy learning, of single steps and of sequences, made of flashbax's.
 
     replay = ItemReplay(buffer_size, batch_size)
-    buffer = replay.init(transition)                         # of one environment
-    buffer = replay.add(buffer, transitions)                 # T steps of N environments: leaves (T, N, ...)
+    buffer = replay.init(transition)                   # of N environments: leaves (N, ...)
+    buffer = replay.add(buffer, transitions)           # T steps of N environments: (T, N, ...)
     batch = replay.sample(buffer, key)
 
     replay = SequenceReplay(num_envs, num_steps, buffer_size, batch_size, length)
-    buffer = replay.init(carry, transition)                  # of N environments: leaves (N, ...)
-    buffer = replay.add(buffer, carry, transitions)          # the carry before them, and T steps: leaves (T, N, ...)
+    buffer = replay.init(carry, transition)            # of N environments: (N, ...)
+    buffer = replay.add(buffer, carry, transitions)    # the carry before T steps, and the steps
     carry, batch, weight, indices = replay.sample(buffer, key)
 
-The rows of a SequenceReplay's buffer are chunks: the T steps that an environment does between two updates, with the
-carry that its memory had before them. A sampled sequence is as many chunks in a row as hold `length` steps. It begins
-with a chunk, where the carry is known (so two sequences can overlap, by multiples of T), is of one environment, and
-never crosses the place where the newest chunk meets the oldest. It may contain the ends and beginnings of episodes.
+A row of SequenceReplay's buffer is a chunk: the T steps that an environment makes between two
+updates, and the carry that its memory had before them. A sampled sequence consists of as many
+consecutive chunks of one environment as hold `length` steps.
+  - It begins with a chunk, where the carry is known. Two sequences may overlap, by multiples of T.
+  - It never runs from the newest chunk on to the oldest.
+  - Episodes may begin and end within it.
 """
 
 from dataclasses import dataclass
@@ -25,50 +27,66 @@ import jax.numpy as jnp
 
 
 def add_in_place(replay, buffer, items):
-    """What flashbax's `replay` makes of its buffer and more items, written where the buffer is."""
-    # XLA would merge the writing into the reading of the next sample, and copy the whole buffer for it.
+    """flashbax's `replay.add`, compiled so that it writes into the buffer instead of copying it.
+
+    Without the barrier XLA would merge the writing with the reading of the next sample, and copy
+    the whole buffer for that.
+    """
     return jax.lax.optimization_barrier(replay.add(buffer, items))
+
+
+# --- Single steps --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ItemReplay:
-    """Pure functions on the state of a flashbax buffer, of which single items are sampled."""
+    """Replay of single items: pure functions of a buffer's state."""
 
-    buffer_size: int
+    buffer_size: int  # items
     batch_size: int
 
     @property
     def _buffer(self):
-        return fbx.make_item_buffer(self.buffer_size, 1, self.batch_size, add_sequences=True, add_batches=True)
+        return fbx.make_item_buffer(
+            max_length=self.buffer_size,
+            min_length=1,
+            sample_batch_size=self.batch_size,
+            add_sequences=True,
+            add_batches=True,
+        )
 
-    def init(self, item):
-        """An empty buffer for items like this one."""
-        return self._buffer.init(item)
+    def init(self, items):
+        """An empty buffer for items with the shapes and dtypes of these, leaves (N, ...)."""
+        return self._buffer.init(jax.tree.map(lambda x: x[0], items))
 
     def add(self, buffer, items):
-        """The buffer with the items (T, N, ...) of T steps of N environments."""
+        """The buffer with T steps of N environments added: items (T, N, ...)."""
         return add_in_place(self._buffer, buffer, items)
 
     def sample(self, buffer, key):
-        """A minibatch (batch_size, ...), drawn with replacement: n items are equally likely, up to a relative n / 2^32.
+        """A minibatch (batch_size, ...), drawn with replacement; the buffer must not be empty.
 
-        The sampling of flashbax draws twice as many random bits; SAC trains 1.07 times as fast with this one.
+        All n items are equally likely, up to a relative difference of n / 2^32. flashbax's own
+        `sample` draws twice as many random bits; SAC trains 1.07 times as fast with this one.
         """
         size = jnp.where(buffer.is_full, self.buffer_size, buffer.current_index).astype(jnp.uint32)
         rows = jax.random.bits(key, (self.batch_size,), jnp.uint32) % size
         return jax.tree.map(lambda x: x[0, rows], buffer.experience)
 
 
-class Transition(NamedTuple):
-    """The step obs[t] -> next_obs[t] of an environment, as the buffer keeps it."""
+# --- Sequences -----------------------------------------------------------------------------------
 
-    inputs: Any  # what the memory reads: a tuple with the fields obs, action (the previous), reward (the previous)
-    start: jax.Array  # inputs[t].obs is the first of an episode: the memory is reset before it reads it
-    action: jax.Array
-    reward: jax.Array
+
+class Transition(NamedTuple):
+    """A step of an environment, from obs[t] to next_obs[t], as the buffer stores it."""
+
+    inputs: Any  # what the memory reads: obs[t], action[t - 1], reward[t - 1], as fields obs, ...
+    start: jax.Array  # bool, obs[t] is the first of an episode: the memory is reset before it
+    action: jax.Array  # action[t]
+    reward: jax.Array  # float32, reward[t]
     next_obs: jax.Array  # the true next observation, not the one after an auto-reset
-    terminated: jax.Array  # next_obs ends the task: it is worth nothing
-    done: jax.Array  # terminated or truncated: obs[t + 1] begins another episode
+    terminated: jax.Array  # bool, the task is over at next_obs, which is worth nothing
+    done: jax.Array  # bool, terminated or truncated: obs[t + 1] begins another episode
 
 
 class Chunk(NamedTuple):
@@ -79,9 +97,10 @@ class Chunk(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """Episodes as they were seen, rows (length + 1, B): every step, and after an episode's last its final observation.
+    """Observations in the order they were seen, rows (length + 1, B); `as_seen` draws an example.
 
-    So what follows the step in row t is always in row t + 1. The last row is there to be followed to, too.
+    Each row is a step or final. The step of row t leads to the observation of row t + 1, always.
+    The last row is only there for the row before it: what follows it is not in the sequence.
     """
 
     inputs: Any
@@ -89,7 +108,7 @@ class Sequence(NamedTuple):
     action: jax.Array
     reward: jax.Array
     terminated: jax.Array
-    final: jax.Array  # an observation after which an episode ended: no step begins in this row
+    final: jax.Array  # bool, no step begins in this row; action, reward and terminated mean nothing
 
 
 class Sample(NamedTuple):
@@ -97,28 +116,32 @@ class Sample(NamedTuple):
 
     carry: Any  # (B, ...), the memory before the first row
     batch: Sequence  # (length + 1, B, ...)
-    weight: jax.Array  # (B,), makes up for how often a sequence is sampled; 1 where all are equally likely
-    indices: Any  # for set_priorities
+    weight: jax.Array  # (B,) float32, corrects for prioritized sampling; 1 without it
+    indices: Any  # for set_priorities; None without it
 
 
 @dataclass(frozen=True)
 class SequenceReplay:
-    """Pure functions on the state of a flashbax buffer."""
+    """Replay of sequences: pure functions of a buffer's state."""
 
-    num_envs: int
+    num_envs: int  # N
     num_steps: int  # T, steps of a chunk
-    buffer_size: int  # steps of all environments
-    batch_size: int
+    buffer_size: int  # steps of all environments together
+    batch_size: int  # B, sequences
     length: int  # steps of a sequence
     prioritized: bool = False
 
     @property
     def _chunks(self):
+        """Chunks of a sequence, rounded up."""
         return -(-self.length // self.num_steps)
 
     @property
     def _buffer(self):
-        make = fbx.make_prioritised_trajectory_buffer if self.prioritized else fbx.make_trajectory_buffer
+        if self.prioritized:
+            make = fbx.make_prioritised_trajectory_buffer
+        else:
+            make = fbx.make_trajectory_buffer
         return make(
             add_batch_size=self.num_envs,
             sample_batch_size=self.batch_size,
@@ -129,47 +152,112 @@ class SequenceReplay:
         )
 
     def init(self, carry, transition: Transition):
-        """An empty buffer for carries and transitions like these, leaves (N, ...)."""
-        steps = jax.tree.map(lambda x: jnp.broadcast_to(x[0], (self.num_steps, *x.shape[1:])), transition)
+        """An empty buffer for carries and transitions (N, ...) with these shapes and dtypes."""
+
+        def repeat(x):
+            return jnp.broadcast_to(x[0], (self.num_steps, *x.shape[1:]))
+
+        steps = jax.tree.map(repeat, transition)
         return self._buffer.init(Chunk(jax.tree.map(lambda x: x[0], carry), steps))
 
     def add(self, buffer, carry, transitions: Transition):
-        """The buffer with a chunk more of every environment: transitions (T, N, ...), carry (N, ...) before them."""
+        """The buffer with one more chunk of every environment.
+
+        Args:
+          carry: the memories before the chunk, (N, ...).
+          transitions: its steps, (T, N, ...).
+        """
         chunk = Chunk(carry, jax.tree.map(lambda x: x.swapaxes(0, 1), transitions))
         return add_in_place(self._buffer, buffer, jax.tree.map(lambda x: x[:, None], chunk))
 
     def sample(self, buffer, key) -> Sample:
-        """A minibatch; the buffer must hold `length` steps of every environment."""
-        sample, weight, indices = self._buffer.sample(buffer, key), jnp.ones(self.batch_size), None
-        if self.prioritized:  # importance sampling with R2D2's exponent
-            weight, indices = sample.probabilities**-0.6, sample.indices
+        """A minibatch; the buffer must hold `length` steps of every environment.
+
+        With `prioritized`, weights are those of importance sampling with the exponent 0.6 of R2D2
+        (Kapturowski et al. 2019), divided by the greatest of the minibatch.
+        """
+        sample = self._buffer.sample(buffer, key)
+        weight = jnp.ones(self.batch_size)
+        indices = None
+        if self.prioritized:
+            weight = sample.probabilities**-0.6
+            indices = sample.indices
             weight /= weight.max()
+
+        def join_chunks(x):
+            """(B, chunks, T, ...) -> (length, B, ...)."""
+            return x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1)[: self.length]
+
         carry, steps = sample.experience
         carry = jax.tree.map(lambda x: x[:, 0], carry)
-        steps = jax.tree.map(lambda x: x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1)[: self.length], steps)
+        steps = jax.tree.map(join_chunks, steps)
         return Sample(carry, as_seen(steps), weight, indices)
 
     def set_priorities(self, buffer, indices, error):
-        """The buffer with priorities of sampled sequences from their absolute errors (L, B) (R2D2, section 2.3)."""
+        """The buffer with new priorities of sampled sequences; unchanged if not `prioritized`.
+
+        The priority of a sequence is 0.9 of its greatest and 0.1 of its mean error (R2D2,
+        section 2.3).
+
+        Args:
+          indices: `Sample.indices`.
+          error: absolute errors (L, B) of L steps of every sequence.
+        """
         if not self.prioritized:
             return buffer
-        return self._buffer.set_priorities(buffer, indices, 0.9 * error.max(axis=0) + 0.1 * error.mean(axis=0))
+        priorities = 0.9 * error.max(axis=0) + 0.1 * error.mean(axis=0)
+        return self._buffer.set_priorities(buffer, indices, priorities)
 
 
 def as_seen(steps: Transition) -> Sequence:
-    """Steps (T, B, ...) of environments that reset themselves as the `Sequence` (T + 1, B, ...) they came from.
+    """Put the observations of auto-resetting environments back in the order they were seen.
 
-    Rows are pushed back by final observations that are put in before them; those that no longer fit are dropped.
+    An environment that resets itself shows p after c; in truth Z came after c, and then the episode
+    was over. For five steps of which the third ends an episode:
+
+        steps: (T, B), T = 5                  sequence: (T + 1, B)
+
+        row  obs  start  next_obs  done       row  obs  start  final
+         0    a     -       b       -          0    a     -      -
+         1    b     -       c       -          1    b     -      -
+         2    c     -       Z      yes         2    c     -      -
+         3    p    yes      q       -          3    Z     -     yes
+         4    q     -       r       -          4    p    yes     -
+                                               5    q     -      -
+
+    A final row holds an observation in which no step of the sequence begins, like Z. Its value may
+    be bootstrapped from, but it has no action to learn about, so losses leave it out. Final rows
+    are the last observations of episodes and, if it is not cut off, next_obs of the last step.
+
+    Every final row moves the rows after it down by one, and what does not fit into T + 1 rows is
+    dropped: here r. Without the end of the episode, r would be row 5, and final.
     """
-    no, yes = jnp.zeros_like(steps.done), jnp.ones_like(steps.done)
-    rows = Sequence(steps.inputs, steps.start, steps.action, steps.reward, steps.terminated, final=no)
-    next_inputs = steps.inputs._replace(obs=steps.next_obs, action=steps.action, reward=steps.reward)
-    next_rows = rows._replace(inputs=next_inputs, start=no, final=yes)
+    no = jnp.zeros_like(steps.done)
+    yes = jnp.ones_like(steps.done)
+    step_rows = Sequence(
+        inputs=steps.inputs,
+        start=steps.start,
+        action=steps.action,
+        reward=steps.reward,
+        terminated=steps.terminated,
+        final=no,
+    )
+    final_rows = step_rows._replace(
+        inputs=steps.inputs._replace(
+            obs=steps.next_obs,
+            action=steps.action,
+            reward=steps.reward,
+        ),
+        start=no,
+        final=yes,
+    )
 
     def in_turn(a, b):
+        """Rows a[0], b[0], a[1], b[1], ..."""
         return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
+    # Every step is followed by a row that may be final; it exists if the episode ended there.
     exists = in_turn(yes, steps.done.at[-1].set(True))
     order = jnp.argsort(~exists, axis=0, stable=True)[: len(steps.done) + 1]
     select = jax.vmap(lambda x, order: x[order], in_axes=1, out_axes=1)
-    return jax.tree.map(lambda a, b: select(in_turn(a, b), order), rows, next_rows)
+    return jax.tree.map(lambda a, b: select(in_turn(a, b), order), step_rows, final_rows)

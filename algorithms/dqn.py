@@ -1,19 +1,22 @@
-"""Deep Q-learning (DQN, Mnih et al. 2015, doi 10.1038/nature14236) with double Q-learning; discrete actions.
+"""Deep Q-learning (DQN) with double Q-learning, for discrete actions.
 
-Act epsilon-greedily, keep every transition (s, a, r, s') in a replay buffer, and take gradient steps on minibatches of
+DQN (Mnih et al. 2015, doi 10.1038/nature14236) acts epsilon-greedily, keeps every transition
+(s, a, r, s') in a replay buffer, and takes gradient steps on minibatches of
 
-    L = mean[ 0.5 * (Q(s, a) - y)^2 ]     y = r + gamma * (1 - terminated) * Q'(s', argmax_a' Q(s', a'))
+    L = mean[ 0.5 * (Q(s, a) - y)^2 ]
+    y = r + gamma * (1 - terminated) * Q'(s', argmax_b Q(s', b))
 
-Q' is the target network, a copy of Q that follows it slowly; that Q chooses the action which Q' values is double
-Q-learning (van Hasselt et al. 2016, arXiv 1509.06461): the maximum of a noisy estimate is too high. An episode that was
-truncated is not over: s' is then the observation that the time limit cut off, not the first of the next episode.
+Q' is the target network, a copy of Q that follows it slowly. In double Q-learning (van Hasselt et
+al. 2016, arXiv 1509.06461) Q chooses the action and Q' gives its value, because the maximum of
+noisy estimates is too high. Where an episode was truncated, s' is the observation that the time
+limit cut off, not the first of the next episode.
+
 `diff algorithms/dqn.py algorithms/drqn.py` shows what memory changes.
 
     python algorithms/dqn.py --env gymnax::CartPole-v1
     python algorithms/dqn.py --env gymnax::Acrobot-v1 --num-seeds 5
 """
 
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,30 +28,41 @@ import optax
 from flax import struct
 
 from envs import Discrete, Episodes, make, play
-from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
-from fast_cpu import fast_conv, fast_dot_general, flatten_small
-from loggers import summarize
+from experiment import (
+    Experiment,
+    Options,
+    Run,
+    check_config,
+    compile_updates,
+    fill_buffer,
+    launch,
+    report_chunks,
+    run_updates,
+    show,
+    vmap_seeds,
+)
+from fast import Conv, Dense, flatten_small
 from replay import ItemReplay
 
 
-# --- Config ----------------------------------------------------------------------------------------------------------
+# --- Config --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config(Experiment):
-    """Deep Q-learning (DQN) for discrete actions."""
+    """Deep Q-learning (DQN) with double Q-learning, for discrete actions."""
 
     total_steps: int = 200_000  # environment steps of each seed
     log_every: int = 500  # updates between two reports
 
     # Environment and networks
     env: str = "gymnax::CartPole-v1"  # environment, as namespace::id
-    env_kwargs: Options = field(default_factory=dict, hash=False)  # its parameters, and wrappers: frame_stack 4
-    mask: tuple[str, ...] = ()  # entries of the observation to hide: indices, or a name such as velocity
+    env_kwargs: Options = field(default_factory=dict, hash=False)  # its options, e.g. frame_stack 4
+    mask: tuple[str, ...] = ()  # observation entries to hide: indices, or a name such as velocity
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # layers between encoder and head
 
     # Algorithm
     learning_rate: float = 1e-3  # step size of Adam
-    anneal_lr: bool = True  # let the learning rate fall linearly to 0 at total_steps
+    anneal_lr: bool = True  # decrease the learning rate linearly to 0 at total_steps
     num_envs: int = 8  # N, parallel environments
     num_steps: int = 1  # T, steps of every environment between two updates
     gamma: float = 0.99  # discount per step
@@ -57,11 +71,11 @@ class Config(Experiment):
     batch_size: int = 128  # transitions in a minibatch
     gradient_steps: int = 1  # minibatches of an update
     target_network_frequency: int = 1  # gradient steps between two steps of the target network
-    tau: float = 0.01  # how far one takes it to the online network; 1: all the way
+    tau: float = 0.01  # fraction of the way it moves to the online network; 1 copies that
     double_q: bool = True  # the online network chooses the action that the target network values
     start_e: float = 1.0  # probability of a random action at first
-    end_e: float = 0.05  # and in the end
-    exploration_fraction: float = 0.2  # it falls linearly for this part of total_steps
+    end_e: float = 0.05  # probability of a random action in the end
+    exploration_fraction: float = 0.2  # fraction of total_steps in which it falls, linearly
     max_grad_norm: float = 10.0  # gradients are clipped to this global norm
 
     @property
@@ -72,238 +86,265 @@ class Config(Experiment):
         return make(self.env, **{"mask": self.mask} | self.env_kwargs)
 
     def __post_init__(self):
-        check_sizes(self)
-        if not isinstance(self.make_env().action_space, Discrete):
-            raise ValueError(f"this script needs discrete actions, those of {self.env} are continuous")
+        check_config(self, Discrete)
 
 
-# --- Networks --------------------------------------------------------------------------------------------------------
+# --- Networks ------------------------------------------------------------------------------------
 def dense(features, scale=2**0.5):
-    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dot_general=fast_dot_general)
+    return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
+
+
+def encode(obs, num_axes):
+    """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
+    x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
+    if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
+        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+        if min(obs.shape[-3:-1]) < 36:  # too small for these
+            layers = ((16, 3, 1),)
+        for features, size, stride in layers:
+            x = nn.relu(Conv(features, (size, size), (stride, stride), "VALID")(x))
+    return x.reshape(*obs.shape[:num_axes], -1)
 
 
 class QNetwork(nn.Module):
-    """Observations (..., *obs_shape) to the values of all actions (..., num_actions)."""
+    """Observations (B, ...) to the values of all actions (B, num_actions)."""
 
     config: Config
+    num_actions: int
 
     @nn.compact
     def __call__(self, obs):
-        config, env = self.config, self.config.make_env()
-        obs_ndim = len(env.observation_space.shape)
-        x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
-        if obs_ndim == 3:  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
-            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(obs.shape[-3:-1]) >= 36 else ((16, 3, 1),)
-            for features, size, stride in layers:
-                conv = nn.Conv(features, (size, size), (stride, stride), "VALID", conv_general_dilated=fast_conv)
-                x = nn.relu(conv(x))
-        x = x.reshape(*obs.shape[: obs.ndim - obs_ndim], -1)
+        config = self.config
+        x = encode(obs, num_axes=1)
         x = nn.relu(dense(config.hidden_size)(x))
         for _ in range(config.num_layers):
             x = nn.relu(dense(config.hidden_size)(x))
-        return dense(env.action_space.n, scale=1.0)(x)
+        return dense(self.num_actions, scale=1.0)(x)
+
+
+def make_network(config: Config, env):
+    return QNetwork(config, env.action_space.n)
 
 
 def make_optimizer(config: Config):
     learning_rate = config.learning_rate
     if config.anneal_lr:
-        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, config.num_updates * config.gradient_steps)
-    adam = optax.adam(learning_rate, eps=1e-5)
-    return flatten_small(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam))
+        gradient_steps = config.num_updates * config.gradient_steps
+        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, gradient_steps)
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    return flatten_small(optax.chain(clip, optax.adam(learning_rate, eps=1e-5)))
 
 
-# --- State -----------------------------------------------------------------------------------------------------------
+# --- State ---------------------------------------------------------------------------------------
 class State(struct.PyTreeNode):
-    """All that a run needs to go on. `init` gives arrays a leading seed axis; `rollout` and `update` see one seed."""
+    """Everything needed to continue a run; `init` gives all arrays a leading seed axis."""
 
     params: Any
     target_params: Any
     opt_state: Any
     env_state: Any  # (N, ...)
-    obs: jax.Array  # (N, *obs_shape), what the next action is chosen from
-    buffer: Any  # Transition (1, buffer_size, ...), and where in it the next one goes
+    obs: jax.Array  # (N, ...), what the next action is chosen from
+    buffer: Any  # Transition (1, buffer_size, ...), and where the next one goes
     key: jax.Array  # ()
     updates: jax.Array  # (), how many have been done
     config: Config = struct.field(pytree_node=False)
 
 
 class Transition(NamedTuple):
-    """The step obs -> next_obs of an environment, as the replay buffer keeps it; a minibatch is (batch_size, ...)."""
+    """The step obs -> next_obs of an environment; a minibatch is (batch_size, ...)."""
 
     obs: jax.Array
     action: jax.Array
     reward: jax.Array
     next_obs: jax.Array  # the true next observation, not the one after an auto-reset
-    terminated: jax.Array  # next_obs ends the task: it is worth nothing, whatever Q' says
+    terminated: jax.Array  # next_obs ends the task and is worth nothing, whatever Q' is
 
 
 def make_replay(config: Config):
-    return ItemReplay(config.buffer_size, config.batch_size)
+    return ItemReplay(
+        buffer_size=config.buffer_size,
+        batch_size=config.batch_size,
+    )
 
 
-# --- Mathematics -----------------------------------------------------------------------------------------------------
+# --- Mathematics ---------------------------------------------------------------------------------
 def epsilon(updates, config):
-    """The probability of a random action after so many updates: from start_e to end_e, linear in environment steps."""
-    progress = updates * config.steps_per_update / max(1, config.exploration_fraction * config.total_steps)
+    """The probability of a random action after so many updates, linear in environment steps."""
+    steps = updates * config.steps_per_update
+    progress = steps / max(1, config.exploration_fraction * config.total_steps)
     return config.start_e + (config.end_e - config.start_e) * jnp.minimum(progress, 1.0)
 
 
-def epsilon_greedy(key, q_values, epsilon):
-    """The best action (N,) of q_values (N, num_actions), or with probability epsilon any."""
-    uniform, num_actions = jax.random.uniform(key, q_values.shape[:-1]), q_values.shape[-1]
-    # Where it is less than epsilon, it is uniform below epsilon: one number says whether to explore, and how.
-    random_action = jnp.minimum(uniform / epsilon * num_actions, num_actions - 1).astype(int)
-    return jnp.where(uniform < epsilon, random_action, q_values.argmax(axis=-1))
+def epsilon_greedy(key, q_values, probability):
+    """The best action (N,) of q_values (N, num_actions), or with some probability any."""
+    explore_key, action_key = jax.random.split(key)
+    shape = q_values.shape[:-1]
+    explore = jax.random.bernoulli(explore_key, probability, shape)
+    random_action = jax.random.randint(action_key, shape, 0, q_values.shape[-1])
+    return jnp.where(explore, random_action, q_values.argmax(axis=-1))
 
 
-def q_targets(reward, terminated, online_next_q, target_next_q, config):
-    """y of the docstring, (B,), from the values (B, num_actions) that both networks give to the next observation."""
-    best = (online_next_q if config.double_q else target_next_q).argmax(axis=-1)
-    next_value = jnp.take_along_axis(target_next_q, best[..., None], axis=-1)[..., 0]
+def q_targets(reward, terminated, online_q, target_q, config):
+    """y of the docstring, (B,), from the values of the next observation (B, num_actions)."""
+    best = (online_q if config.double_q else target_q).argmax(axis=-1)
+    next_value = jnp.take_along_axis(target_q, best[..., None], axis=-1)[..., 0]
     return reward + config.gamma * jnp.where(terminated, 0.0, next_value)
 
 
-def td_loss(params, target_params, network, config, batch):
-    """The loss at the top of this file over one minibatch, and its parts for the log."""
-    q_values = network.apply(params, batch.obs)
-    next_q = network.apply(params, batch.next_obs), network.apply(target_params, batch.next_obs)
-    targets = q_targets(batch.reward, batch.terminated, *jax.lax.stop_gradient(next_q), config)
-    q_value = jnp.take_along_axis(q_values, batch.action[..., None], axis=-1)[..., 0]
+def td_loss(params, target_params, network, config, sample):
+    """L of the docstring over one minibatch, and its parts for the log."""
+    q_values = network.apply(params, sample.obs)
+    online_q = network.apply(params, sample.next_obs)
+    target_q = network.apply(target_params, sample.next_obs)
+    both = jax.lax.stop_gradient((online_q, target_q))
+    targets = q_targets(sample.reward, sample.terminated, *both, config)
+
+    q_value = jnp.take_along_axis(q_values, sample.action[..., None], axis=-1)[..., 0]
     loss = 0.5 * ((q_value - targets) ** 2).mean()
     return loss, {"losses/td_loss": loss, "losses/q_values": q_value.mean()}
 
 
-# --- One update of one seed ------------------------------------------------------------------------------------------
+# --- One update of one seed ----------------------------------------------------------------------
 def rollout(state, env):
-    """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
-    config, network = state.config, QNetwork(state.config)
-    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
+    """T steps of N environments, kept for replay: the state after them, and their metrics."""
+    config = state.config
+    apply = make_network(config, env).apply
+    step_envs = jax.vmap(env.step, axis_name="envs")  # they share normalisation statistics
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
-        q_values = network.apply(state.params, state.obs)
+        q_values = apply(state.params, state.obs)
         action = epsilon_greedy(action_key, q_values, epsilon(state.updates, config))
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
-        transition = Transition(state.obs, action, reward, info["final_obs"], terminated)
+        transition = Transition(
+            obs=state.obs,
+            action=action,
+            reward=reward,
+            next_obs=info["final_obs"],
+            terminated=terminated,
+        )
         state = state.replace(env_state=env_state, obs=obs, key=key)
         return state, (transition, info)
 
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
+    done = info["episode_done"]
     metrics = {
         "charts/epsilon": epsilon(state.updates, config),
-        "charts/episodic_return": info["episode_return"].sum(where=info["episode_done"]),
-        "charts/episodic_length": info["episode_length"].sum(where=info["episode_done"]),
-        "charts/episodes": info["episode_done"].sum(),
+        "charts/episodic_return": info["episode_return"].sum(where=done),
+        "charts/episodic_length": info["episode_length"].sum(where=done),
+        "charts/episodes": done.sum(),
     }
     buffer = make_replay(config).add(state.buffer, batch)
     return state.replace(buffer=buffer, updates=state.updates + 1), metrics
 
 
 def update(state, env):
-    """Collect steps and learn from what was collected so far: the new state, and the metrics of this update."""
-    config, network, optimizer = state.config, QNetwork(state.config), make_optimizer(state.config)
-    replay, first_step = make_replay(config), state.updates * config.gradient_steps
-    learning_rate = config.learning_rate * (1.0 - config.anneal_lr * state.updates / config.num_updates)
+    """Collect steps and learn from the buffer: the new state, and the metrics of this update."""
+    config = state.config
+    network = make_network(config, env)
+    optimizer = make_optimizer(config)
+    replay = make_replay(config)
+    first_step = state.updates * config.gradient_steps
+    progress = config.anneal_lr * state.updates / config.num_updates
     state, metrics = rollout(state, env)
 
     def gradient_step(state, step):
         key, sample_key = jax.random.split(state.key)
-        batch = replay.sample(state.buffer, sample_key)
-        gradients, parts = jax.grad(td_loss, has_aux=True)(state.params, state.target_params, network, config, batch)
+        sample = replay.sample(state.buffer, sample_key)
+        gradient = jax.grad(td_loss, has_aux=True)
+        gradients, parts = gradient(state.params, state.target_params, network, config, sample)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
-        closer = optax.incremental_update(params, state.target_params, config.tau)
-        target_params = optax.periodic_update(closer, state.target_params, step, config.target_network_frequency)
-        state = state.replace(params=params, target_params=target_params, opt_state=opt_state, key=key)
-        return state, parts
+        target_params = optax.periodic_update(
+            optax.incremental_update(params, state.target_params, config.tau),
+            state.target_params,
+            step,
+            config.target_network_frequency,
+        )
+        state = state.replace(params=params, target_params=target_params, opt_state=opt_state)
+        return state.replace(key=key), parts
 
     steps = first_step + 1 + jnp.arange(config.gradient_steps)
     state, parts = jax.lax.scan(gradient_step, state, steps)
-    return state, metrics | jax.tree.map(jnp.mean, parts) | {"charts/learning_rate": learning_rate}
+    metrics |= jax.tree.map(jnp.mean, parts)
+    metrics["charts/learning_rate"] = config.learning_rate * (1.0 - progress)
+    return state, metrics
 
 
-@partial(jax.jit, static_argnames="env", donate_argnames="state")
-def train_chunk(state, env, num_updates):
-    """Several updates of every seed; the sums of their metrics, and for how many updates these were finite."""
-    update_seeds = jax.jit(jax.vmap(partial(update, env=env)))  # also for one seed, else XLA copies the buffer
-
-    def body(_, carry):
-        state, sums, finite = carry
-        state, metrics = update_seeds(state)
-        sums = jax.tree.map(jnp.add, sums, metrics)
-        return state, sums, jax.tree.map(lambda count, total: count + jnp.isfinite(total), finite, sums)
-
-    metrics = jax.eval_shape(update_seeds, state)[1]
-    zeros = jax.tree.map(jnp.zeros_like, metrics), jax.tree.map(lambda x: jnp.zeros(x.shape, int), metrics)
-    # The number of updates is not known when this compiles: a last, shorter chunk does not compile again.
-    return jax.lax.fori_loop(0, num_updates, body, (state, *zeros))
-
-
-# --- Init, warmup, train, evaluate -----------------------------------------------------------------------------------
+# --- Init, warmup, train, evaluate ---------------------------------------------------------------
 def init(config: Config, key) -> State:
-    """A fresh state, from one typed key or from an array of them: one per seed."""
-    env, network, optimizer = config.make_env(), QNetwork(config), make_optimizer(config)
+    """A fresh state, from one typed key or from an array of them, one per seed."""
+    env = config.make_env()
+    network = make_network(config, env)
+    optimizer = make_optimizer(config)
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
+        reset_keys = jax.random.split(reset_key, config.num_envs)
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(reset_keys)
+        no_action = jnp.zeros((config.num_envs, *env.action_space.shape), env.action_space.dtype)
+        no_reward = jnp.zeros(config.num_envs)
         params = network.init(network_key, obs)
-        transition = Transition(obs[0], jnp.int32(0), jnp.float32(0.0), obs[0], jnp.bool(False))
-        buffer, opt_state = make_replay(config).init(transition), optimizer.init(params)
-        return State(params, params, opt_state, env_state, obs, buffer, key, jnp.int32(0), config)
+        transition = Transition(
+            obs=obs,
+            action=no_action,
+            reward=no_reward,
+            next_obs=obs,
+            terminated=jnp.zeros(config.num_envs, bool),
+        )
+        return State(
+            params=params,
+            target_params=params,
+            opt_state=optimizer.init(params),
+            env_state=env_state,
+            obs=obs,
+            buffer=make_replay(config).init(transition),
+            key=key,
+            updates=jnp.int32(0),
+            config=config,
+        )
 
     return jax.jit(vmap_seeds(init_seed))(key.reshape(-1))
 
 
-@partial(jax.jit, static_argnames="env", donate_argnames="state")
-def fill_buffer(state, env):
-    """The steps before learning starts."""
-    num_rollouts = state.config.learning_starts // state.config.steps_per_update
-    return jax.vmap(lambda state: jax.lax.fori_loop(0, num_rollouts, lambda _, s: rollout(s, env)[0], state))(state)
-
-
 def warmup(state: State, env, logger) -> State:
-    """Fill the buffer with `learning_starts` steps, unless that was done, and compile the update."""
-    began = time.perf_counter()
-    state = fill_buffer(state, env) if state.updates[0] == 0 else state
-    state, *_ = jax.block_until_ready(train_chunk(state, env, 0))
-    steps = int(state.updates[0]) * state.config.steps_per_update
-    logger.log({"charts/compile_seconds": time.perf_counter() - began}, steps)
+    """Fill the buffer with `learning_starts` steps, unless that was done; compile the update."""
+    if state.updates[0] == 0:
+        state = fill_buffer(rollout, state, env)
+    state, report = compile_updates(update, state, env)
+    logger.log(report, report.step)
     return state
 
 
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
-    """Train for `num_steps` steps per seed in whole updates, at least one. The state passed in is used up (donated)."""
-    config, remaining = state.config, max(1, num_steps // state.config.steps_per_update)
-    while remaining:
-        num_updates, began = min(config.log_every, remaining), time.perf_counter()
-        state, sums, finite = jax.block_until_ready(train_chunk(state, env, num_updates))
-        speed = num_updates * config.steps_per_update * config.num_seeds / (time.perf_counter() - began)
-        report, updates = summarize(sums, num_updates) | {"charts/SPS": speed}, int(state.updates[0])
-        logger.check_finite(finite, updates - num_updates, num_updates)
-        logger.log(report, updates * config.steps_per_update)
-        remaining -= num_updates
+    """Train for `num_steps` steps per seed, in whole updates; the state passed in is used up."""
+    for num_updates in report_chunks(state.config, num_steps):
+        state, report = run_updates(update, state, env, num_updates)  # all seeds side by side
+        logger.log(report, report.step)
     return state, report
 
 
 @partial(jax.jit, static_argnames=("env", "episodes", "play"))
 def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
-    """Play `episodes` greedy episodes per seed, in environments of their own; returns and lengths are (S, episodes)."""
-    config, network = state.config, QNetwork(state.config)
+    """Play `episodes` greedy episodes per seed, in environments of their own: (S, episodes)."""
+    config = state.config
+    network = make_network(config, env)
 
     def evaluate_seed(state):
         def policy(carry, obs, *_):
-            return carry, network.apply(state.params, obs).argmax(axis=-1)
+            q_values = network.apply(state.params, obs)
+            return carry, q_values.argmax(axis=-1)
 
-        key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env.frozen(state.env_state), policy, lambda _: (), key, config.num_eval_envs, episodes)
+        key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
+        frozen_env = env.frozen(state.env_state)
+        return play(frozen_env, policy, lambda _: (), key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 
 
-# --- Main ------------------------------------------------------------------------------------------------------------
+# --- Main ----------------------------------------------------------------------------------------
 def main(config: Config) -> None:
     env = config.make_env()
     if config.evaluate:

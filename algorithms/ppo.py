@@ -1,19 +1,21 @@
-"""Proximal policy optimisation (PPO, Schulman et al. 2017, arXiv 1707.06347) for discrete actions.
+"""Proximal policy optimisation (PPO), for discrete actions.
 
-Collect T steps of N environments with the current policy, then take several epochs of minibatch gradient steps on
+PPO (Schulman et al. 2017, arXiv 1707.06347) collects T steps of N environments with the current
+policy. It then takes several epochs of minibatch gradient steps on
 
-    L = mean[ -min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) ]     ratio = pi(a|s) / pi_old(a|s)
-      + vf_coef * mean[ 0.5 * (V(s) - R)^2 ]
-      - ent_coef * mean[ entropy(pi(.|s)) ]
+    L    = L_pi + vf_coef * L_V - ent_coef * mean[ entropy(pi(.|s)) ]
+    L_pi = mean[ -min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) ]
+    L_V  = mean[ 0.5 * (V(s) - R)^2 ]
 
-with advantages A by GAE (Schulman et al. 2016, arXiv 1506.02438) and returns R = A + V.
+where ratio = pi(a|s) / pi_old(a|s), the advantages A are by GAE (Schulman et al. 2016,
+arXiv 1506.02438), and R = A + V are the returns.
+
 `diff algorithms/ppo.py algorithms/rppo.py` shows what memory changes.
 
     python algorithms/ppo.py --env gymnax::CartPole-v1
     python algorithms/ppo.py --env gymnax::Acrobot-v1 --num-seeds 5
 """
 
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,36 +27,46 @@ import optax
 from flax import struct
 
 from envs import Discrete, Episodes, make, play
-from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
-from fast_cpu import fast_conv, fast_dot_general, flatten_small
-from loggers import summarize
+from experiment import (
+    Experiment,
+    Options,
+    Run,
+    check_config,
+    compile_updates,
+    launch,
+    report_chunks,
+    run_updates,
+    show,
+    vmap_seeds,
+)
+from fast import Conv, Dense, flatten_small
 
 
-# --- Config ----------------------------------------------------------------------------------------------------------
+# --- Config --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config(Experiment):
-    """Proximal policy optimisation (PPO) for discrete actions."""
+    """Proximal policy optimisation (PPO), for discrete actions."""
 
     # Environment and networks
     env: str = "gymnax::CartPole-v1"  # environment, as namespace::id
-    env_kwargs: Options = field(default_factory=dict, hash=False)  # its parameters, and wrappers: frame_stack 4
-    mask: tuple[str, ...] = ()  # entries of the observation to hide: indices, or a name such as velocity
+    env_kwargs: Options = field(default_factory=dict, hash=False)  # its options, e.g. frame_stack 4
+    mask: tuple[str, ...] = ()  # observation entries to hide: indices, or a name such as velocity
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # layers between encoder and heads
-    shared_torso: bool = False  # actor and critic share all but their heads, instead of nothing
+    shared_torso: bool = False  # actor and critic share everything but their heads
 
     # Algorithm
     learning_rate: float = 1e-3  # step size of Adam
-    anneal_lr: bool = True  # let the learning rate fall linearly to 0 at total_steps
+    anneal_lr: bool = True  # decrease the learning rate linearly to 0 at total_steps
     num_envs: int = 16  # N, parallel environments
     num_steps: int = 128  # T, steps of every environment between two updates
     gamma: float = 0.99  # discount per step
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     update_epochs: int = 4  # passes over the collected steps in one update
     num_minibatches: int = 4  # gradient steps in one pass
-    normalize_advantage: bool = True  # give each minibatch's advantages mean 0 and standard deviation 1
-    clip_coef: float = 0.2  # eps, how far the probability ratio may move and still gain
-    clip_vloss: bool = False  # keep the value within clip_coef of its old one, too
+    normalize_advantage: bool = True  # give each minibatch's advantages mean 0 and deviation 1
+    clip_coef: float = 0.2  # eps, how far the ratio may move from 1 and still gain
+    clip_vloss: bool = False  # also clip the change of the value, to clip_coef
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients are clipped to this global norm
@@ -67,34 +79,35 @@ class Config(Experiment):
         return make(self.env, **{"mask": self.mask} | self.env_kwargs)
 
     def __post_init__(self):
-        check_sizes(self)
-        if self.steps_per_update % self.num_minibatches:
-            raise ValueError(f"num_minibatches ({self.num_minibatches}) must divide a batch ({self.steps_per_update})")
-        if not isinstance(self.make_env().action_space, Discrete):
-            raise ValueError(f"this script needs discrete actions, those of {self.env} are continuous")
+        check_config(self, Discrete)
 
 
-# --- Networks --------------------------------------------------------------------------------------------------------
+# --- Networks ------------------------------------------------------------------------------------
 def dense(features, scale=2**0.5):
-    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dot_general=fast_dot_general)
+    return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
+
+
+def encode(obs, num_axes):
+    """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
+    x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
+    if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
+        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+        if min(obs.shape[-3:-1]) < 36:  # too small for these
+            layers = ((16, 3, 1),)
+        for features, size, stride in layers:
+            x = nn.relu(Conv(features, (size, size), (stride, stride), "VALID")(x))
+    return x.reshape(*obs.shape[:num_axes], -1)
 
 
 class Torso(nn.Module):
-    """Observations (..., *obs_shape) to the features (..., hidden_size) that policy or value are read from."""
+    """Observations (B, ...) to the features (B, hidden_size) that policy or value are read from."""
 
     config: Config
 
     @nn.compact
     def __call__(self, obs):
-        config, env = self.config, self.config.make_env()
-        obs_ndim = len(env.observation_space.shape)
-        x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
-        if obs_ndim == 3:  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
-            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(obs.shape[-3:-1]) >= 36 else ((16, 3, 1),)
-            for features, size, stride in layers:
-                conv = nn.Conv(features, (size, size), (stride, stride), "VALID", conv_general_dilated=fast_conv)
-                x = nn.relu(conv(x))
-        x = x.reshape(*obs.shape[: obs.ndim - obs_ndim], -1)
+        config = self.config
+        x = encode(obs, num_axes=1)
         x = nn.tanh(dense(config.hidden_size)(x))
         for _ in range(config.num_layers):
             x = nn.tanh(dense(config.hidden_size)(x))
@@ -105,16 +118,24 @@ class ActorCritic(nn.Module):
     """Policy and value, on one torso or on one each."""
 
     config: Config
+    num_actions: int
 
     def setup(self):
-        self.torsos = [Torso(self.config) for _ in range(1 if self.config.shared_torso else 2)]
-        self.actor_head = dense(self.config.make_env().action_space.n, scale=0.01)
+        num_torsos = 1 if self.config.shared_torso else 2
+        self.torsos = [Torso(self.config) for _ in range(num_torsos)]
+        self.actor_head = dense(self.num_actions, scale=0.01)
         self.critic_head = dense(1, scale=1.0)
 
     def __call__(self, obs):
-        """obs (..., *obs_shape) -> logits (..., num_actions), value (...)."""
+        """Observations (B, ...) -> logits (B, num_actions), value (B,)."""
         features = [torso(obs) for torso in self.torsos]
-        return self.actor_head(features[0]), self.critic_head(features[-1])[..., 0]
+        logits = self.actor_head(features[0])
+        value = self.critic_head(features[-1])[..., 0]
+        return logits, value
+
+
+def make_network(config: Config, env):
+    return ActorCritic(config, env.action_space.n)
 
 
 def make_optimizer(config: Config):
@@ -122,44 +143,50 @@ def make_optimizer(config: Config):
     if config.anneal_lr:
         gradient_steps = config.num_updates * config.update_epochs * config.num_minibatches
         learning_rate = optax.linear_schedule(config.learning_rate, 0.0, gradient_steps)
-    adam = optax.adam(learning_rate, eps=1e-5)
-    return flatten_small(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam))
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    return flatten_small(optax.chain(clip, optax.adam(learning_rate, eps=1e-5)))
 
 
-# --- State -----------------------------------------------------------------------------------------------------------
+# --- State ---------------------------------------------------------------------------------------
 class State(struct.PyTreeNode):
-    """All that a run needs to go on. `init` gives arrays a leading seed axis; `rollout` and `update` see one seed."""
+    """Everything needed to continue a run; `init` gives all arrays a leading seed axis."""
 
     params: Any
     opt_state: Any
     env_state: Any  # (N, ...)
-    obs: jax.Array  # (N, *obs_shape), what the next action is chosen from
+    obs: jax.Array  # (N, ...), what the next action is chosen from
     key: jax.Array  # ()
     updates: jax.Array  # (), how many have been done
     config: Config = struct.field(pytree_node=False)
 
 
 class Transition(NamedTuple):
-    """The step obs[t] -> next_obs[t] of every environment; a rollout stacks T of them to (T, N, ...)."""
+    """The step obs[t] -> next_obs[t] of every environment; a rollout stacks T of them, (T, N, ...).
+
+    next_obs[t] is the true next observation, also where obs[t + 1] begins another episode.
+    """
 
     obs: jax.Array
     action: jax.Array
     log_prob: jax.Array
     value: jax.Array  # V(obs[t])
-    next_value: jax.Array  # V(next_obs[t]) of the true next observation, not of the one after an auto-reset
+    next_value: jax.Array  # V(next_obs[t])
     reward: jax.Array
-    terminated: jax.Array  # next_obs[t] ends the task: it is worth nothing, whatever next_value says
+    terminated: jax.Array  # next_obs[t] ends the task and is worth nothing, whatever next_value is
     done: jax.Array  # terminated or truncated: obs[t + 1] begins another episode
     episode_return: jax.Array
     episode_length: jax.Array
 
 
-# --- Mathematics -----------------------------------------------------------------------------------------------------
+# --- Mathematics ---------------------------------------------------------------------------------
 def gae(reward, value, next_value, terminated, done, config):
-    """Generalised advantage estimation (arXiv 1506.02438, eq. 16) of (T, N) arrays: advantages and returns, (T, N).
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16).
 
-    Two things can end: `terminated` ends the future (nothing to bootstrap from), `done` the episode (no trace from the
-    next one). A truncated step bootstraps from next_value, and stops the trace.
+    `terminated` ends the future: there is nothing to bootstrap from. `done` ends the episode: the
+    advantages of the next one do not reach back into it. A truncated step is done but not
+    terminated, so it bootstraps from next_value.
+
+    The arguments are fields of `Transition`, (T, N); so are the results, advantages and returns.
     """
     delta = reward + config.gamma * jnp.where(terminated, 0.0, next_value) - value
 
@@ -168,26 +195,34 @@ def gae(reward, value, next_value, terminated, done, config):
         advantage = delta + config.gamma * config.gae_lambda * ~done * advantage
         return advantage, advantage
 
-    _, advantages = jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, done), reverse=True)
+    last = jnp.zeros_like(delta[0])
+    _, advantages = jax.lax.scan(backward, last, (delta, done), reverse=True)
     return advantages, advantages + value
 
 
 def ppo_loss(params, network, config, batch, advantage, returns):
-    """The loss at the top of this file over one minibatch, and its parts for the log."""
+    """L of the docstring over one minibatch, and its parts for the log."""
     logits, value = network.apply(params, batch.obs)
-    log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
+
+    # L_pi
+    log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action)
+    log_ratio = log_prob - batch.log_prob
     ratio = jnp.exp(log_ratio)
     if config.normalize_advantage:
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     clipped_ratio = jnp.clip(ratio, 1.0 - config.clip_coef, 1.0 + config.clip_coef)
     policy_loss = -jnp.minimum(ratio * advantage, clipped_ratio * advantage).mean()
 
+    # L_V
     value_error = (value - returns) ** 2
     if config.clip_vloss:
-        clipped_value = batch.value + jnp.clip(value - batch.value, -config.clip_coef, config.clip_coef)
-        value_error = jnp.maximum(value_error, (clipped_value - returns) ** 2)
+        change = jnp.clip(value - batch.value, -config.clip_coef, config.clip_coef)
+        value_error = jnp.maximum(value_error, (batch.value + change - returns) ** 2)
     value_loss = 0.5 * value_error.mean()
+
+    # Entropy
     entropy = -(nn.softmax(logits) * nn.log_softmax(logits)).sum(axis=-1).mean()
+
     loss = policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy
     return loss, {
         "losses/policy_loss": policy_loss,
@@ -199,43 +234,65 @@ def ppo_loss(params, network, config, batch, advantage, returns):
     }
 
 
-# --- One update of one seed ------------------------------------------------------------------------------------------
+# --- One update of one seed ----------------------------------------------------------------------
 def rollout(state, env):
     """T steps of N environments: the state after them, and transitions (T, N, ...)."""
-    config, network = state.config, ActorCritic(state.config)
-    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
+    config = state.config
+    apply = make_network(config, env).apply
+    step_envs = jax.vmap(env.step, axis_name="envs")  # they share normalisation statistics
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
-        logits, value = network.apply(state.params, state.obs)
+        logits, value = apply(state.params, state.obs)
         action = jax.random.categorical(action_key, logits)
+        log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits, action)
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
-        _, next_value = network.apply(state.params, info["final_obs"])
-        log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits, action)  # log pi(action)
-        ending = terminated, info["episode_done"], info["episode_return"], info["episode_length"]
-        transition = Transition(state.obs, action, log_prob, value, next_value, reward, *ending)
-        return state.replace(env_state=env_state, obs=obs, key=key), transition
+        done = info["episode_done"]
+        # The true next observation, not the one after an auto-reset.
+        _, next_value = apply(state.params, info["final_obs"])
+        transition = Transition(
+            obs=state.obs,
+            action=action,
+            log_prob=log_prob,
+            value=value,
+            next_value=next_value,
+            reward=reward,
+            terminated=terminated,
+            done=done,
+            episode_return=info["episode_return"],
+            episode_length=info["episode_length"],
+        )
+        state = state.replace(env_state=env_state, obs=obs, key=key)
+        return state, transition
 
     return jax.lax.scan(env_step, state, length=config.num_steps)
 
 
 def update(state, env):
     """Collect a batch and learn from it: the new state, and the metrics of this update."""
-    config, network, optimizer = state.config, ActorCritic(state.config), make_optimizer(state.config)
+    config = state.config
+    network = make_network(config, env)
+    optimizer = make_optimizer(config)
     state, batch = rollout(state, env)
-    advantages, returns = gae(batch.reward, batch.value, batch.next_value, batch.terminated, batch.done, config)
+    steps = (batch.reward, batch.value, batch.next_value, batch.terminated, batch.done)
+    advantages, returns = gae(*steps, config)
 
-    def gradient_step(learner, steps):
+    # One axis for all steps, (T * N, ...).
+    samples = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch, advantages, returns))
+
+    def gradient_step(learner, rows):
         params, opt_state = learner
-        minibatch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[steps], (batch, advantages, returns))
-        gradients, parts = jax.grad(ppo_loss, has_aux=True)(params, network, config, *minibatch)
+        minibatch = jax.tree.map(lambda x: x[rows], samples)
+        gradient = jax.grad(ppo_loss, has_aux=True)
+        gradients, parts = gradient(params, network, config, *minibatch)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, opt_state, params)
-        return (optax.apply_updates(params, changes), opt_state), parts
+        params = optax.apply_updates(params, changes)
+        return (params, opt_state), parts
 
     def epoch(learner, key):
-        # Minibatches of single steps: without memory it does not matter where in an episode a step was taken.
+        # Minibatches of single steps: without a memory their order does not matter.
         random_bits = jax.random.bits(key, (config.steps_per_update,))
         order = jnp.argsort(random_bits)  # one sort; jax.random.permutation takes two
         minibatches = order.reshape(config.num_minibatches, -1)
@@ -243,91 +300,83 @@ def update(state, env):
 
     key, shuffle_key = jax.random.split(state.key)
     epoch_keys = jax.random.split(shuffle_key, config.update_epochs)
-    (params, opt_state), parts = jax.lax.scan(epoch, (state.params, state.opt_state), epoch_keys)
+    learner = (state.params, state.opt_state)
+    (params, opt_state), parts = jax.lax.scan(epoch, learner, epoch_keys)
 
+    progress = config.anneal_lr * state.updates / config.num_updates
     metrics = jax.tree.map(jnp.mean, parts) | {
-        # The first minibatch meets the very parameters that collected it: a ratio other than 1 there is a bug.
+        # The first minibatch is evaluated with the parameters that collected it: a ratio other
+        # than 1 is a bug.
         "losses/first_ratio_error": parts["losses/first_ratio_error"][0, 0],
         "losses/explained_variance": 1.0 - (returns - batch.value).var() / (returns.var() + 1e-8),
-        "charts/learning_rate": config.learning_rate * (1.0 - config.anneal_lr * state.updates / config.num_updates),
+        "charts/learning_rate": config.learning_rate * (1.0 - progress),
         "charts/episodic_return": batch.episode_return.sum(where=batch.done),
         "charts/episodic_length": batch.episode_length.sum(where=batch.done),
         "charts/episodes": batch.done.sum(),
     }
-    return state.replace(params=params, opt_state=opt_state, key=key, updates=state.updates + 1), metrics
+    updates = state.updates + 1
+    return state.replace(params=params, opt_state=opt_state, key=key, updates=updates), metrics
 
 
-@partial(jax.jit, static_argnames="env", donate_argnames="state")
-def train_chunk(state, env, num_updates):
-    """Several updates of every seed; the sums of their metrics, and for how many updates these were finite."""
-    update_seeds = jax.jit(vmap_seeds(partial(update, env=env)))  # jit: eval_shape and the loop share one tracing
-
-    def body(_, carry):
-        state, sums, finite = carry
-        state, metrics = update_seeds(state)
-        sums = jax.tree.map(jnp.add, sums, metrics)
-        return state, sums, jax.tree.map(lambda count, total: count + jnp.isfinite(total), finite, sums)
-
-    metrics = jax.eval_shape(update_seeds, state)[1]
-    zeros = jax.tree.map(jnp.zeros_like, metrics), jax.tree.map(lambda x: jnp.zeros(x.shape, int), metrics)
-    # The number of updates is not known when this compiles: a last, shorter chunk does not compile again.
-    return jax.lax.fori_loop(0, num_updates, body, (state, *zeros))
-
-
-# --- Init, warmup, train, evaluate -----------------------------------------------------------------------------------
+# --- Init, warmup, train, evaluate ---------------------------------------------------------------
 def init(config: Config, key) -> State:
-    """A fresh state, from one typed key or from an array of them: one per seed."""
-    env, network, optimizer = config.make_env(), ActorCritic(config), make_optimizer(config)
+    """A fresh state, from one typed key or from an array of them, one per seed."""
+    env = config.make_env()
+    network = make_network(config, env)
+    optimizer = make_optimizer(config)
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
+        reset_keys = jax.random.split(reset_key, config.num_envs)
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(reset_keys)
         params = network.init(network_key, obs)
-        return State(params, optimizer.init(params), env_state, obs, key, jnp.int32(0), config)
+        return State(
+            params=params,
+            opt_state=optimizer.init(params),
+            env_state=env_state,
+            obs=obs,
+            key=key,
+            updates=jnp.int32(0),
+            config=config,
+        )
 
     return jax.jit(vmap_seeds(init_seed))(key.reshape(-1))
 
 
 def warmup(state: State, env, logger) -> State:
-    """Compile the update, so that the speed reported by `train` is that of training; PPO needs nothing else."""
-    began = time.perf_counter()
-    state, *_ = jax.block_until_ready(train_chunk(state, env, 0))
-    steps = int(state.updates[0]) * state.config.steps_per_update
-    logger.log({"charts/compile_seconds": time.perf_counter() - began}, steps)
+    """Compile the update, so that `train` reports the speed of training; PPO needs nothing else."""
+    state, report = compile_updates(update, state, env)
+    logger.log(report, report.step)
     return state
 
 
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
-    """Train for `num_steps` steps per seed in whole updates, at least one. The state passed in is used up (donated)."""
-    config, remaining = state.config, max(1, num_steps // state.config.steps_per_update)
-    while remaining:
-        num_updates, began = min(config.log_every, remaining), time.perf_counter()
-        state, sums, finite = jax.block_until_ready(train_chunk(state, env, num_updates))
-        speed = num_updates * config.steps_per_update * config.num_seeds / (time.perf_counter() - began)
-        report, updates = summarize(sums, num_updates) | {"charts/SPS": speed}, int(state.updates[0])
-        logger.check_finite(finite, updates - num_updates, num_updates)
-        logger.log(report, updates * config.steps_per_update)
-        remaining -= num_updates
+    """Train for `num_steps` steps per seed, in whole updates; the state passed in is used up."""
+    for num_updates in report_chunks(state.config, num_steps):
+        state, report = run_updates(update, state, env, num_updates)  # all seeds side by side
+        logger.log(report, report.step)
     return state, report
 
 
 @partial(jax.jit, static_argnames=("env", "episodes", "play"))
 def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
-    """Play `episodes` greedy episodes per seed, in environments of their own; returns and lengths are (S, episodes)."""
-    config, network = state.config, ActorCritic(state.config)
+    """Play `episodes` greedy episodes per seed, in environments of their own: (S, episodes)."""
+    config = state.config
+    network = make_network(config, env)
 
     def evaluate_seed(state):
         def policy(carry, obs, *_):
             logits, _ = network.apply(state.params, obs)
             return carry, logits.argmax(axis=-1)
 
-        key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env.frozen(state.env_state), policy, lambda _: (), key, config.num_eval_envs, episodes)
+        key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
+        frozen_env = env.frozen(state.env_state)
+        return play(frozen_env, policy, lambda _: (), key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 
 
-# --- Main ------------------------------------------------------------------------------------------------------------
+# --- Main ----------------------------------------------------------------------------------------
 def main(config: Config) -> None:
     env = config.make_env()
     if config.evaluate:

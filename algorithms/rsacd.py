@@ -1,26 +1,30 @@
-"""Recurrent soft actor-critic for discrete actions (SACD, Christodoulou 2019, arXiv 1910.07207) with memories.
+"""Recurrent SACD: soft actor-critic with memories, for discrete actions.
 
-Act by a stochastic policy, keep every transition (s, a, r, s') in a replay buffer, and take gradient steps on
-minibatches of L_Q + L_pi + L_alpha, each of which trains its own parameters only:
+SACD (Christodoulou 2019, arXiv 1910.07207) acts by a stochastic policy, keeps every transition
+(s, a, r, s') in a replay buffer, and takes gradient steps on minibatches of L_Q + L_pi + L_alpha,
+each of which trains its own parameters only:
 
-    L_Q     = mean[ 0.5 * sum_i (Q_i(s, a) - y)^2 ]    y = r + gamma * (1 - terminated) * V'(s')
+    L_Q     = mean[ 0.5 * sum_i (Q_i(s, a) - y)^2 ]
+    y       = r + gamma * (1 - terminated) * V'(s')
+    V'(s')  = sum_b pi(b|s') * (min_i Q'_i(s', b) - alpha * log pi(b|s'))
     L_pi    = mean[ sum_b pi(b|s) * (alpha * log pi(b|s) - min_i Q_i(s, b)) ]
     L_alpha = mean[ -log(alpha) * (sum_b pi(b|s) * log pi(b|s) + target entropy) ]
 
-with V'(s') = sum_b pi(b|s') * (min_i Q'_i(s', b) - alpha * log pi(b|s')): expectations over all actions, not samples.
-Q' is the target network, a copy of Q that follows it slowly; the smaller of two estimates makes up for the maximum of a
-noisy one being too high (Fujimoto et al. 2018, arXiv 1802.09477). An episode that was truncated is not over: s' is then
-the observation that the time limit cut off, not the first of the next episode.
-Here s is the state of two memories that have read the episode so far, the actor's and the critic's (Ni et al. 2022,
-arXiv 2110.05038). As in R2D2 (Kapturowski et al. 2019, openreview.net/forum?id=r1lyTjAqYX), minibatches are sequences
-of steps with the carry that the memories had before them, which older parameters made; the first `burn_in` steps only
-bring it up to date. `diff algorithms/sacd.py algorithms/rsacd.py` shows what memory changes.
+with sums over all actions b instead of SAC's samples. Q' is the target network, a copy of Q that
+follows it slowly. The smaller of two estimates counteracts overestimation (Fujimoto et al. 2018,
+arXiv 1802.09477). Where an episode was truncated, s' is the observation that the time limit cut
+off, not the first of the next episode.
+
+Here s is the state of two memories that have read the episode so far, the actor's and the
+critic's (Ni et al. 2022, arXiv 2110.05038). Minibatches are sequences of steps, with the carry that
+the memories had before them; the first `burn_in` steps only bring this older carry up to date.
+
+`diff algorithms/sacd.py algorithms/rsacd.py` shows what memory changes.
 
     python algorithms/rsacd.py --env gymnax::CartPole-v1 --cell slstm
     python algorithms/rsacd.py --env gymnax::CartPole-v1 --mask velocity --cell gru
 """
 
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -33,49 +37,60 @@ import optax
 from flax import struct
 
 from envs import Discrete, Episodes, make, play
-from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
-from fast_cpu import fast_conv, fast_dot_general, flatten_small
-from loggers import summarize
+from experiment import (
+    Experiment,
+    Options,
+    Run,
+    check_config,
+    compile_updates,
+    fill_buffer,
+    launch,
+    report_chunks,
+    run_updates,
+    show,
+    vmap_seeds,
+)
+from fast import Conv, Dense, flatten_small
 from memory_cells import CELLS, MaskedRNN, make_cell
 from replay import SequenceReplay, Transition
 
 
-# --- Config ----------------------------------------------------------------------------------------------------------
+# --- Config --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config(Experiment):
-    """Recurrent soft actor-critic for discrete actions (SACD), with memory."""
+    """Recurrent SACD: soft actor-critic with memories, for discrete actions."""
 
     total_steps: int = 150_000  # environment steps of each seed
     log_every: int = 50  # updates between two reports
 
     # Environment and networks
     env: str = "gymnax::CartPole-v1"  # environment, as namespace::id
-    env_kwargs: Options = field(default_factory=dict, hash=False)  # its parameters, and wrappers: frame_stack 4
-    mask: tuple[str, ...] = ()  # entries of the observation to hide: indices, or a name such as velocity
+    env_kwargs: Options = field(default_factory=dict, hash=False)  # its options, e.g. frame_stack 4
+    mask: tuple[str, ...] = ()  # observation entries to hide: indices, or a name such as velocity
     cell: Literal[tuple(CELLS)] = "gru"  # the memory
-    cell_kwargs: Options = field(default_factory=dict, hash=False)  # options of the memory: num_heads 8
+    cell_kwargs: Options = field(default_factory=dict, hash=False)  # its options, e.g. num_heads 8
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # memories on top of each other
-    shared_torso: bool = False  # the actor reads the memory of the critic, which trains it, instead of one of its own
+    shared_torso: bool = False  # the actor reads the critic's memory, which L_Q alone trains
     prev_action: bool = True  # the memory reads the previous action
     prev_reward: bool = True  # the memory reads the previous reward
 
     # Algorithm
     learning_rate: float = 1e-3  # step size of Adam
-    anneal_lr: bool = True  # let the learning rate fall linearly to 0 at total_steps
+    anneal_lr: bool = True  # decrease the learning rate linearly to 0 at total_steps
     num_envs: int = 8  # N, parallel environments
-    num_steps: int = 8  # T, steps of every environment between two updates; replayed sequences begin at every T-th
+    num_steps: int = 8  # T, steps of every environment between two updates; sequences begin there
     gamma: float = 0.99  # discount per step
     buffer_size: int = 100_000  # transitions that are kept for replay
     learning_starts: int = 1_000  # steps before the first update, to begin with a filled buffer
     batch_size: int = 32  # sequences in a minibatch
     sequence_length: int = 16  # L, steps of a sequence that are learned from
-    burn_in: int = 8  # steps before these that bring the memory up to date
+    burn_in: int = 8  # steps before these that bring the memories up to date
     gradient_steps: int = 4  # minibatches of an update
-    tau: float = 0.02  # how far the target network is taken to the online network after each
-    alpha: float = 0.2  # weight of the entropy, to begin with if it is tuned
-    autotune: bool = True  # tune alpha so that the entropy comes to its target
-    target_entropy_ratio: float = 0.7  # target entropy over that of the uniform policy, log(num_actions)
+    tau: float = 0.02  # fraction of the way the target network moves to the online one after each
+    alpha: float = 0.2  # weight of the entropy; the initial one if it is tuned
+    autotune: bool = True  # tune alpha so that the entropy approaches its target
+    target_entropy_ratio: float = 0.7  # that target over the greatest entropy, log(num_actions)
 
     @property
     def steps_per_update(self) -> int:
@@ -85,18 +100,29 @@ class Config(Experiment):
         return make(self.env, **{"mask": self.mask} | self.env_kwargs)
 
     def make_memory(self):
-        return MaskedRNN(make_cell(self.cell, self.hidden_size, self.num_layers, **self.cell_kwargs))
+        cell = make_cell(self.cell, self.hidden_size, self.num_layers, **self.cell_kwargs)
+        return MaskedRNN(cell)
 
     def __post_init__(self):
-        check_sizes(self)
+        check_config(self, Discrete)
         self.make_memory()
-        if not isinstance(self.make_env().action_space, Discrete):
-            raise ValueError(f"this script needs discrete actions, those of {self.env} are continuous")
 
 
-# --- Networks --------------------------------------------------------------------------------------------------------
+# --- Networks ------------------------------------------------------------------------------------
 def dense(features, scale=2**0.5):
-    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dot_general=fast_dot_general)
+    return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
+
+
+def encode(obs, num_axes):
+    """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
+    x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
+    if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
+        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+        if min(obs.shape[-3:-1]) < 36:  # too small for these
+            layers = ((16, 3, 1),)
+        for features, size, stride in layers:
+            x = nn.relu(Conv(features, (size, size), (stride, stride), "VALID")(x))
+    return x.reshape(*obs.shape[:num_axes], -1)
 
 
 class Inputs(NamedTuple):
@@ -108,27 +134,22 @@ class Inputs(NamedTuple):
 
 
 class Torso(nn.Module):
-    """Inputs (T, N, ...) to the features (T - burn_in, N, hidden_size) that policy or values are read from."""
+    """Inputs (T, N, ...) to the features (T - burn_in, N, hidden_size) of policy or values."""
 
     config: Config
+    num_actions: int
 
     @nn.compact
     def __call__(self, carry, inputs, starts, burn_in):
-        config, obs, obs_ndim = self.config, inputs.obs, len(self.config.make_env().observation_space.shape)
-        x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
-        if obs_ndim == 3:  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
-            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(obs.shape[-3:-1]) >= 36 else ((16, 3, 1),)
-            for features, size, stride in layers:
-                conv = nn.Conv(features, (size, size), (stride, stride), "VALID", conv_general_dilated=fast_conv)
-                x = nn.relu(conv(x))
-        x = x.reshape(*obs.shape[: obs.ndim - obs_ndim], -1)
-        # Before an episode's first step there was no action and no reward, whatever the last episode ended with.
-        action = nn.one_hot(inputs.action, config.make_env().action_space.n) * config.prev_action
+        config = self.config
+        # Nothing precedes an episode's first step: what the last episode ended with is hidden.
+        action = nn.one_hot(inputs.action, self.num_actions) * config.prev_action
         reward = inputs.reward[..., None] * config.prev_reward
         previous = jnp.where(starts[..., None], 0.0, jnp.concatenate([action, reward], axis=-1))
-        x = nn.relu(dense(config.hidden_size)(jnp.concatenate([x, previous], axis=-1)))
+        x = jnp.concatenate([encode(inputs.obs, num_axes=2), previous], axis=-1)
+        x = nn.relu(dense(config.hidden_size)(x))
         carry, memory = config.make_memory()(carry, x, starts, burn_in=burn_in)
-        return carry, x[burn_in:] + memory  # what is in sight need not be remembered
+        return carry, x[burn_in:] + memory  # skip connection: memory need not store what x shows
 
 
 class Head(nn.Module):
@@ -148,51 +169,61 @@ class ActorCritic(nn.Module):
     """Policy, two estimates of the values, and the logarithm of alpha."""
 
     config: Config
+    num_actions: int
 
     def setup(self):
-        self.actor_torso, self.critic_torso = Torso(self.config), Torso(self.config)
-        self.actor_head = Head(self.config, self.config.make_env().action_space.n, scale=0.01)
+        config = self.config
+        self.actor_torso = Torso(config, self.num_actions)
+        self.critic_torso = Torso(config, self.num_actions)
+        self.actor_head = Head(config, self.num_actions, scale=0.01)
         twins = nn.vmap(Head, {"params": 0}, {"params": True}, axis_size=2)
-        self.critic_heads = twins(self.config, self.config.make_env().action_space.n, scale=1.0)
-        self.log_alpha = self.param("log_alpha", nn.initializers.constant(np.log(self.config.alpha)), ())
+        self.critic_heads = twins(config, self.num_actions, scale=1.0)
+        self.log_alpha = self.param("log_alpha", nn.initializers.constant(np.log(config.alpha)), ())
 
     def read(self, carry, inputs, starts, burn_in=0):
-        """carry, Inputs (T, N, ...), starts (T, N) -> carry, what actor and critic see, (T - burn_in, N, size) each."""
+        """Inputs (T, N, ...) -> carry, features of actor and critic (T - burn_in, N, size)."""
         critic_carry, features = self.critic_torso(carry[-1], inputs, starts, burn_in)
-        if self.config.shared_torso:  # the critic's; with gradients of both, the actor's would outgrow it
+        if self.config.shared_torso:  # gradients of L_pi, too, would let its features outgrow Q's
             return (critic_carry,), jax.lax.stop_gradient(features), features
         actor_carry, actor_features = self.actor_torso(carry[0], inputs, starts, burn_in)
         return (actor_carry, critic_carry), actor_features, features
 
     def policy(self, features):
-        """features (..., size) -> logits (..., num_actions)."""
+        """Features (..., size) -> logits (..., num_actions)."""
         return self.actor_head(features)
 
     def values(self, features):
-        """features (..., size) -> Q_1 and Q_2 of all actions (2, ..., num_actions)."""
-        return self.critic_heads(jnp.broadcast_to(features, (2, *features.shape)))  # copies are faster than sharing
+        """Features (..., size) -> Q_1 and Q_2 of all actions (2, ..., num_actions)."""
+        copies = jnp.broadcast_to(features, (2, *features.shape))  # faster than sharing
+        return self.critic_heads(copies)
 
     def __call__(self, carry, inputs, start):
-        """A sequence of length 1: carry, Inputs (N, ...), start (N,) -> carry, logits and values of all actions."""
-        carry, features, critic_features = self.read(carry, jax.tree.map(lambda x: x[None], inputs), start[None])
+        """One step: Inputs (N, ...), start (N,) -> carry, logits (N, A), values (2, N, A)."""
+        sequence = jax.tree.map(lambda x: x[None], inputs)
+        carry, features, critic_features = self.read(carry, sequence, start[None])
         return carry, self.policy(features[0]), self.values(critic_features[0])
 
     @nn.nowrap
     def initialize_carry(self, num_envs):
-        memory = self.config.make_memory().initialize_carry((num_envs, self.config.hidden_size))
-        return (memory,) if self.config.shared_torso else (memory, memory)
+        carry = self.config.make_memory().initialize_carry((num_envs, self.config.hidden_size))
+        return (carry,) if self.config.shared_torso else (carry, carry)
+
+
+def make_network(config: Config, env):
+    return ActorCritic(config, env.action_space.n)
 
 
 def make_optimizer(config: Config):
     learning_rate = config.learning_rate
     if config.anneal_lr:
-        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, config.num_updates * config.gradient_steps)
+        gradient_steps = config.num_updates * config.gradient_steps
+        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, gradient_steps)
     return flatten_small(optax.adam(learning_rate, eps=1e-5))
 
 
-# --- State -----------------------------------------------------------------------------------------------------------
+# --- State ---------------------------------------------------------------------------------------
 class State(struct.PyTreeNode):
-    """All that a run needs to go on. `init` gives arrays a leading seed axis; `rollout` and `update` see one seed."""
+    """Everything needed to continue a run; `init` gives all arrays a leading seed axis."""
 
     params: Any
     target_params: Any
@@ -208,173 +239,214 @@ class State(struct.PyTreeNode):
 
 
 def make_replay(config: Config):
-    length = config.burn_in + config.sequence_length
-    return SequenceReplay(config.num_envs, config.num_steps, config.buffer_size, config.batch_size, length)
+    return SequenceReplay(
+        buffer_size=config.buffer_size,
+        batch_size=config.batch_size,
+        num_envs=config.num_envs,
+        num_steps=config.num_steps,
+        length=config.burn_in + config.sequence_length,
+    )
 
 
-# --- Mathematics -----------------------------------------------------------------------------------------------------
+# --- Mathematics ---------------------------------------------------------------------------------
 def sacd_loss(params, target_params, network, sample):
-    """The loss at the top of this file over one minibatch, and its parts for the log."""
-    config, constant = network.config, jax.lax.stop_gradient(params)
+    """L_Q + L_pi + L_alpha of the docstring over one minibatch, and their parts for the log."""
+    config = network.config
+    constant = jax.lax.stop_gradient(params)
     alpha = jnp.exp(constant["params"]["log_alpha"])
-    carry, batch, *_ = sample
-    sequence = carry, batch.inputs, batch.start, config.burn_in
+    sequence = (sample.carry, sample.batch.inputs, sample.batch.start, config.burn_in)
     _, actor_features, features = network.apply(params, *sequence, method="read")
     *_, target_features = network.apply(target_params, *sequence, method="read")
-    batch = jax.tree.map(lambda x: x[config.burn_in :], batch)
-    q_values, is_step = network.apply(params, features, method="values"), ~batch.final[:-1]
-    log_policy = nn.log_softmax(network.apply(params, actor_features, method="policy"))
-    policy = jnp.exp(log_policy)
+    batch = jax.tree.map(lambda x: x[config.burn_in :], sample.batch)
+    rows = jax.tree.map(lambda x: x[:-1], batch)  # the last row is only there to be reached
+    is_step = ~rows.final
 
+    logits = network.apply(params, actor_features, method="policy")
+    log_policy = nn.log_softmax(logits)
+    policy = jnp.exp(log_policy)
+    q_values = network.apply(params, features, method="values")
+
+    # L_Q
     next_q = network.apply(target_params, target_features, method="values").min(axis=0)
     next_value = jax.lax.stop_gradient(policy * (next_q - alpha * log_policy)).sum(axis=-1)[1:]
-    targets = batch.reward[:-1] + config.gamma * jnp.where(batch.terminated[:-1], 0.0, next_value)
-    q_value = jnp.take_along_axis(q_values, batch.action[None, ..., None], axis=-1)[:, :-1, :, 0]
+    targets = rows.reward + config.gamma * jnp.where(rows.terminated, 0.0, next_value)
+    action = batch.action[None, ..., None]
+    q_value = jnp.take_along_axis(q_values, action, axis=-1)[:, :-1, :, 0]
     td_loss = 0.5 * ((q_value - targets) ** 2).sum(axis=0).mean(where=is_step)
 
+    # L_pi
     actor_q = jax.lax.stop_gradient(q_values).min(axis=0)
-    actor_loss = (policy * (alpha * log_policy - actor_q)).sum(axis=-1)[:-1].mean(where=is_step)
-    entropy = -jax.lax.stop_gradient(policy * log_policy).sum(axis=-1)[:-1].mean(where=is_step)
-    target_entropy = config.target_entropy_ratio * np.log(q_values.shape[-1])
+    actor_loss = (policy * (alpha * log_policy - actor_q)).sum(axis=-1)
+    actor_loss = actor_loss[:-1].mean(where=is_step)
+
+    # L_alpha
+    entropy = -jax.lax.stop_gradient(policy * log_policy).sum(axis=-1)
+    entropy = entropy[:-1].mean(where=is_step)
+    target_entropy = config.target_entropy_ratio * np.log(logits.shape[-1])
     alpha_loss = config.autotune * params["params"]["log_alpha"] * (entropy - target_entropy)
 
-    parts = {"losses/td_loss": td_loss, "losses/actor_loss": actor_loss, "losses/alpha_loss": alpha_loss}
-    parts |= {"losses/alpha": alpha, "losses/entropy": entropy, "losses/q_values": q_value.mean(where=is_step)}
-    return td_loss + actor_loss + alpha_loss, parts
+    return td_loss + actor_loss + alpha_loss, {
+        "losses/td_loss": td_loss,
+        "losses/actor_loss": actor_loss,
+        "losses/alpha_loss": alpha_loss,
+        "losses/alpha": alpha,
+        "losses/entropy": entropy,
+        "losses/q_values": q_value.mean(where=is_step),
+    }
 
 
-# --- One update of one seed ------------------------------------------------------------------------------------------
+# --- One update of one seed ----------------------------------------------------------------------
 def rollout(state, env):
-    """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
-    config, network, first_carry = state.config, ActorCritic(state.config), state.carry
-    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
+    """T steps of N environments, kept for replay: the state after them, and their metrics."""
+    config = state.config
+    apply = make_network(config, env).apply
+    step_envs = jax.vmap(env.step, axis_name="envs")  # they share normalisation statistics
+    first_carry = state.carry
+    num_random_updates = config.learning_starts // config.steps_per_update
 
     def env_step(state, _):
-        key, action_key, step_key = jax.random.split(state.key, 3)
-        carry, logits, _ = network.apply(state.params, state.carry, state.inputs, state.start)
+        key, action_key, random_key, step_key = jax.random.split(state.key, 4)
+        carry, logits, _ = apply(state.params, state.carry, state.inputs, state.start)
         action = jax.random.categorical(action_key, logits)
-        random_action = jax.vmap(env.action_space.sample)(jax.random.split(action_key, config.num_envs))
-        action = jnp.where(state.updates < config.learning_starts // config.steps_per_update, random_action, action)
+        random_keys = jax.random.split(random_key, config.num_envs)
+        random_action = jax.vmap(env.action_space.sample)(random_keys)
+        action = jnp.where(state.updates < num_random_updates, random_action, action)
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
-        inputs, start = Inputs(obs, action, reward), info["episode_done"]
-        transition = Transition(state.inputs, state.start, action, reward, info["final_obs"], terminated, done=start)
-        state = state.replace(env_state=env_state, carry=carry, inputs=inputs, start=start, key=key)
+        done = info["episode_done"]
+        transition = Transition(
+            inputs=state.inputs,
+            start=state.start,
+            action=action,
+            reward=reward,
+            next_obs=info["final_obs"],
+            terminated=terminated,
+            done=done,
+        )
+        inputs = Inputs(obs, action, reward)
+        state = state.replace(env_state=env_state, carry=carry, inputs=inputs, start=done, key=key)
         return state, (transition, info)
 
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
+    done = info["episode_done"]
     metrics = {
-        "charts/episodic_return": info["episode_return"].sum(where=info["episode_done"]),
-        "charts/episodic_length": info["episode_length"].sum(where=info["episode_done"]),
-        "charts/episodes": info["episode_done"].sum(),
+        "charts/episodic_return": info["episode_return"].sum(where=done),
+        "charts/episodic_length": info["episode_length"].sum(where=done),
+        "charts/episodes": done.sum(),
     }
     buffer = make_replay(config).add(state.buffer, first_carry, batch)
     return state.replace(buffer=buffer, updates=state.updates + 1), metrics
 
 
 def update(state, env):
-    """Collect steps and learn from what was collected so far: the new state, and the metrics of this update."""
-    config, network, optimizer = state.config, ActorCritic(state.config), make_optimizer(state.config)
-    learning_rate = config.learning_rate * (1.0 - config.anneal_lr * state.updates / config.num_updates)
+    """Collect steps and learn from the buffer: the new state, and the metrics of this update."""
+    config = state.config
+    network = make_network(config, env)
+    optimizer = make_optimizer(config)
+    replay = make_replay(config)
+    progress = config.anneal_lr * state.updates / config.num_updates
     state, metrics = rollout(state, env)
 
     def gradient_step(state, _):
         key, sample_key = jax.random.split(state.key)
-        batch = make_replay(config).sample(state.buffer, sample_key)
-        gradients, parts = jax.grad(sacd_loss, has_aux=True)(state.params, state.target_params, network, batch)
+        sample = replay.sample(state.buffer, sample_key)
+        gradient = jax.grad(sacd_loss, has_aux=True)
+        gradients, parts = gradient(state.params, state.target_params, network, sample)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         target_params = optax.incremental_update(params, state.target_params, config.tau)
-        return state.replace(params=params, target_params=target_params, opt_state=opt_state, key=key), parts
+        state = state.replace(params=params, target_params=target_params, opt_state=opt_state)
+        return state.replace(key=key), parts
 
     state, parts = jax.lax.scan(gradient_step, state, length=config.gradient_steps)
-    return state, metrics | jax.tree.map(jnp.mean, parts) | {"charts/learning_rate": learning_rate}
+    metrics |= jax.tree.map(jnp.mean, parts)
+    metrics["charts/learning_rate"] = config.learning_rate * (1.0 - progress)
+    return state, metrics
 
 
-@partial(jax.jit, static_argnames="env", donate_argnames="state")
-def train_chunk(state, env, num_updates):
-    """Several updates of every seed; the sums of their metrics, and for how many updates these were finite."""
-    update_seeds = jax.jit(jax.vmap(partial(update, env=env)))  # also for one seed, else XLA copies the buffer
-
-    def body(_, carry):
-        state, sums, finite = carry
-        state, metrics = update_seeds(state)
-        sums = jax.tree.map(jnp.add, sums, metrics)
-        return state, sums, jax.tree.map(lambda count, total: count + jnp.isfinite(total), finite, sums)
-
-    metrics = jax.eval_shape(update_seeds, state)[1]
-    zeros = jax.tree.map(jnp.zeros_like, metrics), jax.tree.map(lambda x: jnp.zeros(x.shape, int), metrics)
-    # The number of updates is not known when this compiles: a last, shorter chunk does not compile again.
-    return jax.lax.fori_loop(0, num_updates, body, (state, *zeros))
-
-
-# --- Init, warmup, train, evaluate -----------------------------------------------------------------------------------
+# --- Init, warmup, train, evaluate ---------------------------------------------------------------
 def init(config: Config, key) -> State:
-    """A fresh state, from one typed key or from an array of them: one per seed."""
-    env, network, optimizer = config.make_env(), ActorCritic(config), make_optimizer(config)
+    """A fresh state, from one typed key or from an array of them, one per seed."""
+    env = config.make_env()
+    network = make_network(config, env)
+    optimizer = make_optimizer(config)
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
-        inputs = Inputs(obs, jnp.zeros(config.num_envs, jnp.int32), jnp.zeros(config.num_envs))
-        carry, start = network.initialize_carry(config.num_envs), jnp.ones(config.num_envs, bool)
+        reset_keys = jax.random.split(reset_key, config.num_envs)
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(reset_keys)
+        no_action = jnp.zeros((config.num_envs, *env.action_space.shape), env.action_space.dtype)
+        no_reward = jnp.zeros(config.num_envs)
+        inputs = Inputs(obs, no_action, no_reward)
+        start = jnp.ones(config.num_envs, bool)
+        carry = network.initialize_carry(config.num_envs)
         params = network.init(network_key, carry, inputs, start)
-        transition = Transition(inputs, start, inputs.action, inputs.reward, obs, start, start)
-        buffer, opt_state = make_replay(config).init(carry, transition), optimizer.init(params)
-        return State(params, params, opt_state, env_state, carry, inputs, start, buffer, key, jnp.int32(0), config)
+        transition = Transition(
+            inputs=inputs,
+            start=start,
+            action=no_action,
+            reward=no_reward,
+            next_obs=obs,
+            terminated=start,
+            done=start,
+        )
+        return State(
+            params=params,
+            target_params=params,
+            opt_state=optimizer.init(params),
+            env_state=env_state,
+            carry=carry,
+            inputs=inputs,
+            start=start,
+            buffer=make_replay(config).init(carry, transition),
+            key=key,
+            updates=jnp.int32(0),
+            config=config,
+        )
 
     return jax.jit(vmap_seeds(init_seed))(key.reshape(-1))
 
 
-@partial(jax.jit, static_argnames="env", donate_argnames="state")
-def fill_buffer(state, env):
-    """The steps before learning starts."""
-    num_rollouts = state.config.learning_starts // state.config.steps_per_update
-    return jax.vmap(lambda state: jax.lax.fori_loop(0, num_rollouts, lambda _, s: rollout(s, env)[0], state))(state)
-
-
 def warmup(state: State, env, logger) -> State:
-    """Fill the buffer with `learning_starts` steps, unless that was done, and compile the update."""
-    began = time.perf_counter()
-    state = fill_buffer(state, env) if state.updates[0] == 0 else state
-    state, *_ = jax.block_until_ready(train_chunk(state, env, 0))
-    steps = int(state.updates[0]) * state.config.steps_per_update
-    logger.log({"charts/compile_seconds": time.perf_counter() - began}, steps)
+    """Fill the buffer with `learning_starts` steps, unless that was done; compile the update."""
+    if state.updates[0] == 0:
+        state = fill_buffer(rollout, state, env)
+    state, report = compile_updates(update, state, env)
+    logger.log(report, report.step)
     return state
 
 
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
-    """Train for `num_steps` steps per seed in whole updates, at least one. The state passed in is used up (donated)."""
-    config, remaining = state.config, max(1, num_steps // state.config.steps_per_update)
-    while remaining:
-        num_updates, began = min(config.log_every, remaining), time.perf_counter()
-        state, sums, finite = jax.block_until_ready(train_chunk(state, env, num_updates))
-        speed = num_updates * config.steps_per_update * config.num_seeds / (time.perf_counter() - began)
-        report, updates = summarize(sums, num_updates) | {"charts/SPS": speed}, int(state.updates[0])
-        logger.check_finite(finite, updates - num_updates, num_updates)
-        logger.log(report, updates * config.steps_per_update)
-        remaining -= num_updates
+    """Train for `num_steps` steps per seed, in whole updates; the state passed in is used up."""
+    for num_updates in report_chunks(state.config, num_steps):
+        state, report = run_updates(update, state, env, num_updates)  # all seeds side by side
+        logger.log(report, report.step)
     return state, report
 
 
 @partial(jax.jit, static_argnames=("env", "episodes", "play"))
 def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
-    """Play `episodes` greedy episodes per seed, in environments of their own; returns and lengths are (S, episodes)."""
-    config, network = state.config, ActorCritic(state.config)
+    """Play `episodes` greedy episodes per seed, in environments of their own: (S, episodes)."""
+    config = state.config
+    network = make_network(config, env)
 
     def evaluate_seed(state):
         def policy(carry, obs, start, action, reward, _):
-            carry, logits, _ = network.apply(state.params, carry, Inputs(obs, action, reward), start)
+            carry, logits, _ = network.apply(
+                state.params, carry, Inputs(obs, action, reward), start
+            )
             return carry, logits.argmax(axis=-1)
 
-        key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env.frozen(state.env_state), policy, network.initialize_carry, key, config.num_eval_envs, episodes)
+        key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
+        frozen_env = env.frozen(state.env_state)
+        start_carry = network.initialize_carry
+        return play(frozen_env, policy, start_carry, key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 
 
-# --- Main ------------------------------------------------------------------------------------------------------------
+# --- Main ----------------------------------------------------------------------------------------
 def main(config: Config) -> None:
     env = config.make_env()
     if config.evaluate:

@@ -1,22 +1,26 @@
-"""Soft actor-critic (SAC, Haarnoja et al. 2018, arXiv 1812.05905) for continuous actions.
+"""Soft actor-critic (SAC), for continuous actions.
 
-Act by a stochastic policy, keep every transition (s, a, r, s') in a replay buffer, and take gradient steps on
-minibatches of L_Q + L_pi + L_alpha, each of which trains its own parameters only:
+SAC (Haarnoja et al. 2018, arXiv 1812.05905) acts by a stochastic policy, keeps every transition
+(s, a, r, s') in a replay buffer, and takes gradient steps on minibatches of L_Q + L_pi + L_alpha,
+each of which trains its own parameters only:
 
-    L_Q     = mean[ 0.5 * sum_i (Q_i(s, a) - y)^2 ]    y = r + gamma * (1 - terminated) * V'(s')
-    L_pi    = mean[ alpha * log pi(b|s) - min_i Q_i(s, b) ]    V'(s') = min_i Q'_i(s', b') - alpha * log pi(b'|s')
-    L_alpha = mean[ -log(alpha) * (log pi(b|s) + target entropy) ]    b ~ pi(.|s), b' ~ pi(.|s')
+    L_Q     = mean[ 0.5 * sum_i (Q_i(s, a) - y)^2 ]
+    y       = r + gamma * (1 - terminated) * (min_i Q'_i(s', b') - alpha * log pi(b'|s'))
+    L_pi    = mean[ alpha * log pi(b|s) - min_i Q_i(s, b) ]
+    L_alpha = mean[ -log(alpha) * (log pi(b|s) + target entropy) ]
 
-Q' is the target network, a copy of Q that follows it slowly; the smaller of two estimates makes up for the maximum of a
-noisy one being too high (Fujimoto et al. 2018, arXiv 1802.09477). An episode that was truncated is not over: s' is then
-the observation that the time limit cut off, not the first of the next episode.
-`diff algorithms/sac.py algorithms/rsac.py` shows what memory changes, a diff with sacd.py what discrete actions do.
+with b drawn from pi(.|s) and b' from pi(.|s'). Q' is the target network, a copy of Q that follows
+it slowly. The smaller of two estimates counteracts overestimation (Fujimoto et al. 2018, arXiv
+1802.09477). Where an episode was truncated, s' is the observation that the time limit cut off, not
+the first of the next episode.
+
+`diff algorithms/sac.py algorithms/rsac.py` shows what memory changes,
+`diff algorithms/sac.py algorithms/sacd.py` what discrete actions change.
 
     python algorithms/sac.py --env gymnax::Pendulum-v1
     python algorithms/sac.py --env gymnax::MountainCarContinuous-v0 --num-seeds 5
 """
 
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,30 +33,41 @@ import optax
 from flax import struct
 
 from envs import Box, Episodes, make, play
-from experiment import Experiment, Options, Run, check_sizes, launch, show, vmap_seeds
-from fast_cpu import fast_conv, fast_dot_general, flatten_small
-from loggers import summarize
+from experiment import (
+    Experiment,
+    Options,
+    Run,
+    check_config,
+    compile_updates,
+    fill_buffer,
+    launch,
+    report_chunks,
+    run_updates,
+    show,
+    vmap_seeds,
+)
+from fast import Conv, Dense, flatten_small
 from replay import ItemReplay
 
 
-# --- Config ----------------------------------------------------------------------------------------------------------
+# --- Config --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config(Experiment):
-    """Soft actor-critic (SAC) for continuous actions."""
+    """Soft actor-critic (SAC), for continuous actions."""
 
     total_steps: int = 30_000  # environment steps of each seed
     log_every: int = 500  # updates between two reports
 
     # Environment and networks
     env: str = "gymnax::Pendulum-v1"  # environment, as namespace::id
-    env_kwargs: Options = field(default_factory=dict, hash=False)  # its parameters, and wrappers: frame_stack 4
-    mask: tuple[str, ...] = ()  # entries of the observation to hide: indices, or a name such as velocity
+    env_kwargs: Options = field(default_factory=dict, hash=False)  # its options, e.g. frame_stack 4
+    mask: tuple[str, ...] = ()  # observation entries to hide: indices, or a name such as velocity
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # layers between encoder and heads
 
     # Algorithm
     learning_rate: float = 1e-3  # step size of Adam
-    anneal_lr: bool = True  # let the learning rate fall linearly to 0 at total_steps
+    anneal_lr: bool = True  # decrease the learning rate linearly to 0 at total_steps
     num_envs: int = 1  # N, parallel environments
     num_steps: int = 1  # T, steps of every environment between two updates
     gamma: float = 0.99  # discount per step
@@ -60,10 +75,10 @@ class Config(Experiment):
     learning_starts: int = 1_000  # steps before the first update, to begin with a filled buffer
     batch_size: int = 256  # transitions in a minibatch
     gradient_steps: int = 1  # minibatches of an update
-    tau: float = 0.005  # how far the target network is taken to the online network after each
-    alpha: float = 0.2  # weight of the entropy, to begin with if it is tuned
-    autotune: bool = True  # tune alpha so that the entropy comes to target_entropy
-    target_entropy: float = -1.0  # nats for each dimension of the action, as if its bounds were -1 and 1
+    tau: float = 0.005  # fraction of the way the target network moves to the online one after each
+    alpha: float = 0.2  # weight of the entropy; the initial one if it is tuned
+    autotune: bool = True  # tune alpha so that the entropy approaches target_entropy
+    target_entropy: float = -1.0  # nats per action dimension, for actions scaled to -1 and 1
 
     @property
     def steps_per_update(self) -> int:
@@ -73,31 +88,32 @@ class Config(Experiment):
         return make(self.env, **{"mask": self.mask} | self.env_kwargs)
 
     def __post_init__(self):
-        check_sizes(self)
-        if not isinstance(space := self.make_env().action_space, Box) or not np.isfinite([space.low, space.high]).all():
-            raise ValueError(f"this script needs continuous actions with bounds, those of {self.env} are not")
+        check_config(self, Box, bounded=True)
 
 
-# --- Networks --------------------------------------------------------------------------------------------------------
+# --- Networks ------------------------------------------------------------------------------------
 def dense(features, scale=2**0.5):
-    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dot_general=fast_dot_general)
+    return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
+
+
+def encode(obs, num_axes):
+    """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
+    x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
+    if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
+        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+        if min(obs.shape[-3:-1]) < 36:  # too small for these
+            layers = ((16, 3, 1),)
+        for features, size, stride in layers:
+            x = nn.relu(Conv(features, (size, size), (stride, stride), "VALID")(x))
+    return x.reshape(*obs.shape[:num_axes], -1)
 
 
 class Torso(nn.Module):
-    """Observations (..., *obs_shape) to the features (..., size) that policy or values are read from."""
-
-    config: Config
+    """Observations (B, ...) to the features (B, size) of policy or values."""
 
     @nn.compact
     def __call__(self, obs):
-        obs_ndim = len(self.config.make_env().observation_space.shape)
-        x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
-        if obs_ndim == 3:  # images: the convolutions of DQN (Mnih et al. 2015), or a single one if they are small
-            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(obs.shape[-3:-1]) >= 36 else ((16, 3, 1),)
-            for features, size, stride in layers:
-                conv = nn.Conv(features, (size, size), (stride, stride), "VALID", conv_general_dilated=fast_conv)
-                x = nn.relu(conv(x))
-        return x.reshape(*obs.shape[: obs.ndim - obs_ndim], -1)
+        return encode(obs, num_axes=1)
 
 
 class Head(nn.Module):
@@ -118,239 +134,278 @@ class ActorCritic(nn.Module):
     """Policy, two estimates of the values, and the logarithm of alpha."""
 
     config: Config
+    action_space: Box
 
     def setup(self):
-        self.actor_torso, self.critic_torso = Torso(self.config), Torso(self.config)
-        self.actor_head = Head(self.config, 2 * self.config.make_env().action_space.shape[0], scale=0.01)
-        self.critic_heads = nn.vmap(Head, {"params": 0}, {"params": True}, axis_size=2)(self.config, 1, scale=1.0)
-        self.log_alpha = self.param("log_alpha", nn.initializers.constant(np.log(self.config.alpha)), ())
+        config = self.config
+        self.actor_torso = Torso()
+        self.critic_torso = Torso()
+        self.actor_head = Head(config, 2 * self.action_space.shape[0], scale=0.01)
+        twins = nn.vmap(Head, {"params": 0}, {"params": True}, axis_size=2)
+        self.critic_heads = twins(config, 1, scale=1.0)
+        self.log_alpha = self.param("log_alpha", nn.initializers.constant(np.log(config.alpha)), ())
 
     def read(self, obs):
-        """obs (..., *obs_shape) -> what actor and critic see in it, (..., size) each."""
+        """Observations (B, ...) -> features of actor and critic (B, size)."""
         return self.actor_torso(obs), self.critic_torso(obs)
 
     def policy(self, features):
-        """features (..., size) -> mean and log standard deviation (..., num_actions), see `squashed_normal`."""
+        """Features (..., size) -> mean and log_std (..., A), see `squashed_normal`."""
         mean, log_std = jnp.split(self.actor_head(features), 2, axis=-1)
         return mean, -5.0 + 3.5 * (1.0 + jnp.tanh(log_std))  # between -5 and 2
 
     def values(self, features, action):
-        """features (..., size), action (..., num_actions) -> Q_1 and Q_2 (2, ...)."""
+        """Features (..., size), action (..., A) -> Q_1 and Q_2 (2, ...)."""
         x = jnp.concatenate([features, action], axis=-1)
-        return self.critic_heads(jnp.broadcast_to(x, (2, *x.shape)))[..., 0]  # copies are faster than sharing
+        return self.critic_heads(jnp.broadcast_to(x, (2, *x.shape)))[..., 0]  # copies are faster
 
     def __call__(self, obs):
-        """obs (..., *obs_shape) -> policy, and the values of its mean."""
+        """Observations (B, ...) -> policy, values of its mean (2, B)."""
         features, critic_features = self.read(obs)
         policy = self.policy(features)
         return policy, self.values(critic_features, policy[0])
 
 
+def make_network(config: Config, env):
+    return ActorCritic(config, env.action_space)
+
+
 def make_optimizer(config: Config):
     learning_rate = config.learning_rate
     if config.anneal_lr:
-        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, config.num_updates * config.gradient_steps)
+        gradient_steps = config.num_updates * config.gradient_steps
+        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, gradient_steps)
     return flatten_small(optax.adam(learning_rate, eps=1e-5))
 
 
-# --- State -----------------------------------------------------------------------------------------------------------
+# --- State ---------------------------------------------------------------------------------------
 class State(struct.PyTreeNode):
-    """All that a run needs to go on. `init` gives arrays a leading seed axis; `rollout` and `update` see one seed."""
+    """Everything needed to continue a run; `init` gives all arrays a leading seed axis."""
 
     params: Any
     target_params: Any
     opt_state: Any
     env_state: Any  # (N, ...)
-    obs: jax.Array  # (N, *obs_shape), what the next action is chosen from
-    buffer: Any  # Transition (1, buffer_size, ...), and where in it the next one goes
+    obs: jax.Array  # (N, ...), what the next action is chosen from
+    buffer: Any  # Transition (1, buffer_size, ...), and where the next one goes
     key: jax.Array  # ()
     updates: jax.Array  # (), how many have been done
     config: Config = struct.field(pytree_node=False)
 
 
 class Transition(NamedTuple):
-    """The step obs -> next_obs of an environment, as the replay buffer keeps it; a minibatch is (batch_size, ...)."""
+    """The step obs -> next_obs of an environment; a minibatch is (batch_size, ...)."""
 
     obs: jax.Array
     action: jax.Array
     reward: jax.Array
     next_obs: jax.Array  # the true next observation, not the one after an auto-reset
-    terminated: jax.Array  # next_obs ends the task: it is worth nothing, whatever V' says
+    terminated: jax.Array  # next_obs ends the task and is worth nothing, whatever Q' is
 
 
 def make_replay(config: Config):
-    return ItemReplay(config.buffer_size, config.batch_size)
+    return ItemReplay(
+        buffer_size=config.buffer_size,
+        batch_size=config.batch_size,
+    )
 
 
-# --- Mathematics -----------------------------------------------------------------------------------------------------
+# --- Mathematics ---------------------------------------------------------------------------------
 def squashed_normal(noise, policy, space):
-    """The action (..., num_actions) that a policy makes of standard normal noise, and its log-probability (...)."""
-    (mean, log_std), scale = policy, 0.5 * (space.high - space.low) * np.ones(space.shape)
+    """An action from standard normal noise: action (..., A) and its log-probability (...)."""
+    mean, log_std = policy
+    scale = 0.5 * (space.high - space.low) * np.ones(space.shape)
     u = mean + jnp.exp(log_std) * noise
+    action = space.low + scale * (1.0 + jnp.tanh(u))
     log_normal = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi)
-    # log |d action / d u|, with log(1 - tanh(u)^2) in a form that is finite where tanh(u) is rounded to 1
+    # log |d action / d u|, with log(1 - tanh(u)^2) in a form that stays finite for large |u|.
     log_slope = np.log(scale) + 2.0 * (np.log(2.0) - u - nn.softplus(-2.0 * u))
-    return space.low + scale * (1.0 + jnp.tanh(u)), (log_normal - log_slope).sum(axis=-1)
+    return action, (log_normal - log_slope).sum(axis=-1)
 
 
-def sac_loss(params, target_params, network, batch, key):
-    """The loss at the top of this file over one minibatch, and its parts for the log."""
-    config, space, constant = network.config, network.config.make_env().action_space, jax.lax.stop_gradient(params)
+def sac_loss(params, target_params, network, sample, key):
+    """L_Q + L_pi + L_alpha of the docstring over one minibatch, and their parts for the log."""
+    config = network.config
+    space = network.action_space
+    constant = jax.lax.stop_gradient(params)
     alpha = jnp.exp(constant["params"]["log_alpha"])
-    actor_features, features = network.apply(params, batch.obs, method="read")
-    next_actor_features, _ = network.apply(constant, batch.next_obs, method="read")
-    _, target_features = network.apply(target_params, batch.next_obs, method="read")
-    noise, next_noise = jax.random.normal(key, (2, *batch.action.shape))
-    action, log_prob = squashed_normal(noise, network.apply(params, actor_features, method="policy"), space)
+    actor_features, features = network.apply(params, sample.obs, method="read")
+    next_actor_features, _ = network.apply(constant, sample.next_obs, method="read")
+    _, target_features = network.apply(target_params, sample.next_obs, method="read")
+
+    noise, next_noise = jax.random.normal(key, (2, *sample.action.shape))
+    policy = network.apply(params, actor_features, method="policy")
+    action, log_prob = squashed_normal(noise, policy, space)
     next_policy = network.apply(constant, next_actor_features, method="policy")
     next_action, next_log_prob = squashed_normal(next_noise, next_policy, space)
 
-    next_q = network.apply(target_params, target_features, next_action, method="values").min(axis=0)
-    next_value = next_q - alpha * next_log_prob
-    targets = batch.reward + config.gamma * jnp.where(batch.terminated, 0.0, next_value)
-    q_values = network.apply(params, features, batch.action, method="values")
+    # L_Q
+    next_q = network.apply(target_params, target_features, next_action, method="values")
+    next_value = next_q.min(axis=0) - alpha * next_log_prob
+    targets = sample.reward + config.gamma * jnp.where(sample.terminated, 0.0, next_value)
+    q_values = network.apply(params, features, sample.action, method="values")
     td_loss = 0.5 * ((q_values - targets) ** 2).sum(axis=0).mean()
 
-    actor_q = network.apply(constant, jax.lax.stop_gradient(features), action, method="values").min(axis=0)
+    # L_pi
+    features = jax.lax.stop_gradient(features)
+    actor_q = network.apply(constant, features, action, method="values").min(axis=0)
     actor_loss = (alpha * log_prob - actor_q).mean()
+
+    # L_alpha; the target entropy is that of actions in the bounds of the environment
     entropy = -jax.lax.stop_gradient(log_prob).mean()
-    target_entropy = np.sum(config.target_entropy + np.log(0.5 * (space.high - space.low)) * np.ones(space.shape))
+    log_scale = np.log(0.5 * (space.high - space.low)) * np.ones(space.shape)
+    target_entropy = np.sum(config.target_entropy + log_scale)
     alpha_loss = config.autotune * params["params"]["log_alpha"] * (entropy - target_entropy)
 
-    parts = {"losses/td_loss": td_loss, "losses/actor_loss": actor_loss, "losses/alpha_loss": alpha_loss}
-    parts |= {"losses/alpha": alpha, "losses/entropy": entropy, "losses/q_values": q_values.mean()}
-    return td_loss + actor_loss + alpha_loss, parts
+    return td_loss + actor_loss + alpha_loss, {
+        "losses/td_loss": td_loss,
+        "losses/actor_loss": actor_loss,
+        "losses/alpha_loss": alpha_loss,
+        "losses/alpha": alpha,
+        "losses/entropy": entropy,
+        "losses/q_values": q_values.mean(),
+    }
 
 
-# --- One update of one seed ------------------------------------------------------------------------------------------
+# --- One update of one seed ----------------------------------------------------------------------
 def rollout(state, env):
-    """T steps of N environments, kept for replay: the state after them, and what episodes ended in them."""
-    config, network = state.config, ActorCritic(state.config)
-    step_envs = jax.vmap(env.step, axis_name="envs")  # the name lets them share what they normalise with
+    """T steps of N environments, kept for replay: the state after them, and their metrics."""
+    config = state.config
+    apply = make_network(config, env).apply
+    step_envs = jax.vmap(env.step, axis_name="envs")  # they share normalisation statistics
+    num_random_updates = config.learning_starts // config.steps_per_update
 
     def env_step(state, _):
-        key, action_key, step_key = jax.random.split(state.key, 3)
-        policy, _ = network.apply(state.params, state.obs)
-        action = squashed_normal(jax.random.normal(action_key, policy[0].shape), policy, env.action_space)[0]
-        random_action = jax.vmap(env.action_space.sample)(jax.random.split(action_key, config.num_envs))
-        action = jnp.where(state.updates < config.learning_starts // config.steps_per_update, random_action, action)
+        key, noise_key, random_key, step_key = jax.random.split(state.key, 4)
+        policy, _ = apply(state.params, state.obs)
+        noise = jax.random.normal(noise_key, policy[0].shape)
+        action, _ = squashed_normal(noise, policy, env.action_space)
+        random_keys = jax.random.split(random_key, config.num_envs)
+        random_action = jax.vmap(env.action_space.sample)(random_keys)
+        action = jnp.where(state.updates < num_random_updates, random_action, action)
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
-        transition = Transition(state.obs, action, reward, info["final_obs"], terminated)
+        transition = Transition(
+            obs=state.obs,
+            action=action,
+            reward=reward,
+            next_obs=info["final_obs"],
+            terminated=terminated,
+        )
         state = state.replace(env_state=env_state, obs=obs, key=key)
         return state, (transition, info)
 
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
+    done = info["episode_done"]
     metrics = {
-        "charts/episodic_return": info["episode_return"].sum(where=info["episode_done"]),
-        "charts/episodic_length": info["episode_length"].sum(where=info["episode_done"]),
-        "charts/episodes": info["episode_done"].sum(),
+        "charts/episodic_return": info["episode_return"].sum(where=done),
+        "charts/episodic_length": info["episode_length"].sum(where=done),
+        "charts/episodes": done.sum(),
     }
     buffer = make_replay(config).add(state.buffer, batch)
     return state.replace(buffer=buffer, updates=state.updates + 1), metrics
 
 
 def update(state, env):
-    """Collect steps and learn from what was collected so far: the new state, and the metrics of this update."""
-    config, network, optimizer = state.config, ActorCritic(state.config), make_optimizer(state.config)
-    learning_rate = config.learning_rate * (1.0 - config.anneal_lr * state.updates / config.num_updates)
+    """Collect steps and learn from the buffer: the new state, and the metrics of this update."""
+    config = state.config
+    network = make_network(config, env)
+    optimizer = make_optimizer(config)
+    replay = make_replay(config)
+    progress = config.anneal_lr * state.updates / config.num_updates
     state, metrics = rollout(state, env)
 
     def gradient_step(state, _):
         key, sample_key, loss_key = jax.random.split(state.key, 3)
-        batch = make_replay(config).sample(state.buffer, sample_key)
-        gradients, parts = jax.grad(sac_loss, has_aux=True)(state.params, state.target_params, network, batch, loss_key)
+        sample = replay.sample(state.buffer, sample_key)
+        gradient = jax.grad(sac_loss, has_aux=True)
+        gradients, parts = gradient(state.params, state.target_params, network, sample, loss_key)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         target_params = optax.incremental_update(params, state.target_params, config.tau)
-        return state.replace(params=params, target_params=target_params, opt_state=opt_state, key=key), parts
+        state = state.replace(params=params, target_params=target_params, opt_state=opt_state)
+        return state.replace(key=key), parts
 
     state, parts = jax.lax.scan(gradient_step, state, length=config.gradient_steps)
-    return state, metrics | jax.tree.map(jnp.mean, parts) | {"charts/learning_rate": learning_rate}
+    metrics |= jax.tree.map(jnp.mean, parts)
+    metrics["charts/learning_rate"] = config.learning_rate * (1.0 - progress)
+    return state, metrics
 
 
-@partial(jax.jit, static_argnames="env", donate_argnames="state")
-def train_chunk(state, env, num_updates):
-    """Several updates of every seed; the sums of their metrics, and for how many updates these were finite."""
-    update_seeds = jax.jit(jax.vmap(partial(update, env=env)))  # also for one seed, else XLA copies the buffer
-
-    def body(_, carry):
-        state, sums, finite = carry
-        state, metrics = update_seeds(state)
-        sums = jax.tree.map(jnp.add, sums, metrics)
-        return state, sums, jax.tree.map(lambda count, total: count + jnp.isfinite(total), finite, sums)
-
-    metrics = jax.eval_shape(update_seeds, state)[1]
-    zeros = jax.tree.map(jnp.zeros_like, metrics), jax.tree.map(lambda x: jnp.zeros(x.shape, int), metrics)
-    # The number of updates is not known when this compiles: a last, shorter chunk does not compile again.
-    return jax.lax.fori_loop(0, num_updates, body, (state, *zeros))
-
-
-# --- Init, warmup, train, evaluate -----------------------------------------------------------------------------------
+# --- Init, warmup, train, evaluate ---------------------------------------------------------------
 def init(config: Config, key) -> State:
-    """A fresh state, from one typed key or from an array of them: one per seed."""
-    env, network, optimizer = config.make_env(), ActorCritic(config), make_optimizer(config)
+    """A fresh state, from one typed key or from an array of them, one per seed."""
+    env = config.make_env()
+    network = make_network(config, env)
+    optimizer = make_optimizer(config)
 
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
-        obs, env_state = jax.vmap(env.reset, axis_name="envs")(jax.random.split(reset_key, config.num_envs))
+        reset_keys = jax.random.split(reset_key, config.num_envs)
+        obs, env_state = jax.vmap(env.reset, axis_name="envs")(reset_keys)
+        no_action = jnp.zeros((config.num_envs, *env.action_space.shape), env.action_space.dtype)
+        no_reward = jnp.zeros(config.num_envs)
         params = network.init(network_key, obs)
-        transition = Transition(obs[0], jnp.zeros(env.action_space.shape), jnp.float32(0.0), obs[0], jnp.bool(False))
-        buffer, opt_state = make_replay(config).init(transition), optimizer.init(params)
-        return State(params, params, opt_state, env_state, obs, buffer, key, jnp.int32(0), config)
+        transition = Transition(
+            obs=obs,
+            action=no_action,
+            reward=no_reward,
+            next_obs=obs,
+            terminated=jnp.zeros(config.num_envs, bool),
+        )
+        return State(
+            params=params,
+            target_params=params,
+            opt_state=optimizer.init(params),
+            env_state=env_state,
+            obs=obs,
+            buffer=make_replay(config).init(transition),
+            key=key,
+            updates=jnp.int32(0),
+            config=config,
+        )
 
     return jax.jit(vmap_seeds(init_seed))(key.reshape(-1))
 
 
-@partial(jax.jit, static_argnames="env", donate_argnames="state")
-def fill_buffer(state, env):
-    """The steps before learning starts."""
-    num_rollouts = state.config.learning_starts // state.config.steps_per_update
-    return jax.vmap(lambda state: jax.lax.fori_loop(0, num_rollouts, lambda _, s: rollout(s, env)[0], state))(state)
-
-
 def warmup(state: State, env, logger) -> State:
-    """Fill the buffer with `learning_starts` steps, unless that was done, and compile the update."""
-    began = time.perf_counter()
-    state = fill_buffer(state, env) if state.updates[0] == 0 else state
-    state, *_ = jax.block_until_ready(train_chunk(state, env, 0))
-    steps = int(state.updates[0]) * state.config.steps_per_update
-    logger.log({"charts/compile_seconds": time.perf_counter() - began}, steps)
+    """Fill the buffer with `learning_starts` steps, unless that was done; compile the update."""
+    if state.updates[0] == 0:
+        state = fill_buffer(rollout, state, env)
+    state, report = compile_updates(update, state, env)
+    logger.log(report, report.step)
     return state
 
 
 def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
-    """Train for `num_steps` steps per seed in whole updates, at least one. The state passed in is used up (donated)."""
-    config, remaining = state.config, max(1, num_steps // state.config.steps_per_update)
-    while remaining:
-        num_updates, began = min(config.log_every, remaining), time.perf_counter()
-        state, sums, finite = jax.block_until_ready(train_chunk(state, env, num_updates))
-        speed = num_updates * config.steps_per_update * config.num_seeds / (time.perf_counter() - began)
-        report, updates = summarize(sums, num_updates) | {"charts/SPS": speed}, int(state.updates[0])
-        logger.check_finite(finite, updates - num_updates, num_updates)
-        logger.log(report, updates * config.steps_per_update)
-        remaining -= num_updates
+    """Train for `num_steps` steps per seed, in whole updates; the state passed in is used up."""
+    for num_updates in report_chunks(state.config, num_steps):
+        state, report = run_updates(update, state, env, num_updates)  # all seeds side by side
+        logger.log(report, report.step)
     return state, report
 
 
 @partial(jax.jit, static_argnames=("env", "episodes", "play"))
 def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
-    """Play `episodes` greedy episodes per seed, in environments of their own; returns and lengths are (S, episodes)."""
-    config, network = state.config, ActorCritic(state.config)
+    """Play `episodes` greedy episodes per seed, in environments of their own: (S, episodes)."""
+    config = state.config
+    network = make_network(config, env)
 
     def evaluate_seed(state):
         def policy(carry, obs, *_):
             policy, _ = network.apply(state.params, obs)
-            return carry, squashed_normal(0.0, policy, env.action_space)[0]
+            action, _ = squashed_normal(0.0, policy, env.action_space)
+            return carry, action
 
-        key = jax.random.fold_in(state.key, 2**31 - 1)  # far from the numbers that split folds in
-        return play(env.frozen(state.env_state), policy, lambda _: (), key, config.num_eval_envs, episodes)
+        key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
+        frozen_env = env.frozen(state.env_state)
+        return play(frozen_env, policy, lambda _: (), key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 
 
-# --- Main ------------------------------------------------------------------------------------------------------------
+# --- Main ----------------------------------------------------------------------------------------
 def main(config: Config) -> None:
     env = config.make_env()
     if config.evaluate:

@@ -1,25 +1,32 @@
-"""How long a pass over a sequence takes and how much memory it needs: every memory, every `impl` it has.
+"""Time and memory of a pass over a sequence, for every memory and every `impl` that it has.
 
     python benchmark/cells.py
     python benchmark/cells.py --cells gru mlstm --steps 64 512 8192 --envs 1 256
     python benchmark/cells.py --cells mamba --steps 512 1024 2048 4096 --repeats 0
     python benchmark/cells.py --peer memorax --peer-python /path/to/python
 
-A pass reads T steps of B environments with resets, D = H inputs; its gradient is that of the mean squared output by
-parameters and inputs. Compiling is timed for the gradient; memory is what XLA sets aside for its intermediate values.
-Milliseconds are medians of repetitions that take turns among the systems of a row's cell and sizes, each after a pass
-that is not timed; without repetitions only memory and compile times are measured. Where there are several numbers of
-steps a second table says how memory grows: a line through all of them, and by how many percent of the largest it misses
-one at most. The peer runs in an environment of its own (`pip install memorax==1.0.1 "gymnax<1"`); its cells get the
-sizes that are the defaults of ours.
+A pass reads T steps of B environments, with resets and D = H inputs. Its gradient is that of the
+mean squared output, by parameters and inputs. Compile time is that of the gradient. Memory is what
+XLA sets aside for intermediate values. Milliseconds are medians of repetitions. The systems of one
+cell and size take turns, and each runs once before it is timed. With --repeats 0 only memory and
+compile time are measured.
+
+With several numbers of steps a second table shows how memory grows: a line fitted through all of
+them, and how far it misses one at most, in percent of the largest.
+
+The peer runs in an environment of its own (`pip install memorax==1.0.1 "gymnax<1"`). Its cells get
+the sizes that are the defaults of ours. Timed rows are written to benchmark/results.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
+
+import results
 
 
 def ours(name, impl, hidden_size, xs, starts):
@@ -30,7 +37,9 @@ def ours(name, impl, hidden_size, xs, starts):
     cell = make_cell(name, hidden_size, **({"impl": impl} if impl else {}))
     carry = cell.initialize_carry(None, xs.shape[1:])
     params = cell.init(jax.random.key(0), carry, xs[:2], starts[:2], method="sequence")
-    return params, lambda params, xs, starts: cell.apply(params, carry, xs, starts, method="sequence")[1]
+    return params, lambda params, xs, starts: cell.apply(
+        params, carry, xs, starts, method="sequence"
+    )[1]
 
 
 MEMORAX = {  # flax.linen, memorax's sequence models, H
@@ -45,7 +54,9 @@ MEMORAX = {  # flax.linen, memorax's sequence models, H
     "ffm": lambda nn, m, h: m.Memoroid(m.FFMCell(h, 32, 4)),
     "mamba": lambda nn, m, h: m.Memoroid(m.MambaCell(h)),
     "linear_attention": lambda nn, m, h: m.Memoroid(
-        m.LinearAttentionCell(h // 4, 4, nn.initializers.lecun_normal(), nn.initializers.zeros, "float32")
+        m.LinearAttentionCell(
+            h // 4, 4, nn.initializers.lecun_normal(), nn.initializers.zeros, "float32"
+        )
     ),
 }
 
@@ -64,11 +75,18 @@ LIBRARIES = {"ours": ours, "memorax": memorax}
 
 
 def compile_passes(library, name, impl, hidden_size, steps, envs):
-    """Functions without arguments for both passes, seconds to compile the gradient, and its memory in MiB."""
+    """Compile both passes.
+
+    Returns:
+      Functions without arguments that run them, seconds to compile the gradient, its memory in MiB.
+    """
     import jax
 
     key = jax.random.key(0)
-    xs, starts = jax.random.normal(key, (steps, envs, hidden_size)), jax.random.bernoulli(key, 0.02, (steps, envs))
+    xs, starts = (
+        jax.random.normal(key, (steps, envs, hidden_size)),
+        jax.random.bernoulli(key, 0.02, (steps, envs)),
+    )
     params, outputs = LIBRARIES[library](name, impl, hidden_size, xs, starts)
     loss = lambda params, xs, starts: (outputs(params, xs, starts) ** 2).mean()  # noqa: E731
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
@@ -77,12 +95,19 @@ def compile_passes(library, name, impl, hidden_size, steps, envs):
     seconds = time.perf_counter() - start
     memory = gradient.memory_analysis().temp_size_in_bytes / 2**20
     forward = jax.jit(outputs).lower(params, xs, starts).compile()
-    passes = [lambda run=run: jax.block_until_ready(run(params, xs, starts)) for run in (forward, gradient)]
+    passes = [
+        lambda run=run: jax.block_until_ready(run(params, xs, starts))
+        for run in (forward, gradient)
+    ]
     return passes, seconds, memory
 
 
 def worker(library):
-    """Answer requests from standard input, a line each: a list of arguments compiles, a number runs that system."""
+    """Answer requests from standard input, a line each.
+
+    A list of arguments compiles a system, its number runs it, null forgets all of them, and
+    "about" tells machine and versions.
+    """
     systems = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -91,6 +116,8 @@ def worker(library):
                 number, *arguments = request
                 systems[number], seconds, memory = compile_passes(library, *arguments)
                 answer = {"compile": seconds, "memory": memory}
+            elif request == "about":
+                answer = results.environment()
             elif request is None:
                 answer = systems.clear()
             else:
@@ -111,7 +138,11 @@ class Worker:
     def __init__(self, python, library):
         command = [python, __file__, "--worker", library]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
 
     def ask(self, request):
@@ -125,25 +156,25 @@ class Worker:
 
 def measure(workers, systems, args, steps, envs):
     """One result per system (library, cell, impl): numbers, or the reason why there are none."""
-    results = []
+    measured = []
     for number, (library, name, impl) in enumerate(systems):
         result = workers[library].ask([number, name, impl, args.hidden_size, steps, envs])
         if result.get("memory", 0) > 1024 * args.limit:
             result["error"] = f"over the limit of {args.limit:g} GiB"
-        results.append(result | {"forward": [], "gradient": []})
+        measured.append(result | {"forward": [], "gradient": []})
     for _ in range(args.repeats):
         for number, (library, _, _) in enumerate(systems):
-            if "error" in results[number]:
+            if "error" in measured[number]:
                 continue
             times = workers[library].ask(number)
             if isinstance(times, dict):
-                results[number] |= times
+                measured[number] |= times
             else:
-                results[number]["forward"].append(times[0])
-                results[number]["gradient"].append(times[1])
+                measured[number]["forward"].append(times[0])
+                measured[number]["gradient"].append(times[1])
     for process in workers.values():
         process.ask(None)
-    return results
+    return measured
 
 
 def columns(result):
@@ -151,32 +182,96 @@ def columns(result):
     measured = [f"{result[key]:.1f}" if key in result else "" for key in ("compile", "memory")]
     if "error" in result:
         return [result["error"], "", *measured]
-    times = [f"{statistics.median(result[key]):.1f}" if result[key] else "" for key in ("forward", "gradient")]
+    times = [
+        f"{statistics.median(result[key]):.1f}" if result[key] else ""
+        for key in ("forward", "gradient")
+    ]
     return times + measured
 
 
 def print_growth(memory):
     """From {(cell, impl, envs): {steps: MiB}} how memory grows with the steps."""
-    print("\n| cell | impl | B | MiB + | KiB per step and environment | off by at most % |\n" + "|---" * 6 + "|")
+    print(
+        "\n| cell | impl | B | MiB + | KiB per step and environment | off by at most % |\n"
+        + "|---" * 6
+        + "|"
+    )
     for (name, impl, envs), sizes in memory.items():
         if len(sizes) > 1:
             slope, constant = statistics.linear_regression(list(sizes), list(sizes.values()))
-            off = max(abs(constant + slope * steps - size) for steps, size in sizes.items()) / max(sizes.values())
-            print(f"| {name} | {impl} | {envs} | {constant:.1f} | {1024 * slope / envs:.2f} | {100 * off:.1f} |")
+            off = max(abs(constant + slope * steps - size) for steps, size in sizes.items()) / max(
+                sizes.values()
+            )
+            growth = f"{constant:.1f} | {1024 * slope / envs:.2f} | {100 * off:.1f}"
+            print(f"| {name} | {impl} | {envs} | {growth} |")
+
+
+def median_of(times):
+    return round(statistics.median(times), 2) if times else None
+
+
+def values_of(result):
+    """A result as a result file has it; what was not measured is null."""
+    compile_seconds = result.get("compile")
+    memory = result.get("memory")
+    return {
+        "forward_ms": median_of(result["forward"]),
+        "gradient_ms": median_of(result["gradient"]),
+        "compile_seconds": None if compile_seconds is None else round(compile_seconds, 2),
+        "memory_mib": None if memory is None else round(memory, 1),
+    }
+
+
+def record(values, ours, peer, about):
+    """Write the result file of a memory at one size.
+
+    Args:
+      values: what was measured: name, size, repetitions.
+      ours: {impl: result}.
+      peer: the result of the other library, or None.
+      about: {library: machine and versions of its process}.
+    """
+    known = about["ours"]
+    values = values | {"impls": {}, "peer": None}
+    for impl, result in ours.items():
+        values["impls"][impl or "default"] = values_of(result)
+    if peer:
+        library = next(library for library in about if library != "ours")
+        values["peer"] = {"name": library} | values_of(peer)
+        versions = known["versions"] | {library: about[library]["versions"].get(library)}
+        known = known | {"versions": versions}
+    size = f"T{values['steps']}-B{values['num_envs']}-H{values['hidden_size']}"
+    name = f"cells/{results.folder(known['machine'])}/{values['cell']}-{size}"
+    results.record(name, values, results.this_command(), **known)
+
+
+def print_row(name, impl, steps, envs, result, peer, width):
+    row = [name, impl, str(steps), str(envs), *columns(result)]
+    if peer:
+        own = median_of(result["gradient"])
+        other = median_of(peer["gradient"])
+        row += [*columns(peer), f"{other / own:.2f}" if own and other else ""]
+    print("| " + " | ".join(row + [""] * (width - len(row))) + " |", flush=True)
 
 
 def main():
     from memory_cells import CELLS
     from memory_cells.parts.checks import IMPLS
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS, metavar="CELL")
-    parser.add_argument("--steps", "--lengths", nargs="+", type=int, default=[64, 1024], metavar="T")
+    parser.add_argument(
+        "--steps", "--lengths", nargs="+", type=int, default=[64, 1024], metavar="T"
+    )
     parser.add_argument("--envs", "--batches", nargs="+", type=int, default=[16], metavar="B")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--impls", nargs="+", default=IMPLS, choices=IMPLS, metavar="IMPL")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=8.0, help="GiB; what needs more memory is compiled, but not run")
+    parser.add_argument(
+        "--limit", type=float, default=8.0, help="GiB; what needs more is compiled, but not run"
+    )
     parser.add_argument("--peer", choices=[name for name in LIBRARIES if name != "ours"])
     parser.add_argument("--peer-python", help="the interpreter that has the peer")
     args = parser.parse_args()
@@ -184,32 +279,31 @@ def main():
         parser.error("--peer and --peer-python go together")
 
     workers = {"ours": Worker(sys.executable, "ours")}
-    head = ["cell", "impl", "T", "B", "forward ms", "forward + gradient ms", "compile s", "memory MiB"]
+    head = ["cell", "impl", "T", "B"]
+    head += ["forward ms", "forward + gradient ms", "compile s", "memory MiB"]
     if args.peer:
         workers[args.peer] = Worker(args.peer_python, args.peer)
-        head += [f"{args.peer}: forward ms", "forward + gradient ms", "compile s", "memory MiB", "times ours"]
+        head += [f"{args.peer}: forward ms", "forward + gradient ms", "compile s", "memory MiB"]
+        head += ["times ours"]
+    about = {library: worker.ask("about") for library, worker in workers.items()}
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     memory = {}
-    for steps in args.steps:
-        for envs in args.envs:
-            for name in args.cells:
-                impls = args.impls if "impl" in CELLS[name].__dataclass_fields__ else ("",)
-                systems = [("ours", name, impl) for impl in impls]
-                has_peer = args.peer and name in MEMORAX
-                systems += [(args.peer, name, "")] if has_peer else []
-                results = measure(workers, systems, args, steps, envs)
-                peer = results.pop() if has_peer else None
-                for impl, result in zip(impls, results, strict=True):
-                    if "memory" in result:
-                        memory.setdefault((name, impl, envs), {})[steps] = result["memory"]
-                    row = [name, impl, str(steps), str(envs), *columns(result)]
-                    if peer:
-                        both = peer["gradient"] and result["gradient"]
-                        ratio = (
-                            statistics.median(peer["gradient"]) / statistics.median(result["gradient"]) if both else 0
-                        )
-                        row += [*columns(peer), f"{ratio:.2f}" if both else ""]
-                    print("| " + " | ".join(row + [""] * (len(head) - len(row))) + " |", flush=True)
+    for steps, envs, name in itertools.product(args.steps, args.envs, args.cells):
+        impls = args.impls if "impl" in CELLS[name].__dataclass_fields__ else ("",)
+        systems = [("ours", name, impl) for impl in impls]
+        has_peer = args.peer and name in MEMORAX
+        systems += [(args.peer, name, "")] if has_peer else []
+        measured = measure(workers, systems, args, steps, envs)
+        peer = measured.pop() if has_peer else None
+        ours = dict(zip(impls, measured, strict=True))
+        for impl, result in ours.items():
+            if "memory" in result:
+                memory.setdefault((name, impl, envs), {})[steps] = result["memory"]
+            print_row(name, impl, steps, envs, result, peer, len(head))
+        if args.repeats and impls[0] in ("", "auto"):  # else the table would lack a number
+            values = {"cell": name, "steps": steps, "num_envs": envs}
+            values |= {"hidden_size": args.hidden_size, "repeats": args.repeats}
+            record(values, ours, peer, about)
     if len(args.steps) > 1:
         print_growth(memory)
 

@@ -1,13 +1,16 @@
-"""Speed of the environments under a random policy, next to the libraries' own loops: steps per second and compilation.
+"""Speed of the environments under a random policy, beside the loops of their libraries.
 
     python benchmark/environments.py
     python benchmark/environments.py --only gymnax navix --num-envs 1 64 --rounds 9
 
-One id of every namespace. The own loop of a JAX library is its step with its own auto-reset under vmap and scan; that
-of MuJoCo is Gymnasium's SyncVectorEnv, that of Atari ale_py's AtariVectorEnv, which uses all cores. brax, navix and
-the vector environments do less than this project's layer there: brax returns to the first state over and over, navix
-and ale_py spend a step on every reset. The two loops take turns, so that a busy moment of the machine hits both alike;
-figures are medians over rounds, the overhead that of the rounds' ratios.
+One id of every namespace is measured. The own loop of a JAX library is its step with its own
+auto-reset, under vmap and scan. The own loop of MuJoCo is Gymnasium's SyncVectorEnv, that of Atari
+is ale_py's AtariVectorEnv, which uses all cores. Some own loops do less than ours: brax always
+returns to the first state, navix and ale_py spend a step on every reset.
+
+The two loops take turns, so that a busy moment of the machine slows both. Speeds are medians over
+rounds. The time over the own loop is the median of the rounds' ratios. Every row is written to
+benchmark/results.
 """
 
 import argparse
@@ -19,17 +22,20 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import results
 from rich.live import Live
 from rich.table import Table
 
 from envs import NAMESPACES, make
+from fast import use_fast_random
 
 
 def scan_loop(reset, step, sample, num_envs, length):
     """A run function that steps `num_envs` environments `length` times in one program.
 
     Args:
-      reset: key -> carry; step: (key, carry, action) -> (carry, what must not be optimised away); of one environment.
+      reset: key -> carry, of one environment.
+      step: (key, carry, action) -> (carry, what must not be optimised away), of one environment.
       sample: key -> action.
     """
 
@@ -152,7 +158,9 @@ def brax_loop(name, num_envs, length):
 
 def mujoco_loop(name, num_envs, length):
     gymnasium = importlib.import_module("gymnasium")
-    return vector_loop(gymnasium.make_vec(name, num_envs=num_envs, vectorization_mode="sync"), length)
+    return vector_loop(
+        gymnasium.make_vec(name, num_envs=num_envs, vectorization_mode="sync"), length
+    )
 
 
 def atari_loop(name, num_envs, length):
@@ -175,6 +183,13 @@ FAMILIES = {  # id: (options, the library's own loop, steps per call)
 }
 
 
+NUM_ENVS = (1, 8, 64, 512)
+VECTOR_LOOPS = {
+    mujoco_loop: "Gymnasium's SyncVectorEnv",
+    atari_loop: "ale_py's AtariVectorEnv",
+}
+
+
 def timed(run):
     began = time.perf_counter()
     run()
@@ -182,36 +197,79 @@ def timed(run):
 
 
 def measure(id, num_envs, rounds):
-    """A row of the table: steps per second, overhead of the layer, seconds of compilation."""
+    """The values of a row: steps per second, overhead of the layer, seconds of compilation."""
     options, own_loop, length = FAMILIES[id]
-    loops = {"ours": lambda: our_loop(id, options, num_envs, length)}
+    runs = {"ours": our_loop(id, options, num_envs, length)}
     if own_loop:
-        loops["own"] = lambda: own_loop(id.partition("::")[2], num_envs, length)
-    runs = {name: make_loop() for name, make_loop in loops.items()}
+        runs["own"] = own_loop(id.partition("::")[2], num_envs, length)
     first = {name: timed(run) for name, run in runs.items()}
     seconds = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name in sorted(runs, reverse=turn % 2):
             seconds[name].append(timed(runs[name]))
     seconds = {name: np.array(times[1:]) for name, times in seconds.items()}
-    speed = {name: f"{num_envs * length / statistics.median(times):,.0f}" for name, times in seconds.items()}
-    compiled = {name: f"{first[name] - statistics.median(times):.1f}" for name, times in seconds.items()}
-    overhead = f"{np.median(seconds['ours'] / seconds['own']) - 1:+.0%}" if own_loop else ""
-    return id, num_envs, speed["ours"], speed.get("own", ""), overhead, compiled["ours"], compiled.get("own", "")
+
+    def speed(name):
+        usual = statistics.median(seconds[name])
+        return {
+            "steps_per_second": round(num_envs * length / usual),
+            "compile_seconds": round(first[name] - usual, 2),
+        }
+
+    values = {"id": id, "options": options, "num_envs": num_envs, "rounds": rounds}
+    values |= speed("ours") | {"own_loop": None, "time_over_own": None}
+    if own_loop:
+        name = VECTOR_LOOPS.get(own_loop, "the library's own step under vmap and scan")
+        values["own_loop"] = {"name": name} | speed("own")
+        if name in VECTOR_LOOPS.values():  # these compile nothing
+            values["own_loop"]["compile_seconds"] = None
+        values["time_over_own"] = round(np.median(seconds["ours"] / seconds["own"]) - 1, 4)
+    return values
+
+
+def cells_of(values):
+    """A row of the table on the screen."""
+    own = values["own_loop"] or {"steps_per_second": None, "compile_seconds": None}
+    over = values["time_over_own"]
+    row = [
+        values["id"],
+        values["num_envs"],
+        f"{values['steps_per_second']:,}",
+        "" if own["steps_per_second"] is None else f"{own['steps_per_second']:,}",
+        "" if over is None else f"{over:+.0%}",
+        f"{values['compile_seconds']:.1f}",
+        "" if own["compile_seconds"] is None else f"{own['compile_seconds']:.1f}",
+    ]
+    return map(str, row)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    use_fast_random()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", default=list(NAMESPACES), metavar="NAMESPACE")
-    parser.add_argument("--num-envs", nargs="*", type=int, default=[1, 8, 64, 512])
+    parser.add_argument("--num-envs", nargs="*", type=int, default=list(NUM_ENVS))
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    columns = ("id", "environments", "steps/s", "own loop", "time over own", "compile s", "own loop")
+    columns = (
+        "id",
+        "environments",
+        "steps/s",
+        "own loop",
+        "time over own",
+        "compile s",
+        "own loop",
+    )
     table = Table(*columns, title=f"{jax.default_backend()}, medians of {args.rounds} rounds")
     ids = [id for id in FAMILIES if id.partition("::")[0] in set(args.only) & set(NAMESPACES)]
+    device = results.folder(results.environment()["machine"])
     with Live(table):
         for id, num_envs in itertools.product(ids, args.num_envs):
-            table.add_row(*map(str, measure(id, num_envs, args.rounds)))
+            values = measure(id, num_envs, args.rounds)
+            table.add_row(*cells_of(values))
+            name = f"environments/{device}/{results.slug(id)}-{num_envs}"
+            results.record(name, values, results.this_command())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The README's pictures of a run: the dashboard, learning curves, and two agents side by side.
+"""The README's pictures of runs: the dashboard, learning curves, and two agents side by side.
 
-python benchmark/pictures.py    # trains what is missing under runs/learning, then draws into benchmark/
+    python benchmark/pictures.py
+
+Trains what is missing under runs/learning, then draws into benchmark/.
 """
 
 import subprocess
@@ -16,13 +18,17 @@ RUNS = {"PPO, no memory": f"ppo.py {TASK}", "recurrent PPO, GRU": f"rppo.py {TAS
 
 def film(command, path):
     script = str(ROOT / "algorithms" / command.split()[0])
-    subprocess.run([sys.executable, script, "--evaluate", str(run_dir(command)), "--video", str(path)], check=True)
+    subprocess.run(
+        [sys.executable, script, "--evaluate", str(run_dir(command)), "--video", str(path)],
+        check=True,
+    )
 
 
 def beside(films, path):
     """The films of several agents in one; those that end early stand still on their last frame."""
     frames = {
-        title: [f.convert("RGB") for f in ImageSequence.Iterator(Image.open(film))] for title, film in films.items()
+        title: [f.convert("RGB") for f in ImageSequence.Iterator(Image.open(film))]
+        for title, film in films.items()
     }
     width, height = next(iter(frames.values()))[0].size
     together = []
@@ -34,13 +40,15 @@ def beside(films, path):
             draw.text((width * i + 8, 4), title + over, fill="black")
             image.paste(own[min(t, len(own) - 1)], (width * i, 20))
         together.append(image.quantize(16))
-    together[0].save(path, save_all=True, append_images=together[1:], duration=80, loop=0, optimize=True)
+    together[0].save(
+        path, save_all=True, append_images=together[1:], duration=80, loop=0, optimize=True
+    )
 
 
 def dashboard(command, path):
     from rich.console import Console
 
-    from loggers import draw, load
+    from harness.dashboard import draw, load
 
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(draw(load(run_dir(command))))

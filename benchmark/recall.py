@@ -1,4 +1,4 @@
-"""How many updates every memory needs to learn two small tasks, by supervised learning: no reinforcement in the way.
+"""How many updates every memory needs to learn two small tasks by supervised learning.
 
     recall    name the first symbol of the episode, at every step
     4-back    name the symbol of four steps ago
@@ -6,9 +6,10 @@
     python benchmark/recall.py                  # every cell, a minute or less each
     python benchmark/recall.py --cells gru s5
 
-Sequences of 32 steps in batches of 32, four symbols and a bit that says where an episode starts, which happens every 32
-steps on average. One layer of 64 features between a dense encoder and a dense decoder; Adam at 3e-3, gradients clipped
-to norm 1; learned is an accuracy of 98 % over the last 20 updates.
+Inputs are sequences of 32 steps in batches of 32: four symbols and a bit that marks the start of an
+episode, every 32 steps on average. The network is one layer of 64 features between a dense encoder
+and a dense decoder. Adam learns at 3e-3, with gradients clipped to norm 1. A task is learned when
+the accuracy over the last 20 updates is above 98 %. Every cell gets a file in benchmark/results.
 """
 
 import argparse
@@ -19,12 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import results
 
 from memory_cells import CELLS, MaskedRNN, make_cell
 from memory_cells.parts.carry import episode_steps
 
-STEPS, BATCH, FEATURES, SYMBOLS, BACK = 32, 32, 64, 4, 4
+STEPS = 32
+BATCH = 32
+FEATURES = 64
+SYMBOLS = 4
+BACK = 4
 TASKS = ("recall", "4-back")
+MOST = 1000  # updates
 
 
 class Network(nn.Module):
@@ -47,11 +54,15 @@ def make_batch(task, key):
         targets = jnp.take_along_axis(symbols, jnp.arange(STEPS)[:, None] - steps, axis=0)
     else:  # before there was one, name symbol 0
         targets = jnp.where(steps >= BACK, jnp.roll(symbols, BACK, axis=0), 0)
-    return jnp.concatenate([jax.nn.one_hot(symbols, SYMBOLS), starts[..., None]], axis=-1), starts, targets
+    return (
+        jnp.concatenate([jax.nn.one_hot(symbols, SYMBOLS), starts[..., None]], axis=-1),
+        starts,
+        targets,
+    )
 
 
-def learn(cell, task, most=1000, **options):
-    """Updates until the task is learned (None if it never is), and the accuracy over the last 20."""
+def learn(cell, task, most=MOST, **options):
+    """Updates until the task is learned, None if it never is, and the accuracy of the last 20."""
     network = Network(MaskedRNN(make_cell(cell, FEATURES, **options)))
     key, init_key = jax.random.split(jax.random.key(0))
     params = network.init(init_key, *make_batch(task, init_key)[:2])
@@ -80,16 +91,33 @@ def learn(cell, task, most=1000, **options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cells", nargs="+", default=[name for name in CELLS if name != "none"])
     args = parser.parse_args()
     print("| cell | recall | 4-back | seconds |\n|---|---|---|---|")
     for cell in args.cells:
-        began, results = time.perf_counter(), []
-        for task in TASKS:
-            updates, accuracy = learn(cell, task)
-            results.append(f"{updates}" if updates else f"{accuracy:.0%} at 1000")
-        print(f"| `{cell}` | {' | '.join(results)} | {time.perf_counter() - began:.0f} |", flush=True)
+        began = time.perf_counter()
+        tasks = {task: as_result(*learn(cell, task, MOST)) for task in TASKS}
+        seconds = time.perf_counter() - began
+        words = [
+            f"{task['updates']}" if task["learned"] else f"{task['accuracy']:.0%} at {MOST}"
+            for task in tasks.values()
+        ]
+        print(f"| `{cell}` | {' | '.join(words)} | {seconds:.0f} |", flush=True)
+        values = {"cell": cell, "tasks": tasks, "seconds": round(seconds, 1)}
+        results.record(f"recall/{cell}", values, f"python benchmark/recall.py --cells {cell}")
+
+
+def as_result(updates, accuracy):
+    """What `learn` returns, as a result file has it."""
+    learned = updates is not None
+    return {
+        "learned": learned,
+        "updates": updates if learned else MOST,
+        "accuracy": round(float(accuracy), 4),
+    }
 
 
 if __name__ == "__main__":

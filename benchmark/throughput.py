@@ -1,13 +1,21 @@
-"""Training speed against other JAX libraries: CartPole (SAC: Pendulum), environment steps per second.
+"""Training speed beside other JAX libraries, in environment steps per second.
 
     python benchmark/throughput.py --peer memorax PYTHON --peer rejax PYTHON --peer sbx PYTHON
-    python benchmark/throughput.py --grid    # instead: SAC by parallel environments and gradient steps per update
+    python benchmark/throughput.py --grid
 
-Every system is a process of its own (the peers with environments of their own, of which PYTHON is the interpreter:
-`pip install memorax==1.0.1 "gymnax<1"`, `pip install rejax==0.1.3 "gymnax<1" six`, `pip install torch sbx-rl==0.28.0`,
-and to each the JAX that ours has, because with 0.12 rejax is 8 % faster than with 0.11), compiles, then waits. The
-driver lets them train in turn, one at a time, for several rounds, so that a busy moment hits all alike, and reports
-medians. First updates are not timed.
+The task is CartPole, for SAC Pendulum. --grid measures SAC instead, by parallel environments and
+gradient steps per update.
+
+Every system is a process of its own. PYTHON is the interpreter of a peer's own environment:
+
+    pip install memorax==1.0.1 "gymnax<1"
+    pip install rejax==0.1.3 "gymnax<1" six
+    pip install torch sbx-rl==0.28.0
+
+Give each the JAX that ours has: with JAX 0.12 rejax is 8 % faster than with 0.11. A process
+compiles, then waits. The driver lets the processes train in turn, one at a time, for several
+rounds, so that a busy moment slows all of them. First updates are not timed. Medians, lowest and
+highest speeds are written to benchmark/results.
 """
 
 import argparse
@@ -17,6 +25,8 @@ import subprocess
 import sys
 import time
 
+import results
+
 SHAPES = {"small": (16, 128), "large": (64, 128)}  # environments, steps
 
 
@@ -25,15 +35,20 @@ def ours(script, **fields):
 
     import jax
 
+    from experiment import compiled_updates, fill_buffer
+    from fast import use_fast_random
+
+    use_fast_random()
     script = importlib.import_module(f"algorithms.{script}")
     config = script.Config(total_steps=10**8, **fields)
-    env, state = config.make_env(), script.init(config, jax.random.key(0))
-    if hasattr(script, "fill_buffer"):
-        state = script.fill_buffer(state, env)
+    env = config.make_env()
+    state = script.init(config, jax.random.key(0))
+    if hasattr(state, "buffer"):
+        state = fill_buffer(script.rollout, state, env)
 
     def run(updates):
         nonlocal state
-        state, *_ = jax.block_until_ready(script.train_chunk(state, env, updates))
+        state, *_ = jax.block_until_ready(compiled_updates(script.update, state, env, updates))
         return updates * config.steps_per_update
 
     return run
@@ -41,7 +56,9 @@ def ours(script, **fields):
 
 def ours_recurrent(shape, shared_torso, cell="gru"):
     num_envs, num_steps = SHAPES[shape]
-    return ours("rppo", cell=cell, num_envs=num_envs, num_steps=num_steps, shared_torso=shared_torso)
+    return ours(
+        "rppo", cell=cell, num_envs=num_envs, num_steps=num_steps, shared_torso=shared_torso
+    )
 
 
 def ours_feedforward(script):
@@ -89,7 +106,9 @@ def memorax_ppo(shape, cell="gru"):
 
     def run(updates):
         nonlocal key, state
-        for _ in range(max(updates, 1)):  # one compiled update: its train compiles anew for every number of steps
+        for _ in range(
+            max(updates, 1)
+        ):  # one compiled update: its train compiles anew for every number of steps
             key, state, _ = jax.block_until_ready(agent.train(key, state, steps))
         return updates * steps
 
@@ -121,26 +140,50 @@ def rejax(algorithm, steps, **options):
 
 
 def rejax_on_policy(algorithm):
-    shape = {"env": "CartPole-v1", "num_envs": 32, "num_steps": 64, "num_epochs": 4, "num_minibatches": 16}
+    shape = {
+        "env": "CartPole-v1",
+        "num_envs": 32,
+        "num_steps": 64,
+        "num_epochs": 4,
+        "num_minibatches": 16,
+    }
     # its PQN always has two layers of 64 with LayerNorm
     network = {"activation": "tanh", "hidden_layer_sizes": (64, 64)} if algorithm == "ppo" else {}
-    return rejax(algorithm, 32 * 64, **shape, learning_rate=1e-3, max_grad_norm=0.5, agent_kwargs=network)
+    return rejax(
+        algorithm, 32 * 64, **shape, learning_rate=1e-3, max_grad_norm=0.5, agent_kwargs=network
+    )
 
 
 def rejax_dqn():
-    sizes = {"num_envs": 10, "batch_size": 128, "fill_buffer": 256, "buffer_size": 50_000, "total_timesteps": 10**9}
+    sizes = {
+        "num_envs": 10,
+        "batch_size": 128,
+        "fill_buffer": 256,
+        "buffer_size": 50_000,
+        "total_timesteps": 10**9,
+    }
     return rejax("dqn", 10, env="CartPole-v1", **sizes)
 
 
 def rejax_sac(width):
-    sizes = {"num_envs": 1, "batch_size": 256, "fill_buffer": 256, "buffer_size": 50_000, "total_timesteps": 10**9}
+    sizes = {
+        "num_envs": 1,
+        "batch_size": 256,
+        "fill_buffer": 256,
+        "buffer_size": 50_000,
+        "total_timesteps": 10**9,
+    }
     return rejax("sac", 1, env="Pendulum-v1", **sizes, hidden_layer_sizes=(width, width))
 
 
 def sbx_sac(width):
     from sbx import SAC
 
-    sizes = {"learning_starts": 256, "buffer_size": 50_000, "policy_kwargs": {"net_arch": [width, width]}}
+    sizes = {
+        "learning_starts": 256,
+        "buffer_size": 50_000,
+        "policy_kwargs": {"net_arch": [width, width]},
+    }
     agent = SAC("MlpPolicy", "Pendulum-v1", batch_size=256, **sizes)
 
     def run(updates):
@@ -158,12 +201,20 @@ SYSTEMS = {  # name: (interpreter, maker of a run function, updates per round)
     "rppo gru shared torso, 64 x 128": ("ours", lambda: ours_recurrent("large", True), 5),
     "rppo gru two torsos, 64 x 128": ("ours", lambda: ours_recurrent("large", False), 5),
     "memorax PPO gru (two torsos), 64 x 128": ("memorax", lambda: memorax_ppo("large"), 5),
-    "rppo slstm shared torso, 64 x 128": ("ours", lambda: ours_recurrent("large", True, "slstm"), 3),
+    "rppo slstm shared torso, 64 x 128": (
+        "ours",
+        lambda: ours_recurrent("large", True, "slstm"),
+        3,
+    ),
     "ppo, 32 x 64, 16 minibatches": ("ours", lambda: ours_feedforward("ppo"), 100),
     "rejax PPO, 32 x 64, 16 minibatches": ("rejax", lambda: rejax_on_policy("ppo"), 100),
     "pqn, 32 x 64, 16 minibatches": ("ours", lambda: ours_feedforward("pqn"), 100),
     "rejax PQN, 32 x 64, 16 minibatches": ("rejax", lambda: rejax_on_policy("pqn"), 100),
-    "dqn, 10 environments, batch 128": ("ours", lambda: ours_off_policy("dqn", 10, 128, 64), 10_000),
+    "dqn, 10 environments, batch 128": (
+        "ours",
+        lambda: ours_off_policy("dqn", 10, 128, 64),
+        10_000,
+    ),
     "rejax DQN, 10 environments, batch 128": ("rejax", rejax_dqn, 10_000),
     "sac, batch 256, two layers of 64": ("ours", lambda: ours_off_policy("sac", 1, 256, 64), 2_000),
     "rejax SAC, batch 256, two layers of 64": ("rejax", lambda: rejax_sac(64), 2_000),
@@ -183,9 +234,8 @@ def worker(name):
         start = time.perf_counter()
         run(0)
         seconds.append(time.perf_counter() - start)
-    import jax
-
-    print(json.dumps({"compile": seconds[0] - seconds[2], "jax": jax.__version__}), flush=True)
+    about = {"compile": seconds[0] - seconds[2]} | results.environment()
+    print(json.dumps(about), flush=True)
     run(updates)
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -194,29 +244,64 @@ def worker(name):
 
 
 def report_grid(rounds):
-    """SAC on Pendulum with batches of 256: the cells of the table take turns."""
-    all_envs, all_gradient_steps = (1, 4, 16, 64), (1, 4, 16)
-    runs = {(n, g): ours_off_policy("sac", n, 256, 256, gradient_steps=g) for n in all_envs for g in all_gradient_steps}
-    speeds = {cell: [] for cell in runs}
+    """SAC on Pendulum with batches of 256 and two layers of 256: all combinations take turns."""
+    all_envs = (1, 4, 16, 64)
+    all_gradient_steps = (1, 4, 16)
+    runs = {}
+    for num_envs in all_envs:
+        for gradient_steps in all_gradient_steps:
+            run = ours_off_policy("sac", num_envs, 256, 256, gradient_steps=gradient_steps)
+            runs[num_envs, gradient_steps] = run
+    speeds = {sizes: [] for sizes in runs}
     for turn in range(rounds + 1):
-        for (n, g), run in runs.items():
+        for sizes, run in runs.items():
+            _, gradient_steps = sizes
             start = time.perf_counter()
-            steps = run(400 // g)
+            steps = run(400 // gradient_steps)
             if turn:  # the first run compiles
-                speeds[n, g].append(steps / (time.perf_counter() - start))
-    print("| environments | " + " | ".join(f"{g} gradient steps" for g in all_gradient_steps) + " |")
+                speeds[sizes].append(steps / (time.perf_counter() - start))
+    medians = {sizes: statistics.median(values) for sizes, values in speeds.items()}
+    print("| environments \\ gradient steps | " + " | ".join(map(str, all_gradient_steps)) + " |")
     print("|---" * (1 + len(all_gradient_steps)) + "|")
     for n in all_envs:
-        row = (f"{statistics.median(speeds[n, g]):,.0f}" for g in all_gradient_steps)
-        print(f"| {n} | " + " | ".join(row) + " |")
+        print(f"| {n} | " + " | ".join(f"{medians[n, g]:,.0f}" for g in all_gradient_steps) + " |")
+    values = {
+        "num_envs": all_envs,
+        "gradient_steps": all_gradient_steps,
+        "steps_per_second": [[round(medians[n, g]) for g in all_gradient_steps] for n in all_envs],
+        "batch_size": 256,
+        "hidden_size": 256,
+        "rounds": rounds,
+    }
+    device = results.folder(results.environment()["machine"])
+    results.record(f"sac-grid/{device}", values, results.this_command())
+
+
+def record(system, speeds, started):
+    """Write the result file of a system; machine and versions are those of its own process."""
+    values = {
+        "system": system,
+        "steps_per_second": round(statistics.median(speeds)),
+        "lowest": round(min(speeds)),
+        "highest": round(max(speeds)),
+        "rounds": len(speeds),
+        "compile_seconds": round(started["compile"], 2),
+    }
+    name = f"throughput/{results.folder(started['machine'])}/{results.slug(system)}"
+    own = {key: started[key] for key in ("machine", "versions")}
+    results.record(name, values, results.this_command(), **own)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", nargs=2, action="append", default=[], metavar=("NAME", "PYTHON"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="only systems whose name contains this")
-    parser.add_argument("--grid", action="store_true", help="SAC by num_envs and gradient_steps instead")
+    parser.add_argument(
+        "--grid", action="store_true", help="SAC by num_envs and gradient_steps instead"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.grid:
@@ -225,12 +310,18 @@ def main():
         return worker(args.worker)
 
     interpreters = {"ours": sys.executable} | dict(args.peer)
-    workers, started, speeds = {}, {}, {}
+    workers = {}
+    started = {}
+    speeds = {}
     for name, (kind, _, _) in SYSTEMS.items():
         if kind in interpreters and args.only in name:
             command = [interpreters[kind], __file__, "--worker", name]
             workers[name] = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
             )
             started[name] = json.loads(workers[name].stdout.readline())
             speeds[name] = []
@@ -242,11 +333,14 @@ def main():
     for process in workers.values():
         process.stdin.close()
         process.wait()
-    print(f"{'system':<42}{'steps/s (median)':>18}{'min':>12}{'max':>12}{'compile s':>12}{'JAX':>10}")
+    print(
+        f"{'system':<42}{'steps/s (median)':>18}{'min':>12}{'max':>12}{'compile s':>12}{'JAX':>10}"
+    )
     for name, values in speeds.items():
         median = statistics.median(values)
-        start = f"{started[name]['compile']:>12.1f}{started[name]['jax']:>10}"
+        start = f"{started[name]['compile']:>12.1f}{started[name]['versions']['jax']:>10}"
         print(f"{name:<42}{median:>18,.0f}{min(values):>12,.0f}{max(values):>12,.0f}{start}")
+        record(name, values, started[name])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ in `CELLS`. Every recurrent script then offers it, and the tests of `tests/memor
 
 import dataclasses
 
-from experiment import check_options, did_you_mean
+from harness.errors import check_options, did_you_mean
 from memory_cells.deltanet import DeltaNet
 from memory_cells.dnc import DNC
 from memory_cells.ffm import FFM

@@ -1,0 +1,180 @@
+"""What `python envs.py` does: list namespaces, list the environments of one, or try one.
+
+python envs.py
+python envs.py popjaxrl
+python envs.py gymnax::CartPole-v1 --steps 1000 --gif cartpole.gif
+"""
+
+import importlib.util
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+
+from env_adapters.episodes import check_drawable, record, write_gif
+from env_adapters.registry import NAMESPACES, known_ids, make
+from env_adapters.task import Discrete
+from fast import use_fast_random
+from harness.errors import Options, UsageError, did_you_mean
+from harness.options import check_gif
+
+# namespace -> the module it needs, where that is not the one of its name
+MODULES = {
+    "gxm": "gymnasium",  # only the ids are gxm's
+    "popjaxrl": "env_adapters.popjaxrl",  # needs no library
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """List environments, or try one with random actions."""
+
+    # a namespace, or an environment as namespace::id; empty: list the namespaces
+    what: Annotated[str, tyro.conf.Positional] = ""
+    steps: int = 1000  # steps of each environment
+    num_envs: int = 8  # parallel environments
+    # options of the environment, as delay 3 max_steps_in_episode 50
+    env_kwargs: Options = field(default_factory=dict)
+    # entries of the observation to remove: indices, or a name such as velocity
+    mask: tuple[str, ...] = ()
+    seed: int = 0  # seed of everything random
+    gif: str = ""  # write an episode to this .gif
+
+
+def main(command: Command) -> None:
+    """Do what the command says.
+
+    Raises:
+      UsageError: it cannot be done.
+    """
+    use_fast_random()
+    for name in ("steps", "num_envs"):
+        value = getattr(command, name)
+        if value < 1:
+            raise UsageError(f"{name} must be greater than 0, got {value}")
+    if not command.what:
+        list_namespaces()
+    elif command.what in NAMESPACES:
+        list_environments(command.what)
+    else:
+        try_out(make_environment(command), command)
+
+
+def make_environment(command: Command):
+    """The environment that the command names.
+
+    Raises:
+      UsageError: it cannot be made, or cannot be drawn and a .gif is asked for.
+    """
+    what = command.what
+    if "::" not in what and not did_you_mean(what, known_ids(what)):
+        hint = did_you_mean(what, list(NAMESPACES))
+        valid = f"namespaces: {', '.join(NAMESPACES)}"
+        raise UsageError(f"{what!r} is no namespace{hint}, and no namespace::id; {valid}")
+    try:
+        env = make(what, **{"mask": command.mask} | command.env_kwargs)
+        if command.gif:
+            check_gif("gif", command.gif)
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from None
+    if command.gif:
+        check_drawable(env)
+    return env
+
+
+def list_namespaces() -> None:
+    """Print every namespace, and whether its library is installed."""
+    for namespace in NAMESPACES:
+        module = MODULES.get(namespace, namespace)
+        is_installed = importlib.util.find_spec(module) is not None
+        print(f"{namespace:16}{'installed' if is_installed else 'not installed'}")
+    print("python envs.py <namespace> lists its environments")
+
+
+def list_environments(namespace: str) -> None:
+    """Print a line for every environment, at once: some libraries take seconds for each.
+
+    Raises:
+      UsageError: the library is missing.
+    """
+    ids, _ = NAMESPACES[namespace]
+    try:
+        env_ids = ids()
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from None
+    width = max(map(len, env_ids))
+    print(f"{'id':{width}}  {'observation':24}{'action':24}max steps")
+    for env_id in env_ids:
+        try:
+            env = make(f"{namespace}::{env_id}")
+            observation = describe(env.observation_space)
+            action = describe(env.action_space)
+            facts = f"{observation:24}{action:24}{env.max_steps:>9}"
+        except (ValueError, ImportError) as error:
+            facts = str(error)
+        print(f"{env_id:{width}}  {facts}", flush=True)
+
+
+def describe(space) -> str:
+    """A space in a few characters: "2 actions", or "float32[4]"."""
+    if isinstance(space, Discrete):
+        return f"{space.n} actions"
+    return f"{np.dtype(space.dtype)}{list(space.shape)}"
+
+
+def random_policy(env):
+    """A policy for `record` that takes random actions."""
+
+    def policy(memory, obs, start, action, reward, key):
+        keys = jax.random.split(key, len(obs))
+        return memory, jax.vmap(env.action_space.sample)(keys)
+
+    return policy
+
+
+def try_out(env, command: Command) -> None:
+    """Step an environment with random actions, and print what happens."""
+    num_envs = command.num_envs
+
+    def step(carry, key):
+        obs, state = carry
+        action_keys, step_keys = jax.random.split(key, (2, num_envs))
+        actions = jax.vmap(env.action_space.sample)(action_keys)
+        step_envs = jax.vmap(env.step, axis_name="envs")
+        obs, state, _, terminated, truncated, info = step_envs(step_keys, state, actions)
+        return (obs, state), (terminated, truncated, info["episode_return"], info["episode_length"])
+
+    def run(key):
+        reset_key, key = jax.random.split(key)
+        reset_keys = jax.random.split(reset_key, num_envs)
+        carry = jax.vmap(env.reset, axis_name="envs")(reset_keys)
+        _, results = jax.lax.scan(step, carry, jax.random.split(key, command.steps))
+        return results
+
+    key = jax.random.key(command.seed)
+    began = time.perf_counter()
+    program = jax.jit(run).lower(key).compile()
+    compiled = time.perf_counter()
+    results = jax.block_until_ready(program(key))
+    ended = time.perf_counter()
+    terminated, truncated, returns, lengths = map(np.asarray, results)
+    speed = command.steps * num_envs / (ended - compiled)
+    print(f"observation  {describe(env.observation_space)}")
+    print(f"action       {describe(env.action_space)}")
+    print(f"max steps    {env.max_steps}")
+    print(f"compiled in  {compiled - began:.1f} s")
+    print(f"speed        {speed:,.0f} steps per second, with {num_envs} environments")
+    print(f"episodes     {terminated.sum()} terminated, {truncated.sum()} truncated")
+    done = terminated | truncated
+    if done.any():
+        mean_return = returns[done].mean()
+        mean_length = lengths[done].mean()
+        print(f"random agent mean return {mean_return:.4g}, mean length {mean_length:.4g}")
+    if command.gif:
+        policy = random_policy(env)
+        film = jax.jit(lambda key: record(env, policy, lambda _: (), key, 1, 1))(key)
+        write_gif(command.gif, env, film)
+        print(f"film         {command.gif}, {int(film.length)} steps")

@@ -1,0 +1,342 @@
+"""From a `Task` to an `Environment`: casting, auto-reset, episode bookkeeping and normalisation.
+
+All libraries share this code, so an adapter has to supply the bare task only.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from env_adapters.task import Box, Task, cast, strong
+
+
+class EnvState(NamedTuple):
+    """The state of one environment."""
+
+    task: Any  # the library's own state
+    time: jax.Array  # () int32, steps since the episode began
+    episode_return: jax.Array  # () float32, sum of rewards since the episode began
+    statistics: Any = ()  # what `Normalized` keeps across episodes
+
+
+class Environment:
+    """A single environment with same-step auto-reset; `envs.py` describes the interface.
+
+    `info` has the keys
+      final_obs: the true next observation; `obs` differs from it only in a step that ends an
+        episode, where it is the first observation of the next episode;
+      episode_done: () bool, terminated or truncated;
+      episode_return: () float32, sum of the episode's rewards, this step included;
+      episode_length: () int32, number of the episode's steps, this one included.
+
+    Attributes:
+      id: the name it was made with.
+      observation_space: a `Box`; observations are float32, or uint8 if they are images.
+      action_space: a `Box` or `Discrete`; actions outside a `Box` are clipped to it.
+      max_steps: an upper bound of an episode's length.
+      render: `EnvState.task` -> uint8 image (height, width, 3), outside of JAX; or None.
+    """
+
+    def __init__(self, id: str, task: Task):
+        self.id = id
+        self.observation_space = task.observation_space
+        self.action_space = task.action_space
+        self.max_steps = task.max_steps
+        self.render = task.render
+        self._task = task
+        self._state_avals = jax.eval_shape(task.reset, jax.random.key(0))[1]
+
+    def __repr__(self):
+        return f"make({self.id!r})"
+
+    def reset(self, key):
+        """key -> (obs, EnvState)."""
+        obs, task_state = self._task.reset(key)
+        obs = self._cast_obs(obs)
+        state = EnvState(
+            task=self._cast_state(task_state),
+            time=jnp.int32(0),
+            episode_return=jnp.float32(0.0),
+        )
+        return obs, state
+
+    def step(self, key, state, action):
+        """(key, EnvState, action) -> (obs, EnvState, reward, terminated, truncated, info)."""
+        step_key, reset_key = jax.random.split(key)
+        action = self._cast_action(action)
+        final_obs, task_state, reward, terminated, truncated = self._task.step(
+            step_key, state.task, action
+        )
+        final_obs = self._cast_obs(final_obs)
+        reward = strong(jnp.asarray(reward, jnp.float32).reshape(()))
+        terminated = jnp.asarray(terminated, bool).reshape(())
+        truncated = jnp.asarray(truncated, bool).reshape(()) & ~terminated
+        done = terminated | truncated
+
+        state = EnvState(
+            task=self._cast_state(task_state),
+            time=state.time + 1,
+            episode_return=state.episode_return + reward,
+        )
+        info = {
+            "final_obs": final_obs,
+            "episode_done": done,
+            "episode_return": state.episode_return,
+            "episode_length": state.time,
+        }
+        select = branch_where if self._task.costly_reset else where
+        reset = functools.partial(Environment.reset, self)  # not that of `Normalized`
+        obs, state = select(done, reset, reset_key, (final_obs, state))
+        return obs, state, reward, terminated, truncated, info
+
+    def frozen(self, env_state):
+        """The environment to evaluate in: this one, as it has no statistics to freeze."""
+        return self
+
+    def _cast_action(self, action):
+        space = self.action_space
+        action = jnp.asarray(action, space.dtype).reshape(space.shape)
+        return jnp.clip(action, space.low, space.high) if isinstance(space, Box) else action
+
+    def _cast_obs(self, obs):
+        return strong(cast(obs, self._task.observation_space))
+
+    def _cast_state(self, task_state):
+        """The state with the dtypes it has after a reset, and without weak types.
+
+        Some libraries return other types from step than from reset, and JAX would compile
+        everything a second time for them.
+        """
+
+        def cast_leaf(leaf, aval):
+            if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+                return leaf
+            return strong(jnp.asarray(leaf).astype(aval.dtype))
+
+        return jax.tree.map(cast_leaf, task_state, self._state_avals)
+
+
+# --- Choosing between a step and a reset ---------------------------------------------------------
+
+
+def where(condition, function, key, otherwise):
+    """function(key) where the condition holds, `otherwise` elsewhere.
+
+    Args:
+      condition: bool, with any leading axes.
+      key: one for every entry of the condition; the function takes all of them at once.
+      otherwise: a pytree like the function's result; its leaves begin with the axes of the
+        condition.
+    """
+
+    def select(x, y):
+        missing_axes = (1,) * (y.ndim - condition.ndim)
+        return jnp.where(condition.reshape(condition.shape + missing_axes), x, y)
+
+    return jax.tree.map(select, function(key), otherwise)
+
+
+def branch_where(condition, function, key, otherwise):
+    """`where` that computes the function only for entries whose condition holds.
+
+    A plain `jax.lax.cond` becomes a select under vmap, which computes the function for every entry.
+    Here a loop computes it for a group of entries at a time, until all have been served. A group
+    has sqrt(n) of n entries, so that few are computed in vain, or n / 16 if that is more, so that
+    a GPU need not go through the loop often. A group that is not full is filled up with copies of
+    its first entry; a task can recognise these by their equal keys.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def branch(condition, key, otherwise):
+        if condition.ndim == 0:
+            return jax.lax.cond(condition, lambda: function(key), lambda: otherwise)
+        if condition.size == 1:  # XLA would move the body of a loop over one entry out of the loop
+            single = jax.tree.map(lambda x: x[0], (condition, key, otherwise))
+            return jax.tree.map(lambda x: x[None], branch(*single))
+
+        num_axes = condition.ndim
+        group_size = max(math.isqrt(condition.size), condition.size // 16)
+        flat_key = key.reshape(-1)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[num_axes:]), (condition, otherwise))
+
+        def is_waiting(loop):
+            waiting, _ = loop
+            return waiting.any()
+
+        def serve_group(loop):
+            waiting, result = loop
+            (rows,) = jnp.nonzero(waiting, size=group_size, fill_value=waiting.argmax())
+            computed = jax.vmap(function)(flat_key[rows])
+            waiting = waiting.at[rows].set(False)
+            return waiting, jax.tree.map(lambda x, y: x.at[rows].set(y), result, computed)
+
+        _, result = jax.lax.while_loop(is_waiting, serve_group, flat)
+        return jax.tree.map(lambda x, y: x.reshape(y.shape), result, otherwise)
+
+    @branch.def_vmap
+    def _(size, is_batched, *args):
+        def batch(x, is_batched):
+            return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+
+        condition, key, otherwise = jax.tree.map(batch, args, tuple(is_batched))
+        result = branch_where(condition, function, key, otherwise)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return branch(condition, key, otherwise)
+
+
+# --- Normalisation -------------------------------------------------------------------------------
+
+
+class Moments(NamedTuple):
+    """Running mean and variance (Chan et al. 1979).
+
+    The start, a variance of 1 that weighs 1e-4 observations, is that of gymnasium's RunningMeanStd.
+    """
+
+    mean: jax.Array  # float32, the shape of one value
+    var: jax.Array  # float32, likewise
+    count: jax.Array  # () float32; past about 2^24 it stops growing, and new weights stay fixed
+
+    @classmethod
+    def init(cls, shape):
+        return cls(mean=jnp.zeros(shape), var=jnp.ones(shape), count=jnp.float32(1e-4))
+
+    def update(self, x):
+        """Take in x, or the x of all environments that are vmapped with axis_name="envs"."""
+        try:
+            number = jax.lax.psum(1, "envs")
+            mean = jax.lax.pmean(x, "envs")
+            var = jax.lax.pmean((x - mean) ** 2, "envs")
+        except NameError:  # there is no axis of that name
+            number = 1
+            mean = x
+            var = jnp.zeros_like(x)
+        count = self.count + number
+        weight = number / count
+        change = mean - self.mean
+        var = self.var + weight * (var - self.var + (1.0 - weight) * change**2)
+        return Moments(self.mean + weight * change, var, count)
+
+
+class Statistics(NamedTuple):
+    """What normalisation keeps; None for what is not normalised."""
+
+    obs: Moments | None  # of the observations returned so far
+    returns: Moments | None  # of `discounted` at every step so far
+    discounted: jax.Array  # () float32, sum of the episode's past rewards, older ones discounted
+
+
+class Normalized(Environment):
+    """An environment whose observations, rewards or both are scaled to a variance of about 1.
+
+      observation: (obs - mean) / sqrt(var + 1e-8), with the mean and variance of all observations
+        returned so far, this one included;
+      reward: reward / sqrt(var + 1e-8), with the variance of g, the discounted sum of past rewards:
+        g <- gamma * g + reward;
+    both clipped to [-10, 10], as in CleanRL and Engstrom et al. 2020, arXiv 2005.12729.
+
+    The statistics are part of the state and outlive episodes. Environments under
+    `jax.vmap(env.step, axis_name="envs")`, and the same for `env.reset`, share their statistics;
+    without that name every environment has its own.
+
+    `info["final_obs"]` is normalised with the statistics of its step, but it does not count towards
+    them, as no action follows it. `info["episode_return"]` sums the rewards of the task.
+
+    This is what gymnasium's NormalizeObservation and NormalizeReward for vectors do, with one
+    difference: g restarts where an episode ends. Gymnasium restarts g one step early at a
+    termination, and not at all at a truncation.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        task: Task,
+        observations: bool,
+        rewards: bool,
+        gamma: float,
+        statistics: Statistics | None = None,
+    ):
+        """Statistics are fixed if they are given, and collected otherwise.
+
+        Raises:
+          ValueError: `observations` are to be normalised and they are images.
+        """
+        super().__init__(id, task)
+        self._observations = observations
+        self._rewards = rewards
+        self._gamma = gamma
+        self._fixed = statistics
+        if observations:
+            if task.observation_space.dtype == np.uint8:
+                reason = "the networks divide them by 255"
+                raise ValueError(f"normalize_obs is not for images, which {id} has: {reason}")
+            self.observation_space = Box(-10.0, 10.0, task.observation_space.shape)
+
+    def reset(self, key):
+        obs, state = super().reset(key)
+        if self._fixed:
+            return self._normalize(obs, self._fixed), state
+        statistics = Statistics(
+            obs=Moments.init(self.observation_space.shape) if self._observations else None,
+            returns=Moments.init(()) if self._rewards else None,
+            discounted=jnp.float32(0.0),
+        )
+        statistics = self._count_obs(statistics, obs)
+        return self._normalize(obs, statistics), state._replace(statistics=statistics)
+
+    def step(self, key, state, action):
+        statistics = state.statistics
+        state = state._replace(statistics=())
+        obs, state, reward, terminated, truncated, info = super().step(key, state, action)
+        if self._fixed:
+            statistics = self._fixed
+        else:
+            statistics = self._count_obs(statistics, obs)
+            statistics = self._count_reward(statistics, reward, info["episode_done"])
+            state = state._replace(statistics=statistics)
+        if self._rewards:
+            reward = jnp.clip(reward / jnp.sqrt(statistics.returns.var + 1e-8), -10.0, 10.0)
+        info |= {"final_obs": self._normalize(info["final_obs"], statistics)}
+        obs = self._normalize(obs, statistics)
+        return obs, state, reward, terminated, truncated, info
+
+    def frozen(self, env_state):
+        """The environment to evaluate in, which uses the statistics of `env_state` unchanged.
+
+        Rewards are still scaled, since a policy with memory may read them;
+        `info["episode_return"]` is the raw return.
+
+        Args:
+          env_state: states of vmapped environments, (N, ...). Their statistics are averaged over
+            N, which changes nothing where the environments share them.
+        """
+        return Normalized(
+            id=self.id,
+            task=self._task,
+            observations=self._observations,
+            rewards=self._rewards,
+            gamma=self._gamma,
+            statistics=jax.tree.map(lambda x: x.mean(axis=0), env_state.statistics),
+        )
+
+    def _count_obs(self, statistics, obs):
+        if not self._observations:
+            return statistics
+        return statistics._replace(obs=statistics.obs.update(obs))
+
+    def _count_reward(self, statistics, reward, done):
+        discounted = self._gamma * statistics.discounted + reward
+        returns = statistics.returns.update(discounted) if self._rewards else None
+        discounted = jnp.where(done, 0.0, discounted)
+        return Statistics(statistics.obs, returns, discounted)
+
+    def _normalize(self, obs, statistics):
+        if not self._observations:
+            return obs
+        centred = obs - statistics.obs.mean
+        return jnp.clip(centred / jnp.sqrt(statistics.obs.var + 1e-8), -10.0, 10.0)

@@ -1,0 +1,237 @@
+"""The namespace `gxm`: Atari and Gymnasium's small tasks on the host, under the ids of gxm.
+
+gxm 0.4 gives many libraries one interface, with ids such as Gymnasium/ALE/Breakout-v5. Its ids are
+understood here; its code is not used. Most of its adapters lose the final observation and the
+truncation, and the one for Gymnasium ignores the key and hides the state of its simulators.
+"""
+
+import contextlib
+import importlib
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from env_adapters.library import import_silently, let_pygame_run_anywhere
+from env_adapters.task import Box, Discrete, Task
+from env_adapters.wrappers import check_options
+
+# gxm's name for a library -> our namespace
+LIBRARIES = {"Gymnax": "gymnax", "Brax": "brax", "Craftax": "craftax", "Navix": "navix"}
+
+BOOL = jax.ShapeDtypeStruct((), bool)
+FLOAT32 = jax.ShapeDtypeStruct((), np.float32)
+
+
+def import_gymnasium():
+    """Import Gymnasium and, where they are installed, the games of the Arcade Learning Environment.
+
+    Raises:
+      ValueError: Gymnasium is missing.
+    """
+    gymnasium = import_silently("gymnasium", "gxm::Gymnasium", "gymnasium")
+    with contextlib.suppress(ImportError):
+        importlib.import_module("ale_py")  # enters its games into Gymnasium's registry
+    return gymnasium
+
+
+def ids() -> list[str]:
+    """The ids that `make_task` makes; those of other libraries are in their own namespaces."""
+    small_tasks = "gymnasium.envs.classic_control", "gymnasium.envs.toy_text"
+    return [
+        f"Gymnasium/{spec.id}"
+        for spec in import_gymnasium().registry.values()
+        if is_atari(spec) or str(spec.entry_point).startswith(small_tasks)
+    ]
+
+
+def is_atari(spec) -> bool:
+    """Whether a spec of Gymnasium's registry is an Atari game with a vector environment."""
+    return spec.vector_entry_point == "ale_py.vector_env:AtariVectorEnv"
+
+
+def full_id(env_id: str) -> str:
+    """The full id: Gymnax/CartPole-v1 is gymnax::CartPole-v1, Gymnasium/Ant-v5 is mujoco::Ant-v5.
+
+    Raises:
+      ValueError: the library is unknown, or this environment is not supported.
+    """
+    library, separator, name = env_id.partition("/")
+    if not separator or library not in LIBRARIES | {"Gymnasium": ""}:
+        valid = ", ".join([*LIBRARIES, "Gymnasium"])
+        advice = f"write gxm::Library/id, with one of the libraries {valid}"
+        raise ValueError(f"unknown environment 'gxm::{env_id}'; {advice}")
+    if library in LIBRARIES:
+        return f"{LIBRARIES[library]}::{name}"
+    spec = import_gymnasium().registry.get(name)
+    if spec is None or env_id in ids():
+        return f"gxm::{env_id}"
+    if str(spec.entry_point).startswith("gymnasium.envs.mujoco."):
+        return f"mujoco::{name}"
+    reason = "its simulator does not let its state be read and set"
+    raise ValueError(f"gxm::{env_id} is not supported: {reason}")
+
+
+def make_task(env_id: str, **options) -> Task:
+    """An environment of Gymnasium, simulated on the host, as a pure function of its state.
+
+    Raises:
+      ValueError: a library is missing, there is no such option, or its value is not valid.
+    """
+    spec = import_gymnasium().registry[env_id.partition("/")[2]]
+    make = atari_task if is_atari(spec) else pickled_task
+    return make(f"gxm::{env_id}", spec, **options)
+
+
+# --- Atari ---------------------------------------------------------------------------------------
+
+
+def atari_task(owner: str, spec, **options) -> Task:
+    """An Atari game, prepared as by ale_py's vector environment.
+
+    Observations are the last 4 frames, oldest first, (84, 84, 4) uint8; ale_py has the frames on
+    the first axis. The emulator itself is deterministic: the key decides how many idle frames an
+    episode begins with, and which frames repeat the action of the frame before.
+
+    Args:
+      **options: those of the vector environment that `defaults` lists.
+
+    Raises:
+      ValueError: there is no such option, or its value is not valid.
+    """
+    from env_adapters.host_gymnasium import Atari
+
+    defaults = {
+        "repeat_action_probability": 0.25,
+        "full_action_space": False,
+        "frameskip": 4,
+        "noop_max": 30,
+        "use_fire_reset": True,
+        "reward_clipping": True,
+        "max_num_frames_per_episode": 108_000,
+    }
+    check_options(owner, options, defaults)
+    options = defaults | options
+    for name in ("frameskip", "noop_max", "max_num_frames_per_episode"):
+        if options[name] < 1:
+            raise ValueError(f"option {name} of {owner} must be at least 1, got {options[name]}")
+    frameskip = options["frameskip"]
+    max_frames = options["max_num_frames_per_episode"]
+    noop_max = options["noop_max"]
+    host = Atari(spec.kwargs["game"], frameskip, options["full_action_space"], max_frames)
+    first_frames, first_states = host.starts(noop_max, options["use_fire_reset"])
+    space = Box(0, 255, (84, 84, 4), np.uint8)
+    results = (
+        jax.ShapeDtypeStruct((84, 84), jnp.uint8),  # frame
+        jax.ShapeDtypeStruct((host.state_size,), jnp.uint8),  # emulator
+        FLOAT32,  # reward
+        BOOL,  # terminated
+        BOOL,  # truncated
+    )
+
+    def reset(key):
+        idle = jax.random.randint(key, (), 0, noop_max)
+        frames = jnp.zeros(space.shape, jnp.uint8).at[..., -1].set(jnp.asarray(first_frames)[idle])
+        emulator = jnp.asarray(first_states)[idle]
+        held_action = jnp.int32(0)
+        return frames, (emulator, frames, held_action)
+
+    def step(key, state, action):
+        emulator, frames, held = state
+        sticks = jax.random.bernoulli(key, options["repeat_action_probability"], (frameskip,))
+        held_actions = []
+        for stick in sticks:
+            held = jnp.where(stick, held, action)
+            held_actions.append(held)
+        frame, emulator, reward, terminated, truncated = jax.pure_callback(
+            host.step, results, emulator, jnp.stack(held_actions), vmap_method="broadcast_all"
+        )
+        frames = jnp.concatenate([frames[..., 1:], frame[..., None]], axis=-1)
+        if options["reward_clipping"]:
+            reward = jnp.clip(reward, -1, 1)
+        return frames, (emulator, frames, held), reward, terminated, truncated
+
+    def render(state):
+        emulator, _, _ = state
+        return host.picture(emulator)
+
+    return Task(
+        reset=reset,
+        step=step,
+        observation_space=space,
+        action_space=Discrete(host.actions),
+        max_steps=-(-max_frames // frameskip),
+        render=render,
+    )
+
+
+# --- Small tasks ---------------------------------------------------------------------------------
+
+
+def pickled_task(owner: str, spec, **options) -> Task:
+    """A small environment of Gymnasium, whose state is its pickle.
+
+    Args:
+      **options: max_episode_steps, and the arguments of the environment's constructor.
+
+    Raises:
+      ValueError: there is no such option, or its value has another type.
+    """
+    import gymnasium
+
+    from env_adapters.host_gymnasium import Pickled
+
+    constructor = gymnasium.envs.registration.load_env_creator(spec.entry_point)
+    arguments = {
+        argument.name: argument.default
+        for argument in inspect.signature(constructor).parameters.values()
+        if argument.default is not argument.empty
+    }
+    limit = {"max_episode_steps": spec.max_episode_steps or 1000}
+    defaults = limit | arguments | spec.kwargs
+    check_options(owner, options, defaults)
+    limit = {"max_episode_steps": defaults["max_episode_steps"]}
+    options = {"render_mode": "rgb_array"} | limit | options
+    env = gymnasium.make(spec, disable_env_checker=True, **options)
+    host = Pickled(env)
+    obs = jax.ShapeDtypeStruct(
+        shape=host.space.shape,
+        dtype=np.uint8 if host.space.dtype == np.uint8 else np.float32,
+    )
+    state = jax.ShapeDtypeStruct((host.state_size,), jnp.uint8)
+
+    def reset(key):
+        seed = jax.random.bits(key, dtype=jnp.uint32)
+        return jax.pure_callback(host.reset, (obs, state), seed, vmap_method="broadcast_all")
+
+    def step(key, pickled, action):
+        results = obs, state, FLOAT32, BOOL, BOOL
+        return jax.pure_callback(host.step, results, pickled, action, vmap_method="broadcast_all")
+
+    def render(state):
+        let_pygame_run_anywhere()
+        return host.picture(state)
+
+    return Task(
+        reset=reset,
+        step=step,
+        observation_space=Box(
+            low=host.space.low.astype(np.float32),
+            high=host.space.high.astype(np.float32),
+            shape=obs.shape,
+            dtype=obs.dtype,
+        ),
+        action_space=action_space_of(env),
+        max_steps=env.spec.max_episode_steps,
+        render=render,
+        costly_reset=True,
+    )
+
+
+def action_space_of(env) -> Box | Discrete:
+    """The action space of one of Gymnasium's environments, as one of ours."""
+    space = env.action_space
+    if hasattr(space, "n"):
+        return Discrete(int(space.n))
+    return Box(space.low, space.high, space.shape)

@@ -1,0 +1,64 @@
+"""Importing libraries that may be missing, that print, or that import more than is used here."""
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+import types
+import warnings
+
+
+@contextlib.contextmanager
+def imported_when_used(*names):
+    """Inside the block, importing one of the named modules gives a stand-in.
+
+    The stand-in imports the module when one of its attributes is used for the first time.
+    """
+    stand_ins = [name for name in names if name not in sys.modules]
+    for name in stand_ins:
+        stand_in = types.ModuleType(name)
+        stand_in.__getattr__ = lambda item, name=name: getattr(importlib.import_module(name), item)
+        sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
+def silence():
+    """Inside the block, Python prints nothing and shows no warnings."""
+    nowhere = io.StringIO()
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def import_silently(module: str, owner: str, package: str):
+    """Import a module and suppress what it prints.
+
+    Args:
+      owner: the environment or namespace that needs it, for the error.
+      package: what to pass to `pip install`.
+
+    Raises:
+      ValueError: it is not installed; says how to install it.
+    """
+    try:
+        with silence():
+            return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = f"{owner} needs {error.name}, which is not installed"
+        raise ValueError(f"{missing}: pip install {package!r}") from None
+
+
+def let_pygame_run_anywhere():
+    """Let pygame draw on a machine without a screen or a sound card."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")

@@ -1,0 +1,109 @@
+"""The namespace `mujoco`: Gymnasium's MuJoCo tasks on the host, and MuJoCo Playground in JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from env_adapters import playground
+from env_adapters.library import import_silently
+from env_adapters.physics import (
+    arguments_of,
+    kinematic_masks,
+    quiet,
+    take_max_steps,
+    without_screen,
+)
+from env_adapters.task import Box, Task
+from env_adapters.wrappers import check_options, time_limit
+
+PLAYGROUND = playground.ids()
+
+
+def ids() -> list[str]:
+    """Gymnasium's ids that run with today's MuJoCo, then those of MuJoCo Playground."""
+    import gymnasium
+
+    specs = gymnasium.registry.values()
+    ours = [spec for spec in specs if str(spec.entry_point).startswith("gymnasium.envs.mujoco.")]
+    # Versions 2 and 3 have moved to another package, and Pusher-v4 needs mujoco < 3.
+    working = [spec.id for spec in ours if spec.version >= 4 and spec.id != "Pusher-v4"]
+    return working + PLAYGROUND
+
+
+def make_task(env_id: str, **options) -> Task:
+    """An environment of Gymnasium, simulated on the host, or one of MuJoCo Playground.
+
+    Observations are Gymnasium's, rounded to float32. One callback steps all environments of a
+    vmap. It is a pure function of their states, see `host_mujoco`.
+
+    Args:
+      **options: max_steps, by default Gymnasium's limit; and the arguments of the environment's
+        constructor.
+
+    Raises:
+      ValueError: a library is missing, there is no such option, or Gymnasium refuses its value.
+    """
+    if env_id in PLAYGROUND:
+        return playground.make_task(env_id, **options)
+    owner = f"mujoco::{env_id}"
+    gymnasium = import_silently("gymnasium", owner, "gymnasium[mujoco]")
+    import_silently("mujoco", owner, "gymnasium[mujoco]")
+    from env_adapters.host_mujoco import HostMujoco, call_on_host
+
+    spec = gymnasium.spec(env_id)
+    arguments = arguments_of(gymnasium.envs.registration.load_env_creator(spec.entry_point))
+    check_options(owner, options, {"max_steps": spec.max_episode_steps} | arguments)
+    max_steps = take_max_steps(owner, options, spec.max_episode_steps)
+    try:
+        with quiet():
+            host = HostMujoco(gymnasium.make(env_id, render_mode="rgb_array", **options))
+    except Exception as error:  # Gymnasium and MuJoCo refuse values with exceptions of many kinds
+        raise ValueError(f"{owner} cannot be made with {options}: {error}") from None
+    env = host.env
+    (num_entries,) = env.observation_space.shape
+
+    def reset(key):
+        seed = jax.random.bits(key, (1,), jnp.uint32)
+        results = call_on_host(host.reset, seed, host.state_size + num_entries)
+        state, obs = jnp.split(results, [host.state_size])
+        return jax.lax.bitcast_convert_type(obs, jnp.float32), state
+
+    def step(key, state, action):
+        given = jnp.concatenate([state, jax.lax.bitcast_convert_type(action, jnp.uint32)])
+        results = call_on_host(host.step, given, host.state_size + num_entries + 2)
+        state, results = jnp.split(results, [host.state_size])
+        results = jax.lax.bitcast_convert_type(results, jnp.float32)
+        obs = results[:-2]
+        reward = results[-2]
+        terminated = results[-1] > 0.5
+        return obs, state, reward, terminated, False
+
+    actions = env.action_space
+    task = Task(
+        reset=reset,
+        step=step,
+        observation_space=Box(-np.inf, np.inf, (num_entries,)),
+        action_space=Box(actions.low, actions.high, actions.shape),
+        max_steps=max_steps,
+        render=without_screen(host.render, owner),
+        masks=masks_of(env_id, env, num_entries),
+        costly_reset=True,
+    )
+    return time_limit(task, max_steps)
+
+
+def masks_of(env_id: str, env, num_entries: int) -> dict[str, tuple[int, ...]]:
+    """The masks "position" and "velocity" of one of Gymnasium's robots."""
+    num_bodies = env.model.nbody
+    sizes = {"cinert": 10 * num_bodies, "cvel": 6 * num_bodies}  # of the humanoids' version 4
+    sizes |= getattr(env, "observation_structure", {})  # of version 5
+    masks = kinematic_masks(
+        env_id,
+        env,
+        nq=env.model.nq,
+        nv=env.model.nv,
+        cinert=sizes["cinert"],
+        cvel=sizes["cvel"],
+    )
+    # Some observations leave out the last entries.
+    return {name: tuple(i for i in mask if i < num_entries) for name, mask in masks.items()}

@@ -1,0 +1,80 @@
+"""What an adapter returns: a `Task` of pure functions, and the spaces of its arrays."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """Arrays with one shape and dtype.
+
+    Attributes:
+      low: smallest values, a scalar or an array of that shape; may be -inf.
+      high: greatest values, likewise; may be inf.
+    """
+
+    low: Any
+    high: Any
+    shape: tuple[int, ...]
+    dtype: Any = np.float32
+
+    def sample(self, key):
+        """A uniform sample; the bounds must be finite."""
+        low = jnp.asarray(self.low, jnp.float32)
+        high = jnp.asarray(self.high, jnp.float32)
+        return jax.random.uniform(key, self.shape, jnp.float32, low, high).astype(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Discrete:
+    """The integers 0 ... n - 1."""
+
+    n: int
+    shape: tuple[int, ...] = ()
+    dtype: Any = np.int32
+
+    def sample(self, key):
+        """A uniform sample."""
+        return jax.random.randint(key, self.shape, 0, self.n, self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """An environment without auto-reset, as pure functions that JAX can compile and vmap.
+
+    Attributes:
+      reset: key -> (obs, state); the state is any pytree of arrays.
+      step: (key, state, action) -> (obs, state, reward, terminated, truncated).
+        obs is the true next observation, also when the episode ends. Shapes are those of the
+        spaces; dtypes may differ, `Environment` casts them.
+      max_steps: an upper bound of an episode's length; the task ends every episode by then.
+      render: state -> uint8 image (height, width, 3), called with numpy arrays outside of JAX;
+        None if the library cannot draw.
+      masks: names for entries of a vector observation, as in {"velocity": (1, 3)}.
+      costly_reset: True if a reset costs about as much as a step or more. `Environment` then
+        computes resets only for environments whose episode has ended (`branch_where`).
+    """
+
+    reset: Callable
+    step: Callable
+    observation_space: Box
+    action_space: Box | Discrete
+    max_steps: int
+    render: Callable | None = None
+    masks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    costly_reset: bool = False
+
+
+def cast(obs, space: Box):
+    """The observation with the dtype and shape of its space."""
+    return jnp.asarray(obs).astype(space.dtype).reshape(space.shape)
+
+
+def strong(x):
+    """The array without JAX's weak type, which would make JAX compile a second time."""
+    return jax.lax.convert_element_type(x, x.dtype)

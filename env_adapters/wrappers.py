@@ -1,0 +1,326 @@
+"""Wrappers for the tasks of all libraries: options of `envs.make`, the same in every namespace.
+
+They are applied in this order, the first one closest to the task:
+
+  mask              removes entries of the observation, see `mask_observation`
+  sticky_actions    p: with probability p the last action is repeated instead of the one given
+  noise             s: adds normal noise with standard deviation s to every entry
+  mask_probability  p: sets every entry to 0 with probability p, independently of the others
+  flicker           p: sets the whole observation to 0 with probability p
+  delay             k: shows the observation of k steps ago, or the first one before step k
+  frame_stack       k: shows the last k observations, oldest first, joined along the last axis
+                    (the channels of images)
+  time_limit        n: truncates episodes after n steps
+  rescale_actions   True: continuous actions lie in [-1, 1], whatever the bounds of the task
+  normalize_obs, normalize_reward, reward_gamma
+                    running normalisation, see `envs.Normalized`
+
+A wrapper is a function from a `Task` to a `Task`. Its randomness comes from the keys of reset and
+step. What it has to remember (the last action, past observations) is part of the task's state and
+begins anew with every episode.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from env_adapters.task import Box, Discrete, Task, cast
+from harness import errors
+from harness.errors import did_you_mean
+
+# --- Masks ---------------------------------------------------------------------------------------
+
+
+def mask_observation(env_id: str, task: Task, mask: tuple[str, ...]) -> Task:
+    """Remove entries of a vector observation.
+
+    Args:
+      mask: what to remove: indices ("0", "3"), or names from `Task.masks` ("velocity").
+
+    Raises:
+      ValueError: the observation is not a vector, an entry is unknown, or nothing is left.
+    """
+    space = task.observation_space
+    if len(space.shape) != 1:
+        rule = "mask hides entries of vector observations"
+        raise ValueError(f"{rule}; {env_id} has observations of shape {space.shape}")
+    (size,) = space.shape
+    hidden: set[int] = set()
+    for entry in map(str, mask):
+        if entry in task.masks:
+            hidden.update(task.masks[entry])
+        elif entry.isdecimal() and int(entry) < size:
+            hidden.add(int(entry))
+        else:
+            hint = did_you_mean(entry, task.masks.keys())
+            names = f", or {' or '.join(task.masks)}" if task.masks else ""
+            valid = f"valid for {env_id}: indices 0 to {size - 1}{names}"
+            raise ValueError(f"unknown mask {entry!r}{hint}; {valid}")
+    kept = np.array([i for i in range(size) if i not in hidden], int)
+    if not len(kept):
+        given = " ".join(map(str, mask))
+        raise ValueError(f"mask {given} hides the whole observation of {env_id}")
+
+    def reset(key):
+        obs, state = task.reset(key)
+        return obs[kept], state
+
+    def step(key, state, action):
+        obs, *rest = task.step(key, state, action)
+        return obs[kept], *rest
+
+    low = np.broadcast_to(space.low, space.shape)[kept]
+    high = np.broadcast_to(space.high, space.shape)[kept]
+    visible = Box(low, high, (len(kept),), space.dtype)
+    return replace(task, reset=reset, step=step, observation_space=visible)
+
+
+# --- Wrappers that change one observation at a time ----------------------------------------------
+
+
+def map_observation(task: Task, function, space: Box) -> Task:
+    """The task with the observations function(key, obs), which lie in `space`."""
+
+    def reset(key):
+        key, own_key = jax.random.split(key)
+        obs, state = task.reset(key)
+        return function(own_key, cast(obs, task.observation_space)), state
+
+    def step(key, state, action):
+        key, own_key = jax.random.split(key)
+        obs, *rest = task.step(key, state, action)
+        return function(own_key, cast(obs, task.observation_space)), *rest
+
+    return replace(task, reset=reset, step=step, observation_space=space)
+
+
+def with_zero(space: Box) -> Box:
+    """The space with bounds that include 0."""
+    return replace(space, low=np.minimum(space.low, 0), high=np.maximum(space.high, 0))
+
+
+def noise(task: Task, scale: float) -> Task:
+    """Add normal noise with this standard deviation to every entry of the observation."""
+
+    def add_noise(key, obs):
+        return obs + scale * jax.random.normal(key, obs.shape)
+
+    space = replace(task.observation_space, low=-np.inf, high=np.inf)
+    return map_observation(task, add_noise, space)
+
+
+def mask_probability(task: Task, probability: float) -> Task:
+    """Set every entry of the observation to 0 with this probability."""
+
+    def hide(key, obs):
+        hidden = jax.random.bernoulli(key, probability, obs.shape)
+        return jnp.where(hidden, jnp.zeros_like(obs), obs)
+
+    return map_observation(task, hide, with_zero(task.observation_space))
+
+
+def flicker(task: Task, probability: float) -> Task:
+    """Set the whole observation to 0 with this probability."""
+
+    def hide(key, obs):
+        hidden = jax.random.bernoulli(key, probability)
+        return jnp.where(hidden, jnp.zeros_like(obs), obs)
+
+    return map_observation(task, hide, with_zero(task.observation_space))
+
+
+# --- Wrappers that remember something ------------------------------------------------------------
+
+
+class Wrapped(NamedTuple):
+    """The state of a task, and what a wrapper adds to it."""
+
+    inner: Any
+    own: Any
+
+
+def inner_render(task: Task):
+    """The task's `render` for states that a wrapper has wrapped; None if it has none."""
+    return task.render and (lambda state: task.render(state.inner))
+
+
+def remember(task: Task, length: int, show, space: Box) -> Task:
+    """The task with the observations show(history), which lie in `space`.
+
+    The history (length, *obs_shape) holds the last observations, oldest first. Before an episode
+    has that many, its first observation fills the older rows.
+    """
+
+    def reset(key):
+        obs, state = task.reset(key)
+        obs = cast(obs, task.observation_space)
+        history = jnp.broadcast_to(obs, (length, *obs.shape))
+        return show(history), Wrapped(state, history)
+
+    def step(key, state, action):
+        obs, inner, *rest = task.step(key, state.inner, action)
+        history = jnp.concatenate([state.own[1:], cast(obs, task.observation_space)[None]])
+        return show(history), Wrapped(inner, history), *rest
+
+    return replace(
+        task,
+        reset=reset,
+        step=step,
+        observation_space=space,
+        render=inner_render(task),
+    )
+
+
+def delay(task: Task, steps: int) -> Task:
+    """Show the observation of this many steps ago."""
+    return remember(task, steps + 1, lambda history: history[0], task.observation_space)
+
+
+def frame_stack(task: Task, length: int) -> Task:
+    """Show the last `length` observations, joined along the last axis."""
+
+    def join(history):
+        return jnp.concatenate(history, axis=-1)
+
+    def repeat(bound):
+        return np.concatenate([np.broadcast_to(bound, space.shape)] * length, axis=-1)
+
+    space = task.observation_space
+    low = repeat(space.low)
+    high = repeat(space.high)
+    return remember(task, length, join, Box(low, high, low.shape, space.dtype))
+
+
+def sticky_actions(task: Task, probability: float) -> Task:
+    """Repeat the last action with this probability, instead of taking the one given.
+
+    As in the Arcade Learning Environment (Machado et al. 2018, arXiv 1709.06009). The first action
+    of an episode is always taken.
+    """
+    space = task.action_space
+
+    def reset(key):
+        obs, state = task.reset(key)
+        no_action = jnp.zeros(space.shape, space.dtype)
+        return obs, Wrapped(state, (no_action, jnp.bool_(False)))
+
+    def step(key, state, action):
+        key, own_key = jax.random.split(key)
+        last, exists = state.own
+        action = jnp.where(exists & jax.random.bernoulli(own_key, probability), last, action)
+        obs, inner, *rest = task.step(key, state.inner, action)
+        return obs, Wrapped(inner, (action, jnp.bool_(True))), *rest
+
+    return replace(task, reset=reset, step=step, render=inner_render(task))
+
+
+def time_limit(task: Task, steps: int) -> Task:
+    """Truncate episodes after this many steps."""
+
+    def reset(key):
+        obs, state = task.reset(key)
+        return obs, Wrapped(state, jnp.int32(0))
+
+    def step(key, state, action):
+        obs, inner, reward, terminated, truncated = task.step(key, state.inner, action)
+        time = state.own + 1
+        truncated = truncated | (time >= steps)
+        return obs, Wrapped(inner, time), reward, terminated, truncated
+
+    return replace(
+        task,
+        reset=reset,
+        step=step,
+        max_steps=min(steps, task.max_steps),
+        render=inner_render(task),
+    )
+
+
+# --- Wrappers that change actions ----------------------------------------------------------------
+
+
+def rescale_actions(task: Task, _) -> Task:
+    """Take continuous actions in [-1, 1]; discrete actions stay as they are."""
+    space = task.action_space
+    if isinstance(space, Discrete):
+        return task
+
+    def step(key, state, action):
+        action = space.low + 0.5 * (action + 1.0) * (np.asarray(space.high) - space.low)
+        # Rounding may take an action past a bound, and some tasks refuse such actions.
+        return task.step(key, state, jnp.clip(action, space.low, space.high))
+
+    return replace(task, step=step, action_space=Box(-1.0, 1.0, space.shape, space.dtype))
+
+
+# --- Options -------------------------------------------------------------------------------------
+
+# option -> (the value that means "none", the wrapper), the first one closest to the task
+WRAPPERS = {
+    "sticky_actions": (0.0, sticky_actions),
+    "noise": (0.0, noise),
+    "mask_probability": (0.0, mask_probability),
+    "flicker": (0.0, flicker),
+    "delay": (0, delay),
+    "frame_stack": (1, frame_stack),
+    "time_limit": (0, time_limit),
+    "rescale_actions": (False, rescale_actions),
+}
+DEFAULTS = {name: default for name, (default, _) in WRAPPERS.items()}
+PROBABILITIES = ("sticky_actions", "mask_probability", "flicker")
+
+
+def wrap(task: Task, env_id: str, options: dict) -> Task:
+    """Apply every wrapper whose option differs from its value in `DEFAULTS`.
+
+    Raises:
+      ValueError: a value is out of range, or the task's spaces do not allow a wrapper.
+    """
+    for name, (default, wrapper) in WRAPPERS.items():
+        value = options.get(name, default)
+        option = f"option {name} of {env_id}"
+        if name in PROBABILITIES and not 0 <= value < 1:
+            raise ValueError(f"{option} must be at least 0 and less than 1, got {value}")
+        if not default <= value < np.inf:  # true for nan as well
+            raise ValueError(f"{option} must be {default:g} or more, got {value}")
+        if value != default:
+            check_spaces(task, env_id, name)
+            task = wrapper(task, value)
+    return task
+
+
+def check_spaces(task: Task, env_id: str, name: str) -> None:
+    """Refuse a wrapper that the task's spaces do not allow.
+
+    Raises:
+      ValueError: names the wrapper and the reason.
+    """
+    if name == "noise" and task.observation_space.dtype == np.uint8:
+        raise ValueError(f"noise is not for images of whole numbers, which {env_id} has")
+    if name == "rescale_actions" and not has_bounds(task.action_space):
+        requirement = "rescale_actions needs actions with bounds"
+        raise ValueError(f"{requirement}, those of {env_id} have none")
+
+
+def has_bounds(space: Box | Discrete) -> bool:
+    """Whether all bounds of the space are finite."""
+    if isinstance(space, Discrete):
+        return True
+    return bool(np.isfinite(space.low).all() and np.isfinite(space.high).all())
+
+
+def common_options() -> dict:
+    """The options that every environment has, and their defaults."""
+    return DEFAULTS | {"normalize_obs": False, "normalize_reward": False, "reward_gamma": 0.99}
+
+
+def check_options(owner: str, options: dict, defaults: dict) -> None:
+    """Refuse options that are neither in `defaults` nor common, and values of another type.
+
+    Raises:
+      ValueError: names the option, its value and what is valid.
+    """
+    errors.check_options(owner, options, defaults | common_options())

@@ -1,0 +1,261 @@
+"""The directory of a run: making it, reading it, and checking that a run can be continued.
+
+config.json    the script, its config, and the code, packages and machine that made the run
+metrics.jsonl  one JSON object per report (metrics.py), beside the files of the other loggers
+checkpoints/   the last training states and the best one (checkpoints.py)
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import inspect
+import itertools
+import json
+import os
+import platform
+import re
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from harness.errors import UsageError
+
+CONFIG_FILE = "config.json"
+LOCK_FILE = ".lock"
+
+# Fields that may be given beside --resume or --evaluate and differ from the run's own config.
+MAY_DIFFER_ON_RESUME = {
+    "log",
+    "wandb_mode",
+    "neptune_mode",
+    "run_dir",
+    "resume",
+    "evaluate",
+    "best",
+    "video",
+    "keep_checkpoints",
+    "compilation_cache",
+}
+MAY_DIFFER_ON_EVALUATE = MAY_DIFFER_ON_RESUME | {"env_kwargs", "eval_episodes", "num_eval_envs"}
+
+# What the numbers of a run depend on: the modules and packages of this project, and the libraries.
+NUMERICAL_SOURCES = ("env_adapters", "memory_cells", "experiment", "fast", "replay")
+NUMERICAL_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "flashbax",
+    "gymnax",
+    "brax",
+    "mujoco",
+    "craftax",
+    "navix",
+)
+
+
+def script_of(config) -> Path:
+    """The file of the script that a config, or its class, belongs to."""
+    return Path(inspect.getfile(config if inspect.isclass(config) else type(config)))
+
+
+def numerical_sources(script: Path) -> dict[str, Path]:
+    """The files that decide the numbers of a run of `script`, by their paths in the project."""
+    root = Path(__file__).parents[1]
+    files = [
+        path
+        for name in NUMERICAL_SOURCES
+        for path in (root / f"{name}.py", *(root / name).rglob("*.py"))
+    ]
+    return {script.name: script} | {
+        str(path.relative_to(root)): path for path in sorted(files) if path.exists()
+    }
+
+
+def provenance(script: Path) -> dict:
+    """What made a run: command, code version, packages, machine; None for what is unknown."""
+    import jax
+
+    def git(*args):
+        command = ["git", "-C", str(script.resolve().parent), *args]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+            return result.stdout.strip()
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    distributions = importlib.metadata.distributions()
+    return {
+        "id": secrets.token_hex(4),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": sys.argv,
+        "sources": {
+            name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for name, path in numerical_sources(script).items()
+        },
+        "git": {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": None if changes is None else bool(changes),
+        },
+        "python": platform.python_version(),
+        "packages": dict(sorted((d.name.lower(), d.version) for d in distributions if d.name)),
+        "machine": {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "cpus": os.cpu_count(),
+            "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
+        },
+    }
+
+
+def open_run_dir(config):
+    """The directory of the run, new or to be resumed, and the lock on it.
+
+    Raises:
+      UsageError: it is taken, cannot be written, or is not a run of this script with this config.
+    """
+    from filelock import FileLock, Timeout
+
+    script = script_of(config)
+    path = Path(config.resume or config.run_dir or unused_name(config, script.stem))
+    if config.resume:
+        check_same(config, load_config(config.resume, type(config)), MAY_DIFFER_ON_RESUME)
+        check_versions(path, provenance(script))
+
+    def is_taken():
+        return not config.resume and any(entry.name[0] != "." for entry in path.iterdir())
+
+    try:
+        path.mkdir(parents=True, exist_ok=bool(config.resume or config.run_dir))
+        lock = FileLock(path / LOCK_FILE)
+        if is_taken():  # asked before anything is written there
+            raise FileExistsError
+        lock.acquire(timeout=1)  # `is_running` of another process may hold it for a moment
+        if is_taken():
+            raise FileExistsError
+        if not config.resume:
+            about = {
+                "script": script.stem,
+                "config": dataclasses.asdict(config),
+                "final_step": config.num_updates * config.steps_per_update,
+            }
+            (path / ".new").write_text(json.dumps(about | provenance(script), indent=2) + "\n")
+            os.replace(path / ".new", path / CONFIG_FILE)
+    except Timeout:
+        raise UsageError(f"run directory {str(path)!r} is in use by another process") from None
+    except FileExistsError:
+        if not config.run_dir:  # two runs took the same name at the same moment
+            return open_run_dir(config)
+        raise UsageError(
+            f"run directory {str(path)!r} exists; choose another with --run-dir"
+        ) from None
+    except OSError as error:
+        raise UsageError(
+            f"run directory {str(path)!r} cannot be written: {error.strerror}"
+        ) from None
+    return path, lock
+
+
+def unused_name(config, script: str) -> Path:
+    """A path under runs/ that says what the run is and that does not exist yet."""
+    cell = getattr(config, "cell", "")
+    parts = [config.env, script, cell, f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")]
+    name = "__".join(re.sub(r"[^\w.-]+", "-", part) for part in parts if part)
+    twins = (f"{name}-{number}" for number in itertools.count(2))  # started in the same second
+    paths = (Path("runs") / name for name in itertools.chain([name], twins))
+    return next(path for path in paths if not path.exists())
+
+
+def load_config(run_dir: str, config_class):
+    """The config of a run of the script of `config_class`.
+
+    Raises:
+      UsageError: there is no such run, or it is of another script or version.
+    """
+    path = Path(run_dir) / CONFIG_FILE
+    script = script_of(config_class).stem
+    try:
+        saved = json.loads(path.read_text())
+        fields = saved["config"]
+    except OSError as error:
+        raise UsageError(
+            f"no run in {run_dir!r}: {path} cannot be read ({error.strerror})"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path} is damaged: it is not the config of a run") from None
+    if saved.get("script") != script:
+        raise UsageError(f"{run_dir!r} is a run of {saved.get('script')}.py, not of {script}.py")
+    valid = {field.name for field in dataclasses.fields(config_class)}
+    if fields.keys() != valid:
+        different = ", ".join(sorted(fields.keys() ^ valid))
+        made = f"{run_dir!r} was made by another version of {script}.py"
+        raise UsageError(f"{made}: its config differs in {different}")
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    try:
+        return config_class(**values)
+    except ValueError as error:
+        raise UsageError(f"the config of {run_dir!r} is not valid here: {error}") from None
+
+
+def check_same(config, saved, may_differ) -> None:
+    """Refuse a config that is not the one a run was trained with, except for `may_differ`.
+
+    Raises:
+      UsageError: names the field, its value then, and its value now.
+    """
+    for name, value in vars(config).items():
+        was = getattr(saved, name)
+        if name not in may_differ and value != was:
+            run = config.resume or config.evaluate
+            raise UsageError(f"{run!r} was trained with {name} = {was!r}, not with {value!r}")
+
+
+def check_versions(run_dir: Path, here: dict) -> None:
+    """Refuse to continue a run that other code began, since it could not be continued bit for bit.
+
+    Raises:
+      UsageError: names a source file or package that differs.
+    """
+    began = json.loads((run_dir / CONFIG_FILE).read_text())
+    sources = began.get("sources", {})
+    for name in sorted(here["sources"].keys() | sources.keys()):
+        if here["sources"].get(name) != sources.get(name):
+            commit = began.get("git", {}).get("commit")
+            hint = f"; it was made at commit {commit[:10]}" if commit else ""
+            raise UsageError(f"{str(run_dir)!r} was begun with another version of {name}{hint}")
+    for name in NUMERICAL_PACKAGES:
+        was = began.get("packages", {}).get(name)
+        now = here["packages"].get(name)
+        if was != now:
+            advice = "install that, or start a new run"
+            raise UsageError(f"{str(run_dir)!r} was begun with {name} {was}, not {now}: {advice}")
+
+
+def forget_after(path: Path, size: int) -> None:
+    """Cut a metrics file to its size at the checkpoint; what came after will be written again.
+
+    Raises:
+      UsageError: it cannot be written.
+    """
+    if path.exists():
+        try:
+            os.truncate(path, min(size, path.stat().st_size))
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether a process holds the lock of this run."""
+    from filelock import FileLock, Timeout
+
+    if not (run_dir / LOCK_FILE).exists():
+        return False
+    try:
+        with FileLock(run_dir / LOCK_FILE, blocking=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # this process may read the directory but not write to it
+        return False

@@ -1,0 +1,272 @@
+"""What every script must be: documented, readable, shaped alike, helpful on the command line."""
+
+import ast
+import dataclasses
+import importlib
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+import tokenize
+import tomllib
+from collections import Counter
+
+import jax
+import pytest
+from helpers import ALGORITHMS, REPLAY, ROOT, SCRIPTS, command_line, run_script, tiny, words
+from PIL import Image
+
+from experiment import compiled_updates, seed_keys
+
+PAIRS = [  # most lines the second may remove from the first, and add to it
+    ("ppo", "rppo", 45, 110),
+    ("dqn", "drqn", 60, 150),
+    ("pqn", "rpqn", 45, 105),
+    ("ppo", "ppo_continuous", 35, 75),
+    ("rppo", "rppo_continuous", 35, 75),
+    ("ppo_continuous", "rppo_continuous", 45, 110),
+    ("sac", "rsac", 80, 160),
+    ("sacd", "rsacd", 80, 160),
+    ("sac", "sacd", 90, 90),
+]
+
+
+def source(script):
+    return (ALGORITHMS / f"{script}.py").read_text()
+
+
+# --- How a script reads ---------------------------------------------------------------------------
+
+
+def test_scripts_have_the_same_sections():
+    banners = {name: re.findall(r"^# --- .*$", source(name), re.M) for name in SCRIPTS}
+    assert len(banners["ppo"]) == 7 and len(set(map(tuple, banners.values()))) == 1
+    (length,) = {len(banner) for banner in banners["ppo"]}
+    assert length in (99, 100)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_short_and_flat(script):
+    lines = source(script).splitlines()
+    assert len(lines) <= 480
+    assert max(len(line) for line in lines) <= 100
+    assert max(len(line) - len(line.lstrip()) for line in lines) <= 4 * 4
+
+
+NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER}
+NO_CODE |= {tokenize.INDENT, tokenize.DEDENT}
+
+
+def tokens_per_line(text):
+    """Of the lines of code: without comments, docstrings and blank lines."""
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docstrings.update(range(node.lineno, node.end_lineno + 1))
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    lines = [token.start[0] for token in tokens if token.type not in NO_CODE]
+    lines = [line for line in lines if line not in docstrings]
+    return len(lines) / len(set(lines))
+
+
+def packed_assignments(text):
+    """Lines of `a, b = x, y`: several names from as many expressions."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Tuple)
+        and isinstance(node.value, ast.Tuple)
+    ]
+
+
+COUNTED = """'A docstring.'
+
+x = 1  # three tokens
+y = f(
+    x
+)
+a, b = x, y
+a, b = f(x)
+"""
+
+
+def test_how_code_is_counted():
+    # 3 tokens of x, 6 in the three lines of y, 7 and 8 in the assignments to a and b.
+    assert tokens_per_line(COUNTED) == (3 + 6 + 7 + 8) / 6
+    assert packed_assignments(COUNTED) == [7]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_line_has_one_thought(script):
+    assert tokens_per_line(source(script)) <= 10.5
+    packed = packed_assignments(source(script))
+    assert len(packed) <= 2, packed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_large_tuples_are_built_with_keywords(script):
+    """Who inserts a field into a NamedTuple must not shift the others."""
+    module = importlib.import_module(f"algorithms.{script}")
+    for node in ast.walk(ast.parse(source(script))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            called = getattr(module, node.func.id, None)
+            is_large = len(getattr(called, "_fields", ())) > 4
+            assert not (is_large and node.args), f"{node.func.id}(...) in line {node.lineno}"
+
+
+@pytest.mark.parametrize(("first", "second", "removed", "added"), PAIRS)
+def test_a_memory_is_a_small_difference(first, second, removed, added):
+    command = ["diff", ALGORITHMS / f"{first}.py", ALGORITHMS / f"{second}.py"]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    assert sum(line.startswith("<") for line in lines) <= removed
+    assert sum(line.startswith(">") for line in lines) <= added
+
+
+# --- What a script is made of ---------------------------------------------------------------------
+
+
+def test_every_module_is_installed():
+    """Otherwise scripts would run from the folder of the repository only."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    outer = [path.parent for path in ROOT.glob("*/__init__.py")]
+    inner = [path.parent for folder in outer for path in folder.rglob("__init__.py")]
+    packages = [".".join(folder.relative_to(ROOT).parts) for folder in inner]
+    assert sorted(setuptools["packages"]) == sorted(packages)
+    assert sorted(setuptools["py-modules"]) == sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_four_functions(script):
+    module = importlib.import_module(f"algorithms.{script}")
+    for name in ("init", "warmup", "train", "evaluate", "main"):
+        assert callable(getattr(module, name))
+    assert dataclasses.is_dataclass(module.Config) and module.Config.__dataclass_params__.frozen
+    hash(module.Config())
+
+
+@pytest.mark.parametrize("script", ["dqn", "drqn", "pqn", "rpqn"])
+def test_memory_does_not_grow_with_total_steps(script):
+    """Neither the state nor any array that an update makes on its way."""
+    module = importlib.import_module(f"algorithms.{script}")
+
+    def arrays(total_steps):
+        config = tiny(module, total_steps=total_steps)
+        state = jax.eval_shape(lambda: module.init(config, seed_keys(config)))
+        program = compiled_updates.trace(module.update, state, config.make_env(), 1).jaxpr
+        return Counter(re.findall(r":(\w+\[[\d,]*\])", str(program)))
+
+    few, many = arrays(1_000), arrays(10**9)
+    assert few == many and sum(few.values()) > 500
+
+
+MERGES = "XLA merges writing and reading through the barrier"
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason=MERGES)
+@pytest.mark.parametrize("script", REPLAY)
+def test_the_replay_buffer_is_never_copied(script):
+    """An update writes into it in place: a copy of a million steps takes ten times the rest."""
+    module = importlib.import_module(f"algorithms.{script}")
+    num_steps = 8 if hasattr(module.Config, "sequence_length") else 1
+    sizes = {"num_envs": 1, "num_steps": num_steps, "gradient_steps": 1}
+    config = tiny(module, buffer_size=num_steps * 7919, **sizes)
+    state = jax.eval_shape(lambda: module.init(config, seed_keys(config)))
+    lowered = compiled_updates.lower(module.update, state, config.make_env(), 1)
+    program = lowered.compile().as_text()
+    shapes = re.findall(r"\w+\[([\d,]+)\]", program)
+    buffers = {shape for shape in shapes if "7919" in shape.split(",")}
+    copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", program)
+    assert buffers and not buffers & set(copied)
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_explains_every_field(script):
+    start = time.perf_counter()
+    result = run_script(script, "--help", env={"COLUMNS": "200", "PATH": ""})
+    assert time.perf_counter() - start < 5  # 3 s on a quiet machine
+    assert result.returncode == 0
+    text = words(result.stdout)
+    fields = dataclasses.fields(importlib.import_module(f"algorithms.{script}").Config)
+    for field, following in zip(fields, [*fields[1:], None], strict=True):
+        flag = "--" + field.name.replace("_", "-")
+        entry = text.partition(f"{flag} ")[2] or text.partition(f"{flag},")[2]
+        if following:
+            entry = entry.partition("--" + following.name.replace("_", "-"))[0]
+        explanation = re.sub(r"\(default:.*?\)|\{.*?\}|\[.*\]|[A-Z|,]+ |--no-\S+", "", entry)
+        assert len(explanation.split()) >= 2, f"{flag}: {entry}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_from_the_command_line(script, tmp_path):
+    """Train, evaluate, save; load, evaluate the same again and film it."""
+    run_dir = tmp_path / "run"
+    sizes = ("--total-steps", "200", "--log-every", "2", "--eval-every", "96", "--num-seeds", "2")
+    where = ("--run-dir", str(run_dir))
+    result = run_script(script, *command_line(script), *sizes, *where, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    if script in REPLAY:
+        assert re.fullmatch(r"replay buffer: [\d.]+ MiB", lines.pop(0))
+    compiled, *table, evaluation, saved = lines
+    assert compiled.startswith("compiled in ") and saved == f"saved to {run_dir}"
+    assert evaluation.startswith("greedy return over 4 episodes: median of 2 seeds ")
+    # A heading, reports at updates 2, 3, 5 and 6, evaluations at 3 and 6. With replay, the steps
+    # of the first update are collected before it, as learning_starts says.
+    assert len(table) == 1 + 4 - (script in REPLAY) + 2
+    expected = [32, 96, 96, 160, 192, 192] if script in REPLAY else [0, 64, 96, 96, 160, 192, 192]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == expected
+    norms = [record["losses/grad_norm"] for record in records if "losses/grad_norm" in record]
+    assert norms and all(len(seeds) == 2 for seeds in norms)
+    assert max(max(record.get("losses/first_ratio_error", [0])) for record in records) < 1e-5
+    assert list(run_dir.glob("events.*"))
+
+    video = ("--video", "agent.gif")
+    again = run_script(script, "--evaluate", str(run_dir), *video, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    shown, filmed = again.stdout.splitlines()
+    assert shown == f"checkpoint of step 192: {evaluation}"
+    assert re.fullmatch(r"video of \d+ steps: agent.gif", filmed)
+    film = Image.open(tmp_path / "agent.gif")
+    assert film.size in ((300, 200), (300, 300)) and film.n_frames > 3
+    if script == "ppo":  # the same code for all
+        evaluate_on_shorter_episodes(script, run_dir)
+        refuse_another_config(script, run_dir)
+
+
+def evaluate_on_shorter_episodes(script, run_dir):
+    options = ("--best", "--episodes", "3", "--env-kwargs", "max_steps_in_episode", "9")
+    best = run_script(script, "--evaluate", str(run_dir), *options)
+    assert best.returncode == 0
+    assert re.match(r"checkpoint of step (96|192): greedy return over 3 episodes", best.stdout)
+    assert max(map(float, re.search(r"the seeds: (.*)", best.stdout)[1].split())) <= 9
+
+
+def refuse_another_config(script, run_dir):
+    resume, evaluate = ("--resume", str(run_dir)), ("--evaluate", str(run_dir))
+    for args, message in (
+        ((*resume, "--gamma", "0.5"), "was trained with gamma = 0.99, not with 0.5"),
+        ((*evaluate, "--hidden-size", "16"), "was trained with hidden_size = 8, not with 16"),
+        ((*evaluate, *resume), "--resume and --evaluate exclude each other"),
+    ):
+        refused = run_script(script, *args)
+        assert refused.returncode == 2 and message in words(refused.stderr), refused.stderr
+
+
+def test_a_copied_script_runs_anywhere(tmp_path):
+    """To fork an algorithm is to copy its file."""
+    fork = tmp_path / "my_rppo.py"
+    fork.write_text(source("rppo"))
+    args = (*command_line("rppo"), "--total-steps", "64", "--cell", "none", "--log", "console")
+    for _ in range(2):  # the second time there is a directory runs/ beside it
+        command = [sys.executable, str(fork), *args]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+        assert result.returncode == 0, result.stderr
+        assert "__my_rppo__none__seed0__" in result.stdout
+    assert len(list((tmp_path / "runs").iterdir())) == 2

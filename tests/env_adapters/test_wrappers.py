@@ -1,0 +1,213 @@
+"""Every wrapper against what numpy expects of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import constant_task, random_rollout
+
+from env_adapters.wrappers import wrap
+from envs import Box, Discrete, Environment, Task, make
+
+
+def clock_task(length=7, obs_shape=()):
+    """Observations (a number of the episode, steps so far), or images full of the steps so far."""
+
+    def show(number, time):
+        if obs_shape:
+            return jnp.full(obs_shape, time, jnp.uint8)
+        return jnp.stack([number, 1.0 * time])
+
+    def reset(key):
+        number = jax.random.uniform(key, minval=1.0, maxval=2.0)
+        return show(number, 0), (number, jnp.int32(0))
+
+    def step(key, state, action):
+        number, time = state
+        return show(number, time + 1), (number, time + 1), 1.0, time + 1 >= length, False
+
+    space = Box(0, 255, obs_shape, np.uint8) if obs_shape else Box(1.0, 7.0, (2,))
+    return Task(reset, step, space, Discrete(3), length)
+
+
+def echo_task(length=50):
+    """Observation: the action that was done; zero at first."""
+
+    def reset(key):
+        return jnp.zeros(1), jnp.int32(0)
+
+    def step(key, time, action):
+        return action[None], time + 1, 0.0, time + 1 >= length, False
+
+    return Task(reset, step, Box(0.0, 9.0, (1,)), Discrete(10), length)
+
+
+def ones_task():
+    def step(key, state, action):
+        return jnp.ones(3), (), 0.0, False, False
+
+    return Task(lambda key: (jnp.ones(3), ()), step, Box(1.0, 1.0, (3,)), Discrete(2), 10**6)
+
+
+def rollout(task, steps=60, **options):
+    """Of each step obs acted on, action, next obs, terminated, truncated, info; the environment."""
+    env = Environment("test::Any", wrap(task, "test::Any", options))
+
+    def step(carry, key):
+        obs, state = carry
+        action = env.action_space.sample(key)
+        next_obs, state, _, terminated, truncated, info = env.step(key, state, action)
+        return (next_obs, state), (obs, action, next_obs, terminated, truncated, info)
+
+    run = jax.jit(lambda key: jax.lax.scan(step, env.reset(key), jax.random.split(key, steps))[1])
+    first = jax.eval_shape(env.reset, jax.random.key(0))[0]
+    space = env.observation_space
+    assert (first.shape, first.dtype) == (space.shape, space.dtype)
+    return *jax.device_get(run(jax.random.key(3))), env
+
+
+@pytest.mark.parametrize(
+    ("options", "ages"),
+    [
+        ({"delay": 2}, [2]),
+        ({"frame_stack": 3}, [2, 1, 0]),
+        ({"frame_stack": 2, "delay": 2}, [3, 2]),
+    ],
+)
+def test_the_past_is_seen_and_ends_with_the_episode(options, ages):
+    obs, _, _, terminated, _, info, _ = rollout(clock_task(), **options)
+    numbers = obs[:, 0]  # of the episode that each step belongs to
+    time = np.arange(60) % 7
+
+    def expected(time):
+        columns = [x for age in ages for x in (numbers, np.maximum(time - age, 0))]
+        return np.stack(columns, axis=1)
+
+    np.testing.assert_array_equal(obs, expected(time))
+    np.testing.assert_array_equal(info["final_obs"], expected(time + 1))
+    np.testing.assert_array_equal(terminated, time == 6)
+    assert len(np.unique(numbers)) == 9
+
+
+def test_images_are_stacked_along_channels():
+    obs, *_, env = rollout(clock_task(obs_shape=(4, 5, 3)), steps=14, frame_stack=2)
+    assert obs.shape == (14, 4, 5, 6) and obs.dtype == np.uint8 == env.observation_space.dtype
+    time = np.arange(14) % 7
+    expected = np.stack([np.maximum(time - 1, 0)] * 3 + [time] * 3, axis=1)
+    np.testing.assert_array_equal(obs[:, 0, 0], expected)
+
+
+def test_noise():
+    obs, _, next_obs, *_, info, env = rollout(ones_task(), steps=4000, noise=0.5)
+    errors = obs - 1.0
+    assert abs(errors.mean()) < 0.03 and abs(errors.std() - 0.5) < 0.02
+    assert np.abs(np.corrcoef(errors.T) - np.eye(3)).max() < 0.08  # every entry has its own
+    assert abs(np.corrcoef(errors[1:, 0], errors[:-1, 0])[0, 1]) < 0.08  # and every step
+    np.testing.assert_array_equal(next_obs, info["final_obs"])  # one observation, seen twice
+    assert env.observation_space.high == np.inf
+
+
+def test_entries_are_hidden_one_by_one_or_all_at_once():
+    single, *_ = rollout(ones_task(), steps=4000, mask_probability=0.3)
+    together, *_ = rollout(ones_task(), steps=4000, flicker=0.3)
+    for obs in (single, together):
+        assert set(np.unique(obs)) == {0.0, 1.0} and abs(obs.mean() - 0.7) < 0.03
+    assert np.abs(np.corrcoef(single.T) - np.eye(3)).max() < 0.08
+    assert (together == together[:, :1]).all()
+    assert (rollout(ones_task(), steps=2, flicker=0.3)[-1].observation_space.low == 0.0).all()
+
+
+def test_sticky_actions():
+    _, given, _, terminated, _, info, _ = rollout(echo_task(), steps=4000, sticky_actions=0.25)
+    done = info["final_obs"][:, 0]
+    last, begins = np.roll(done, 1), np.arange(4000) % 50 == 0
+    np.testing.assert_array_equal(done[begins], given[begins])
+    assert ((done == given) | (done == last)).all()
+    undecided = ~begins & (given != last)
+    assert abs((done == last)[undecided].mean() - 0.25) < 0.03
+
+
+def test_time_limit():
+    *_, terminated, truncated, info, env = rollout(constant_task(50), steps=40, time_limit=4)
+    np.testing.assert_array_equal(truncated, np.arange(40) % 4 == 3)
+    assert not terminated.any() and env.max_steps == 4
+    assert (info["episode_length"][truncated] == 4).all()
+    *_, terminated, truncated, _, env = rollout(clock_task(7), steps=40, time_limit=7)
+    np.testing.assert_array_equal(terminated, np.arange(40) % 7 == 6)
+    assert not truncated.any()
+    *_, env = rollout(clock_task(7), steps=1, time_limit=9)
+    assert env.max_steps == 7
+
+
+def test_rescaled_actions():
+    plain, scaled = make("gymnax::Pendulum-v1"), make("gymnax::Pendulum-v1", rescale_actions=True)
+    space = scaled.action_space
+    assert (space.low, space.high, space.shape) == (-1.0, 1.0, (1,))
+    _, state = plain.reset(jax.random.key(0))
+    for action in (-3.0, -1.0, 0.3, 1.0):
+        ours, *_ = scaled.step(jax.random.key(1), state, jnp.array([action]))
+        theirs, *_ = plain.step(jax.random.key(1), state, jnp.array([2 * action]))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_a_wrapped_environment_is_drawn():
+    wrappers = {"frame_stack": 2, "delay": 1, "sticky_actions": 0.1, "time_limit": 9}
+    env = make("gymnax::CartPole-v1", **wrappers, normalize_obs=True)
+    _, state = env.reset(jax.random.key(0))
+    assert env.observation_space.shape == (8,) and env.max_steps == 9
+    assert env.render(jax.device_get(state.task)).shape[-1] == 3
+
+
+def test_masks_come_first():
+    env = make("gymnax::CartPole-v1", mask="velocity", frame_stack=3)
+    assert env.reset(jax.random.key(0))[0].shape == env.observation_space.shape == (6,)
+
+
+@pytest.mark.parametrize(
+    ("id", "mask", "kept"),
+    [
+        ("gymnax::CartPole-v1", ("velocity",), [0, 2]),
+        ("gymnax::CartPole-v1", "position", [1, 3]),
+        ("gymnax::CartPole-v1", ("0", "3"), [1, 2]),
+        ("gymnax::CartPole-v1", ("velocity", "0"), [2]),
+        ("gymnax::Acrobot-v1", ("velocity",), [0, 1, 2, 3]),
+        ("gymnax::Pendulum-v1", ("velocity",), [0, 1]),
+        ("gymnax::MountainCar-v0", ("velocity",), [0]),
+        ("gymnax::MountainCarContinuous-v0", ("position",), [1]),
+    ],
+)
+def test_mask_hides_and_changes_nothing_else(id, mask, kept):
+    with jax.disable_jit():  # compiled as a whole, two programs may round differently
+        full, masked = random_rollout(make(id), 60), random_rollout(make(id, mask=mask), 60)
+    np.testing.assert_array_equal(masked[0], full[0][:, kept])
+    np.testing.assert_array_equal(masked[1], full[1][:, kept])
+    np.testing.assert_array_equal(masked[5]["final_obs"], full[5]["final_obs"][:, kept])
+    np.testing.assert_array_equal(masked[2], full[2])
+    space = make(id, mask=mask).observation_space
+    assert space.shape == (len(kept),) == space.low.shape == space.high.shape
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("flicker", 1.0, "option flicker of .* must be at least 0 and less than 1, got 1.0"),
+        ("sticky_actions", -0.1, "option sticky_actions of .* less than 1, got -0.1"),
+        ("mask_probability", np.nan, "option mask_probability of .* less than 1, got nan"),
+        ("noise", -1.0, "option noise of gymnax::CartPole-v1 must be 0 or more, got -1.0"),
+        ("noise", np.inf, "option noise of .* must be 0 or more, got inf"),
+        ("delay", -1, "option delay of .* must be 0 or more, got -1"),
+        ("delay", 1.5, "option delay of .* must be int, got 1.5"),
+        ("frame_stack", 0, "option frame_stack of .* must be 1 or more, got 0"),
+        ("time_limit", -5, "option time_limit of .* must be 0 or more, got -5"),
+        ("frame_stak", 2, r"has no option 'frame_stak' \(did you mean 'frame_stack'\?\)"),
+    ],
+)
+def test_what_is_refused(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        make("gymnax::CartPole-v1", **{option: value})
+
+
+def test_noise_is_not_for_images():
+    message = "noise is not for images of whole numbers, which test::Any has"
+    with pytest.raises(ValueError, match=message):
+        wrap(clock_task(obs_shape=(4, 4, 3)), "test::Any", {"noise": 0.1})

@@ -1,0 +1,112 @@
+"""Run directories: taken, unwritable, of another script, of another version."""
+
+import contextlib
+import json
+import os
+import subprocess
+from dataclasses import replace
+
+import jax
+import pytest
+from helpers import ROOT, disk, tiny
+
+from algorithms import ppo, rppo
+from experiment import UsageError, show
+from harness.run_dir import load_config, open_run_dir, provenance
+
+CONFIG = tiny(ppo)
+
+
+def test_a_run_directory_holds_the_config_and_where_it_comes_from(tmp_path):
+    config = replace(CONFIG, run_dir=str(tmp_path / "a" / "run"), log=("file",))
+    path, lock = open_run_dir(config)
+    assert load_config(str(path), ppo.Config) == config
+    saved = json.loads((path / "config.json").read_text())
+    git = ["git", "-C", ROOT, "rev-parse", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True)
+    if head.returncode == 0:
+        assert saved["git"]["commit"] == head.stdout.strip()
+        assert isinstance(saved["git"]["dirty"], bool)
+    assert saved["packages"]["jax"] == jax.__version__ and saved["machine"]["devices"]
+    elsewhere = tmp_path / "x.py"  # not under version control
+    elsewhere.write_text("")
+    assert provenance(elsewhere)["git"] == {"commit": None, "dirty": None}
+    lock.release()
+
+
+def test_a_run_without_a_name_gets_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {str(open_run_dir(CONFIG)[0]) for _ in range(5)}  # started in the same second
+    assert len(names) == 5
+    assert all(name.startswith("runs/test-Counting__ppo__seed0__") for name in names)
+
+
+def test_unusable_run_directories(tmp_path):
+    (tmp_path / "file").write_text("")
+    below_a_file = tmp_path / "file" / "run"
+    for path, message in (
+        (tmp_path, "exists"),
+        (below_a_file, "cannot be written: Not a directory"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            open_run_dir(replace(CONFIG, run_dir=str(path)))
+    taken, lock = open_run_dir(replace(CONFIG, run_dir=str(tmp_path / "taken")))
+    with pytest.raises(UsageError, match="exists; choose another with --run-dir"):
+        open_run_dir(replace(CONFIG, run_dir=str(taken)))
+    with pytest.raises(UsageError, match="is in use by another process"):
+        open_run_dir(replace(CONFIG, resume=str(taken), run_dir=str(taken)))
+    lock.release()
+    open_run_dir(replace(CONFIG, resume=str(taken), run_dir=str(taken)))[1].release()
+    (tmp_path / "empty").mkdir()  # what a process that was killed at once may leave
+    open_run_dir(replace(CONFIG, run_dir=str(tmp_path / "empty")))[1].release()
+
+
+def test_run_directories_without_permission(tmp_path):
+    if os.geteuid():
+        tmp_path.chmod(0o500)
+        where = contextlib.nullcontext()
+    else:
+        where = disk(tmp_path, "ro")  # root may write everywhere else
+    message = "cannot be written: (Permission denied|Read-only file system)"
+    with where, pytest.raises(UsageError, match=message):
+        open_run_dir(replace(CONFIG, run_dir=str(tmp_path / "run")))
+    if os.geteuid():
+        tmp_path.chmod(0o700)
+
+
+def test_configs_that_do_not_fit(tmp_path):
+    run_dir = tmp_path / "run"
+    open_run_dir(replace(CONFIG, run_dir=str(run_dir)))[1].release()
+    with pytest.raises(UsageError, match=r"is a run of ppo.py, not of rppo.py"):
+        load_config(str(run_dir), rppo.Config)
+    with pytest.raises(UsageError, match="no run in 'nowhere': .*No such file"):
+        load_config("nowhere", ppo.Config)
+    with pytest.raises(UsageError, match=r"was trained with gamma = 0.99, not with 0.9"):
+        open_run_dir(replace(CONFIG, resume=str(run_dir), gamma=0.9))
+    with pytest.raises(UsageError, match=r"was trained with num_seeds = 1, not with 2"):
+        other = replace(CONFIG, evaluate=str(run_dir), num_seeds=2)
+        show(other, CONFIG.make_env(), ppo.init, ppo.evaluate)
+    saved = json.loads((run_dir / "config.json").read_text())
+    of_code = "was begun with another version of ppo.py; it was made at commit"
+    of_jax = "was begun with jax 0.5.0, not .*: install that, or start a new run"
+    for part, name, value, message in (
+        ("sources", "ppo.py", "0", of_code),
+        ("packages", "jax", "0.5.0", of_jax),
+    ):
+        other = saved | {part: saved[part] | {name: value}, "git": {"commit": "abc", "dirty": True}}
+        (run_dir / "config.json").write_text(json.dumps(other))
+        with pytest.raises(UsageError, match=message):
+            open_run_dir(replace(CONFIG, resume=str(run_dir), run_dir=str(run_dir)))
+    saved["config"]["old_option"] = 1
+    (run_dir / "config.json").write_text(json.dumps(saved))
+    message = "another version of ppo.py: its config differs in old_option"
+    with pytest.raises(UsageError, match=message):
+        load_config(str(run_dir), ppo.Config)
+    saved["config"].pop("old_option")
+    saved["config"]["env"] = "gymnax::Pendulum-v1"
+    (run_dir / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UsageError, match="is not valid here: gymnax::Pendulum-v1 has no option"):
+        load_config(str(run_dir), ppo.Config)
+    (run_dir / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="config.json is damaged"):
+        load_config(str(run_dir), ppo.Config)

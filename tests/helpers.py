@@ -1,0 +1,424 @@
+"""What several tests need: tasks of known outcome, small runs of every script, rollouts."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from envs import Box, Discrete, Task
+from experiment import seed_keys
+from loggers import Logger
+
+ROOT = Path(__file__).parents[1]
+ALGORITHMS = ROOT / "algorithms"
+SCRIPTS = sorted(path.stem for path in ALGORITHMS.glob("[a-z]*.py"))
+REPLAY = [
+    script for script in SCRIPTS if script.removeprefix("r") in ("dqn", "drqn", "sac", "sacd")
+]
+
+
+def last_line(text):
+    return text.strip().splitlines()[-1]
+
+
+@contextlib.contextmanager
+def disk(path, options):
+    """A disk at `path`, with options of `mount`; the test is skipped where that is not allowed."""
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", path]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+# --- Tasks, as make("test::Constant") and so on ---------------------------------------------------
+
+
+def constant_task(episode_length: int = 5, continuous: bool = False) -> Task:
+    """Constant observation, reward 1, truncated after some steps: the value is 1 / (1 - gamma)."""
+
+    def reset(key):
+        return jnp.ones(1), jnp.int32(0)
+
+    def step(key, time, action):
+        return jnp.ones(1), time + 1, 1.0, False, time + 1 >= episode_length
+
+    actions = Box(-1.0, 1.0, (1,)) if continuous else Discrete(2)
+    return Task(reset, step, Box(0.0, 1.0, (1,)), actions, episode_length)
+
+
+def counting_task(terminal_every: int = 7) -> Task:
+    """Observations (a number drawn once per episode, steps so far); reward 1.
+
+    Each entry of a batch shows where it comes from. Episodes terminate if their number is less
+    than 0.5, else they truncate.
+    """
+
+    def reset(key):
+        number = jax.random.uniform(key)
+        return jnp.stack([number, 0.0]), (number, jnp.int32(0))
+
+    def step(key, state, action):
+        number, time = state
+        ends = time + 1 >= terminal_every
+        obs = jnp.stack([number, (time + 1) / terminal_every])
+        return obs, (number, time + 1), 1.0, ends & (number < 0.5), ends & (number >= 0.5)
+
+    return Task(reset, step, Box(0.0, 1.0, (2,)), Discrete(3), terminal_every)
+
+
+def steering_task(terminal_every: int = 7) -> Task:
+    """`counting_task` with two actions between -3 and 2; the first is added to the reward."""
+    task = counting_task(terminal_every)
+
+    def step(key, state, action):
+        obs, state, reward, terminated, truncated = task.step(key, state, action)
+        return obs, state, reward + action[0], terminated, truncated
+
+    return dataclasses.replace(task, step=step, action_space=Box(-3.0, 2.0, (2,)))
+
+
+def picture_task() -> Task:
+    """Images of bytes; episodes of 5 steps."""
+
+    def reset(key):
+        return jax.random.randint(key, (8, 8, 3), 0, 256).astype(jnp.uint8), jnp.int32(0)
+
+    def step(key, time, action):
+        return reset(key)[0], time + 1, 1.0, False, time + 1 >= 5
+
+    return Task(reset, step, Box(0, 255, (8, 8, 3), np.uint8), Discrete(3), 5)
+
+
+def coin_task() -> Task:
+    """Episodes of 1 or 9 steps, equally likely, the return is the length: biased means show."""
+
+    def reset(key):
+        return jnp.zeros(1), (jax.random.bernoulli(key), jnp.int32(0))
+
+    def step(key, state, action):
+        is_long, time = state
+        return jnp.zeros(1), (is_long, time + 1), 1.0, time + 1 >= jnp.where(is_long, 9, 1), False
+
+    return Task(reset, step, Box(0.0, 1.0, (1,)), Discrete(2), 9)
+
+
+def probe_task(wait=0, obs_matters=True, action_matters=True, continuous=False) -> Task:
+    """A sign, -1 or 1, is shown for one step; `wait` steps later the reward is sign * action.
+
+    That ends the episode. Without `obs_matters` or `action_matters` that factor is left out; with
+    neither the reward is 1. The action is 0 or 1 and counts as -1 or 1; `continuous`: any number
+    between these. Observations are (sign or 0, steps to go): the best action needs memory if there
+    is a wait. Solved, the values are discount ** steps_to_go, times the sign if that alone matters.
+    """
+
+    def observe(sign, time):
+        return jnp.stack([jnp.where(time == 0, sign, 0.0), jnp.float32(wait - time)])
+
+    def reset(key):
+        sign = jnp.where(jax.random.bernoulli(key), 1.0, -1.0)
+        return observe(sign, 0), (sign, jnp.int32(0))
+
+    def step(key, state, action):
+        sign, time = state
+        choice = action[0] if continuous else 2.0 * action - 1.0
+        reward = jnp.where(obs_matters, sign, 1.0) * jnp.where(action_matters, choice, 1.0)
+        ends = time == wait
+        return observe(sign, time + 1), (sign, time + 1), reward * ends, ends, False
+
+    actions = Box(-1.0, 1.0, (1,)) if continuous else Discrete(2)
+    return Task(reset, step, Box(-1.0, float(max(1, wait)), (2,)), actions, wait + 1)
+
+
+TASKS = {
+    "Constant": constant_task,
+    "Counting": counting_task,
+    "Steering": steering_task,
+    "Coin": coin_task,
+    "Picture": picture_task,
+    "Probe": probe_task,
+}
+
+
+# --- Scripts as users start them ------------------------------------------------------------------
+
+# The sizes of a small run; a script takes those that it has.
+SMALL = {
+    "num_envs": 4,
+    "num_steps": 8,
+    "num_minibatches": 2,
+    "hidden_size": 8,
+    "eval_episodes": 4,
+    "num_eval_envs": 4,
+    "buffer_size": 256,
+    "learning_starts": 32,
+    "batch_size": 4,
+    "gradient_steps": 2,
+    "sequence_length": 4,
+    "burn_in": 2,
+}
+
+
+def is_continuous(module) -> bool:
+    """Whether the actions of a script are continuous."""
+    return isinstance(module.Config().make_env().action_space, Box)
+
+
+def sizes_of(module) -> dict:
+    """The part of SMALL that a script has."""
+    names = {field.name for field in dataclasses.fields(module.Config)}
+    return {name: value for name, value in SMALL.items() if name in names}
+
+
+def command_line(script):
+    """Arguments for a small run of `script`."""
+    module = importlib.import_module(f"algorithms.{script}")
+    env = "gymnax::Pendulum-v1" if is_continuous(module) else "gymnax::CartPole-v1"
+    sizes = sizes_of(module).items()
+    words = [word for name, value in sizes for word in ("--" + name.replace("_", "-"), str(value))]
+    return (*words, "--env", env, "--env-kwargs", "max_steps_in_episode", "50")
+
+
+def tiny(module, **changes):
+    """The config of a run of `module` that takes no time."""
+    sizes = sizes_of(module) | {"total_steps": 64, "compilation_cache": ""}
+    env = "test::Steering" if is_continuous(module) else "test::Counting"
+    return module.Config(**sizes | {"env": env, "env_kwargs": {"terminal_every": 5}} | changes)
+
+
+def run_script(script, *args, **kwargs):
+    """A script in a process of its own, to its end."""
+    command = [sys.executable, str(ALGORITHMS / f"{script}.py"), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, **kwargs)
+
+
+def words(text):
+    """Text without the boxes and line breaks of the terminal."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+# --- Scripts as modules ---------------------------------------------------------------------------
+
+ON_POLICY = {"num_envs": 8, "num_steps": 16, "hidden_size": 16, "log": (), "eval_episodes": 8}
+
+
+def small_on_policy(script, **changes):
+    """A config of PPO or PQN, for tests that look at every step of a rollout."""
+    env = "gymnax::Pendulum-v1" if is_continuous(script) else "gymnax::CartPole-v1"
+    return script.Config(**({"env": env, "total_steps": 8 * 16 * 20} | ON_POLICY | changes))
+
+
+OFF_POLICY = {"num_envs": 4, "hidden_size": 16, "log": (), "eval_episodes": 8}
+OFF_POLICY |= {"batch_size": 16, "buffer_size": 512, "total_steps": 2000}
+SEQUENCES = {"num_steps": 4, "burn_in": 4, "sequence_length": 8}
+
+
+def small_off_policy(script, **changes):
+    """A config of DQN or SAC, for tests that look at every step in a buffer."""
+    env = "test::Steering" if is_continuous(script) else "test::Counting"
+    sequences = SEQUENCES if hasattr(script.Config, "sequence_length") else {}
+    return script.Config(**OFF_POLICY | sequences | {"env": env} | changes)
+
+
+def counting(script, **changes):
+    """`small_on_policy` for test::Counting, or its twin with continuous actions."""
+    env = "test::Steering" if is_continuous(script) else "test::Counting"
+    return small_on_policy(script, env=env, **changes)
+
+
+def start(config, script):
+    """The environment and the first state of all seeds."""
+    return config.make_env(), script.init(config, seed_keys(config))
+
+
+def network_of(script, config):
+    """The network that a script makes for its own environment."""
+    return script.make_network(config, config.make_env())
+
+
+def one_seed(state):
+    return jax.tree.map(lambda x: x[0], state)
+
+
+def copy(state):
+    """The public functions donate their state: keep one to compare with."""
+    return jax.tree.map(jnp.copy, state)
+
+
+def assert_same(actual, expected):
+    """Equal pytrees, typed keys included."""
+
+    def plain(x):
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(plain(a), plain(b)), actual, expected)
+
+
+def assert_close(actual, expected, **tolerances):
+    """Pytrees that are equal up to `rtol` and `atol`."""
+
+    def check(a, b):
+        np.testing.assert_allclose(a, b, **tolerances)
+
+    jax.tree.map(check, actual, expected)
+
+
+def assert_same_shapes(actual, expected):
+    """Pytrees of the same structure, shapes and dtypes."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def order_of(batch):
+    """Metrics: whether a minibatch is of whole environments in test::Counting, and of which.
+
+    The task marks every observation with its episode and its time in it.
+    """
+    number, time = batch.inputs.obs[..., 0], batch.inputs.obs[..., 1]
+    follows = (number[1:] == number[:-1]) & (jnp.abs(time[1:] - time[:-1] - 1 / 7) < 1e-6)
+    fresh = (number[1:] != number[:-1]) & (time[1:] == 0)
+    in_order = jnp.where(batch.start[1:], fresh, follows).all() & (number.shape == (16, 2))
+    return {"test/in_order": in_order.astype(jnp.float32), "test/number": number[0].mean()}
+
+
+class Table:
+    """A network whose outputs are its parameters."""
+
+    def apply(self, params, *_):
+        return params
+
+
+def outputs_at_final_observations(module, network, state, batch):
+    """Of a memory that no end resets, in the observation (number, 1) after every step."""
+    starts = jnp.zeros(batch.reward.shape[1], bool)
+
+    @jax.jit
+    def unroll(params, carry, rows):
+        def step(carry, row):
+            inputs, _, action, reward = row
+            carry, *_ = network.apply(params, carry, *jax.tree.map(lambda x: x[None], row[:2]))
+            final = module.Inputs(inputs.obs.at[:, 1].set(1.0), action, reward)
+            *_, output = network.apply(params, carry, final, starts, method="step")
+            return carry, output
+
+        return jax.lax.scan(step, carry, rows)[1]
+
+    rows = batch.inputs, batch.start, batch.action, batch.reward
+    return unroll(state.params, state.carry, rows)
+
+
+def final_returns(script, **changes):
+    """The mean greedy return (S,) of agents that were trained with the script's own sizes."""
+    config = script.Config(**changes, log=())
+    env, state = start(config, script)
+    state = script.warmup(state, env, Logger())
+    num_steps = config.total_steps - getattr(config, "learning_starts", 0)
+    state, _ = script.train(state, env, Logger(), num_steps)
+    return np.asarray(script.evaluate(state, env, 100).returns.mean(axis=1))
+
+
+# --- Environments ---------------------------------------------------------------------------------
+
+
+def check_conformance(env):
+    """Shapes and dtypes are those of the spaces, the same after reset and step, never weak."""
+
+    def one_step(key):
+        obs, state = env.reset(key)
+        return (obs, state), env.step(key, state, env.action_space.sample(key))
+
+    first, later = jax.eval_shape(one_step, jax.random.key(0))
+    first_obs, first_state = first
+    obs, state, reward, terminated, truncated, info = later
+    space = env.observation_space
+    for actual in (first_obs, obs, info["final_obs"]):
+        assert (actual.shape, actual.dtype) == (space.shape, space.dtype)
+    assert_same_shapes(first_state, state)
+    typed = jax.tree.leaves((first_obs, first_state, obs, state, reward, info))
+    assert not any(leaf.weak_type for leaf in typed)
+    assert (reward.shape, reward.dtype) == ((), jnp.float32)
+    flags = (terminated, truncated, info["episode_done"])
+    assert [(x.shape, x.dtype) for x in flags] == [((), jnp.bool_)] * 3
+    assert sorted(info) == ["episode_done", "episode_length", "episode_return", "final_obs"]
+    assert info["episode_length"].dtype == jnp.int32
+    assert info["episode_return"].dtype == jnp.float32
+    assert isinstance(env.action_space, (Box, Discrete)) and isinstance(env.max_steps, int)
+
+
+def random_rollout(env, steps, key=0, policy=lambda key, space: space.sample(key)):
+    """Of each step: obs acted on, next obs, reward, terminated, truncated, info."""
+
+    def step(carry, key):
+        obs, state = carry
+        action = policy(key, env.action_space)
+        next_obs, state, reward, terminated, truncated, info = env.step(key, state, action)
+        return (next_obs, state), (obs, next_obs, reward, terminated, truncated, info)
+
+    keys = jax.random.split(jax.random.key(key), steps)
+    first = env.reset(jax.random.key(key))
+    return jax.jit(lambda carry: jax.lax.scan(step, carry, keys)[1])(first)
+
+
+def batch_rollout(env, steps, num_envs, key=0, actions=None):
+    """First (obs, state); of each step (steps, num_envs, ...) the state before, action, results."""
+
+    def step(carry, inputs):
+        obs, state = carry
+        key, action = inputs
+        keys = jax.random.split(key, num_envs)
+        action = jax.vmap(env.action_space.sample)(keys) if actions is None else action
+        next_obs, next_state, *rest = jax.vmap(env.step)(keys, state, action)
+        return (next_obs, next_state), (state, action, next_obs, *rest)
+
+    @jax.jit
+    def run(key):
+        first = jax.vmap(env.reset)(jax.random.split(key, num_envs))
+        return first, jax.lax.scan(step, first, (jax.random.split(key, steps), actions))[1]
+
+    return run(jax.random.key(key))
+
+
+def checked_ends(steps):
+    """The steps' (terminated, truncated, info), after checks of what holds in every library."""
+    _, _, next_obs, _, terminated, truncated, info = steps
+    done = info["episode_done"]
+    np.testing.assert_array_equal(done, terminated | truncated)
+    assert not (terminated & truncated).any()
+    np.testing.assert_array_equal(info["final_obs"][~done], next_obs[~done])
+    return np.asarray(terminated), np.asarray(truncated), info
+
+
+def check_picture(env):
+    """A first state is drawn, in more than two colours."""
+    _, state = jax.jit(env.reset)(jax.random.key(0))
+    picture = env.render(jax.device_get(state.task))
+    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[-1] == 3
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 2
+
+
+CHEAP_BRAX = "brax::inverted_pendulum"
+
+
+@functools.partial(jax.jit, static_argnames=("env", "steps"))
+def physics_rollout(env, key, steps):
+    """The first obs; of each step obs, action, reward, terminated, truncated and info."""
+
+    def step(state, key):
+        action = env.action_space.sample(key)
+        obs, state, *rest = env.step(key, state, action)
+        return state, (obs, action, *rest)
+
+    obs, state = env.reset(key)
+    return obs, jax.lax.scan(step, state, jax.random.split(key, steps))[1]

@@ -1,0 +1,187 @@
+"""The result files of the benchmarks and the tables that are made of them."""
+
+import json
+import re
+import shutil
+
+import pytest
+import results
+import tables
+
+FILES = sorted(results.RESULTS.rglob("*.json"))
+ABOUT = {
+    "commit": "c0ef676c7615d544a54b2eb75b9513593aced03b",
+    "dirty": False,
+    "machine": {"device": "cpu", "cores": 2},
+    "versions": {"python": "3.12.3", "jax": "0.11.2"},
+}
+
+
+def name_of(path):
+    return path.relative_to(results.RESULTS).with_suffix("").as_posix()
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of the documents and result files, which a test may change."""
+    for name in tables.DOCUMENTS:
+        if (results.ROOT / name).exists():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            shutil.copy(results.ROOT / name, tmp_path / name)
+    folder = tmp_path / "benchmark" / "results"
+    shutil.copytree(results.RESULTS, folder)
+    monkeypatch.setattr(results, "RESULTS", folder)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_every_result_file_has_all_keys():
+    assert FILES
+    for path in FILES:
+        entry = results.load(name_of(path))
+        assert entry.keys() == {*results.KEYS, "path"}, path
+        assert entry["machine"].keys() == {"device", "cores"}, path
+        assert entry["values"] and entry["measured"] and entry["source"], path
+
+
+def test_commits_and_dates_of_result_files_are_well_formed():
+    for path in FILES:
+        entry = json.loads(path.read_text())
+        assert re.fullmatch(r"[0-9a-f]{40}", entry["commit"]), path
+        assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", entry["date"]), path
+        assert entry["dirty"] in (True, False, None), path
+
+
+def test_result_files_hold_no_paths_of_a_machine():
+    for path in FILES:
+        assert not re.search(r'["\s]/\w', path.read_text()), path
+
+
+def test_all_tables_show_what_the_files_say():
+    assert tables.update(results.ROOT, check=True) == []
+
+
+def test_every_table_of_results_is_in_the_benchmarks_document():
+    text = (results.ROOT / "benchmark" / "README.md").read_text()
+    full = [name for name in tables.TABLES if not name.endswith("-short") and name != "memories"]
+    assert [name for name in full if f"<!-- table: {name} -->" not in text] == []
+
+
+def test_a_changed_number_makes_the_check_fail_until_tables_are_rewritten(copied):
+    path = results.RESULTS / "throughput" / "cpu" / "ppo-32-x-64-16-minibatches.json"
+    entry = json.loads(path.read_text())
+    entry["values"]["steps_per_second"] += 1
+    path.write_text(json.dumps(entry))
+    changed = tables.update(copied, check=True)
+    assert "benchmark/README.md: table speed" in changed
+    assert tables.update(copied, check=True) == changed  # a check writes nothing
+    assert tables.update(copied, check=False) == changed
+    assert tables.update(copied, check=True) == []
+
+
+def test_a_table_with_a_missing_file_fails_with_one_sentence(copied, monkeypatch, capsys):
+    (results.RESULTS / "sac-grid" / "cpu.json").unlink()
+    monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
+    with pytest.raises(SystemExit) as error:
+        tables.main()
+    assert error.value.code == (
+        "error: benchmark/results/sac-grid/cpu.json is missing: "
+        "`python benchmark/throughput.py --grid` writes it"
+    )
+
+
+def test_a_damaged_file_is_named(copied):
+    (results.RESULTS / "sac-grid" / "cpu.json").write_text('{"values": {}}')
+    with pytest.raises(results.NoResult, match="sac-grid/cpu.json is damaged: it has no measured"):
+        results.load("sac-grid/cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table: sped -->\n<!-- /table -->\n", "unknown table 'sped'"),
+        ("<!-- table: speed -->\n| a |\n", "without its closing line"),
+    ],
+)
+def test_a_wrong_marker_is_refused(copied, text, message):
+    document = copied / "benchmark" / "README.md"
+    document.write_text(text)
+    with pytest.raises(results.NoResult, match=message):
+        tables.rewritten(document)
+
+
+def test_load_reads_what_record_writes(copied):
+    values = {"speed": 1.5, "curve": [1, 2.5, float("nan")], "nested": {"list": [[1, 2], [3, 4]]}}
+    results.record("overhead/test", values, "python benchmark/overhead.py", **ABOUT)
+    entry = results.load("overhead/test")
+    assert entry["values"] == values | {"curve": [1, 2.5, None]}
+    assert entry["source"] == "benchmark/overhead.py"
+    assert {key: entry[key] for key in ABOUT} == ABOUT
+    assert entry.keys() == {*results.KEYS, "path"}
+
+
+def test_result_files_are_sorted_and_keep_lists_of_numbers_on_one_line(copied):
+    values = {"b": [1, 2.5, None], "a": "text"}
+    path = results.record("overhead/test", values, "python benchmark/overhead.py", **ABOUT)
+    text = path.read_text()
+    assert '"b": [1, 2.5, null]' in text
+    assert list(json.loads(text)) == sorted(json.loads(text))
+    assert [file.name for file in path.parent.glob("*.new")] == []
+
+
+def test_record_finds_machine_and_versions_by_itself(copied):
+    results.record("overhead/test", {"seconds": 1.0}, "python benchmark/overhead.py")
+    entry = results.load("overhead/test")
+    assert entry["machine"]["device"] and entry["machine"]["cores"] > 0
+    assert {"python", "jax", "flax"} <= entry["versions"].keys()
+
+
+def test_commands_are_recorded_without_paths_of_the_machine(monkeypatch):
+    arguments = ["/home/me/benchmark/throughput.py", "--peer", "rejax", "/opt/x/bin/python3.12"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert results.this_command() == "python benchmark/throughput.py --peer rejax PYTHON"
+
+
+def test_provenance_of_a_run_comes_from_its_own_directory():
+    about = {
+        "started": "2026-11-28 10:00:00 +0000",
+        "git": {"commit": ABOUT["commit"], "dirty": True},
+        "python": "3.12.3",
+        "packages": {"jax": "0.11.2", "pip": "25.0"},
+        "machine": {"host": "here", "cpus": 16, "devices": ["gpu: NVIDIA H200"]},
+    }
+    assert results.of_run(about) == {
+        "commit": ABOUT["commit"],
+        "dirty": True,
+        "date": "2026-11-28",
+        "machine": {"device": "NVIDIA H200", "cores": 16},
+        "versions": {"python": "3.12.3", "jax": "0.11.2"},
+    }
+
+
+def test_curves_in_result_files_are_short_and_end_at_the_end():
+    import learning
+    import numpy as np
+
+    for points in (1, 20, 50, 51, 80, 400):
+        steps = np.arange(1, points + 1)
+        curve = learning.thinned(steps, np.stack([steps, 2 * steps], axis=1))
+        assert len(curve["steps"]) <= learning.POINTS
+        assert curve["steps"][-1] == points
+        assert curve["returns"].shape == (2, len(curve["steps"]))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, ""),
+        (500.0, "500"),
+        (495.3, "495.3"),
+        (-0.456, "-0.46"),
+        (8496.4, "8,496"),
+        (100, "100"),
+    ],
+)
+def test_numbers_in_tables_have_the_digits_that_were_recorded(value, text):
+    assert tables.number(value) == text
