@@ -256,7 +256,7 @@ def print_row(name, impl, steps, envs, result, peer, width):
 
 def main():
     from memory_cells import CELLS
-    from memory_cells.checks import IMPLS
+    from memory_cells.parts.checks import IMPLS
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

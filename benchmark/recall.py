@@ -23,7 +23,7 @@ import optax
 import results
 
 from memory_cells import CELLS, MaskedRNN, make_cell
-from memory_cells.masked_rnn import episode_steps
+from memory_cells.parts.carry import episode_steps
 
 STEPS = 32
 BATCH = 32

@@ -3,8 +3,8 @@
     cell = make_cell("slstm", 128, num_heads=8)
     memory = MaskedRNN(cell)
 
-To add a cell: write `memory_cells/<name>.py` with a subclass of `MemoryCell`, enter it in `CELLS`, and every recurrent
-script and every test in `tests/test_memory_cells.py` takes it from there.
+To add a memory, write `memory_cells/<name>.py` with a subclass of `MemoryCell` and enter the class
+in `CELLS`. Every recurrent script then offers it, and the tests of `tests/memory_cells` check it.
 """
 
 import dataclasses
@@ -21,10 +21,11 @@ from memory_cells.linear_attention import LinearAttention
 from memory_cells.lru import LRU
 from memory_cells.lstm import LSTM
 from memory_cells.mamba import Mamba
-from memory_cells.masked_rnn import MaskedRNN, MemoryCell, Stack, detach, take
+from memory_cells.masked_rnn import MaskedRNN, MemoryCell, Stack
 from memory_cells.mingru import MinGRU
 from memory_cells.mlstm import MLSTM
 from memory_cells.none import NoMemory
+from memory_cells.parts.carry import detach, take
 from memory_cells.retnet import RetNet
 from memory_cells.rtu import RTU
 from memory_cells.s5 import S5
@@ -63,18 +64,20 @@ def make_cell(name: str, hidden_size: int, num_layers: int = 1, /, **options) ->
 
     Args:
       name: a key of `CELLS`.
-      hidden_size: features of the memory's output.
-      num_layers: more than one stacks that many cells of the same kind.
-      **options: the cell's own hyper-parameters: the attributes its class documents.
+      hidden_size: features of the output.
+      num_layers: how many cells of this kind to stack.
+      **options: the cell's own hyper-parameters, which its class documents as attributes.
 
     Raises:
-      ValueError: unknown name or option, or a value the cell cannot have.
+      ValueError: unknown name or option, or a value that the cell cannot have.
     """
     if name not in CELLS:
-        raise ValueError(f"unknown cell {name!r}{did_you_mean(name, CELLS.keys())}; valid cells: {', '.join(CELLS)}")
+        hint = did_you_mean(name, CELLS.keys())
+        raise ValueError(f"unknown cell {name!r}{hint}; valid cells: {', '.join(CELLS)}")
     cell_class = CELLS[name]
     inherited = {field.name for field in dataclasses.fields(MemoryCell)}
-    defaults = {field.name: field.default for field in dataclasses.fields(cell_class) if field.name not in inherited}
+    own_fields = [field for field in dataclasses.fields(cell_class) if field.name not in inherited]
+    defaults = {field.name: field.default for field in own_fields}
     check_options(f"cell {name!r}", options, defaults)
     cells = tuple(cell_class(features=hidden_size, **options) for _ in range(num_layers))
     return cells[0] if num_layers == 1 else Stack(features=hidden_size, cells=cells)

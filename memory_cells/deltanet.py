@@ -1,4 +1,4 @@
-"""DeltaNet (Yang et al. 2024, arXiv 2406.06484): a matrix memory that replaces what it stores under a key.
+"""DeltaNet (Yang et al. 2024, arXiv 2406.06484): a matrix memory that replaces what a key stores.
 
     q, k, v = silu(conv(W x))                       causal convolution over time
     q, k <- q / |q|, k / |k|
@@ -6,23 +6,29 @@
     S' = S + beta k (v - S^T k)^T                   delta rule: moves what is read under k towards v
     y  = W_o norm(S'^T q / sqrt(d))                 root mean square norm of each head
 
-beta = 1 replaces the old value exactly and leaves what is stored under orthogonal keys untouched. beta_scale = 2 lets
-the transition I - beta k k^T have negative eigenvalues, which state tracking such as parity needs (Grazzi et al. 2024,
-arXiv 2411.12537).
-Carry: S (B, heads, d, d), and the convolution's last inputs (B, K - 1, 3 H), zeros. Cost per step: 8 H^2 + 6 H d
-floating-point operations per environment; sequences are parallel within chunks (see `chunkwise.py`).
+beta = 1 replaces the old value exactly, and leaves values under orthogonal keys untouched. With
+beta_scale = 2, the transition I - beta k k^T can have negative eigenvalues, which tracking a state
+such as a parity needs (Grazzi et al. 2024, arXiv 2411.12537).
+
+Carry: S (B, heads, d, d), and the convolution's last inputs (B, K - 1, 3 H), zeros.
+Cost per step: 8 H^2 + 6 H d floating-point operations per environment, for D = H.
+Sequences: in chunks (see `parts/chunkwise.py`).
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import delta_memory, in_pieces
-from memory_cells.dense import Dense
-from memory_cells.heads import merge_heads, split_heads
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.short_conv import ShortConv, conv_buffer
+from memory_cells.parts.checks import (
+    check_beta_scale,
+    check_conv_width,
+    check_impl,
+    check_num_heads,
+)
+from memory_cells.parts.chunkwise import delta_memory, in_pieces
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.heads import l2_normalise, merge_heads, split_heads
+from memory_cells.parts.short_conv import ShortConv, conv_buffer
 
 
 class DeltaNet(SequenceCell):
@@ -31,9 +37,9 @@ class DeltaNet(SequenceCell):
     Attributes:
       features: H, the size of the output; a multiple of `num_heads`.
       num_heads: independent memories.
-      conv_width: K, the steps that queries, keys and values see; 0 leaves the convolution out.
+      conv_width: K, the steps that the convolution sees; 0 leaves it out.
       beta_scale: upper limit of the write strength, 1 or 2.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
+      impl: "auto", "scan" or "parallel"; see `parts/chunkwise.py`.
     """
 
     num_heads: int = 4
@@ -45,7 +51,7 @@ class DeltaNet(SequenceCell):
         check_num_heads("deltanet", self.features, self.num_heads)
         check_conv_width("deltanet", self.conv_width)
         check_impl("deltanet", self.impl)
-        check_beta_scale("deltanet", self)
+        check_beta_scale("deltanet", self.beta_scale)
         super().__post_init__()
 
     def setup(self):
@@ -57,26 +63,19 @@ class DeltaNet(SequenceCell):
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
-        batch, width = input_shape[:-1], self.features // self.num_heads
+        batch = input_shape[:-1]
+        width = self.features // self.num_heads
         memory = jnp.zeros((*batch, self.num_heads, width, width))
         return memory, conv_buffer(self.conv_width, batch, 3 * self.features)
 
     @in_pieces
     def sequence(self, carry, xs, starts):
         memory, buffer = carry
-        buffer, qkv = self.conv(buffer, self.qkv(xs), starts)
-        q, k, v = (split_heads(x, self.num_heads) for x in jnp.split(nn.silu(qkv), 3, axis=-1))
-        q, k = l2_normalise(q) / q.shape[-1] ** 0.5, l2_normalise(k)
+        buffer, convolved = self.conv(buffer, self.qkv(xs), starts)
+        qkv = jnp.split(nn.silu(convolved), 3, axis=-1)
+        q, k, v = (split_heads(x, self.num_heads) for x in qkv)
+        q = l2_normalise(q) / q.shape[-1] ** 0.5
+        k = l2_normalise(k)
         beta = self.beta_scale * nn.sigmoid(self.beta(xs))
         memory, reads = delta_memory(memory, q, k, v, beta, None, starts, self.impl)
         return (memory, buffer), self.output(merge_heads(self.norm(reads)))
-
-
-def l2_normalise(x):
-    """Vectors of unit length; 1e-6 keeps the gradient at zero finite."""
-    return x * jax.lax.rsqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6)
-
-
-def check_beta_scale(owner, cell):
-    if cell.beta_scale not in (1, 2):
-        raise ValueError(f"{owner} needs beta_scale to be 1 or 2, got {cell.beta_scale}")

@@ -1,28 +1,35 @@
-"""Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464): the delta rule with a decay that can clear the memory.
+"""Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464): the delta rule with a decay.
 
-    q, k, v = silu(conv(W x)),  q, k of unit length           as in DeltaNet (see `deltanet.py`)
-    beta  = beta_scale * sigmoid(W_beta x)                    write strength, one per head
-    alpha = exp(-A * softplus(W_alpha x + b))                 decay, one per head, A > 0 learned
-    S' = alpha S + beta k (v - alpha S^T k)^T                 first forgets, then replaces (section 3.1)
-    y  = W_o (norm(S'^T q / sqrt(d)) * silu(W_g x))           root mean square norm of each head
+    q, k, v = silu(conv(W x)),  q, k of unit length        as in DeltaNet (see `deltanet.py`)
+    beta  = beta_scale * sigmoid(W_beta x)                 write strength, one per head
+    alpha = exp(-A * softplus(W_alpha x + b))              decay, one per head, A > 0 learned
+    S' = alpha S + beta k (v - alpha S^T k)^T              forgets, then replaces (section 3.1)
+    y  = W_o (norm(S'^T q / sqrt(d)) * silu(W_g x))        root mean square norm of each head
 
-A starts uniformly between 0.01 and 16 and softplus(b) between 0.001 and 0.1, as in Mamba-2: at first heads forget
-within a few steps up to many thousands.
-Carry: S (B, heads, d, d), and the convolution's last inputs (B, K - 1, 3 H), zeros. Cost per step: 10 H^2 + 6 H d
-floating-point operations per environment; sequences are parallel within chunks (see `chunkwise.py`).
+The decay can clear the memory. A starts uniformly between 0.01 and 16, and softplus(b)
+log-uniformly between 0.001 and 0.1, as in Mamba-2. So a fresh head forgets within a few steps, or
+only after many thousands.
+
+Carry: S (B, heads, d, d), and the convolution's last inputs (B, K - 1, 3 H), zeros.
+Cost per step: 10 H^2 + 6 H d floating-point operations per environment, for D = H.
+Sequences: in chunks (see `parts/chunkwise.py`).
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import delta_memory, in_pieces
-from memory_cells.deltanet import check_beta_scale, l2_normalise
-from memory_cells.dense import Dense
-from memory_cells.heads import merge_heads, split_heads
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.short_conv import ShortConv, conv_buffer
+from memory_cells.parts.checks import (
+    check_beta_scale,
+    check_conv_width,
+    check_impl,
+    check_num_heads,
+)
+from memory_cells.parts.chunkwise import delta_memory, in_pieces
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.heads import l2_normalise, merge_heads, split_heads
+from memory_cells.parts.short_conv import ShortConv, conv_buffer
 
 
 class GatedDeltaNet(SequenceCell):
@@ -31,9 +38,9 @@ class GatedDeltaNet(SequenceCell):
     Attributes:
       features: H, the size of the output; a multiple of `num_heads`.
       num_heads: independent memories.
-      conv_width: K, the steps that queries, keys and values see; 0 leaves the convolution out.
+      conv_width: K, the steps that the convolution sees; 0 leaves it out.
       beta_scale: upper limit of the write strength, 1 or 2.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
+      impl: "auto", "scan" or "parallel"; see `parts/chunkwise.py`.
     """
 
     num_heads: int = 4
@@ -45,7 +52,7 @@ class GatedDeltaNet(SequenceCell):
         check_num_heads("gated_deltanet", self.features, self.num_heads)
         check_conv_width("gated_deltanet", self.conv_width)
         check_impl("gated_deltanet", self.impl)
-        check_beta_scale("gated_deltanet", self)
+        check_beta_scale("gated_deltanet", self.beta_scale)
         super().__post_init__()
 
     def setup(self):
@@ -60,24 +67,28 @@ class GatedDeltaNet(SequenceCell):
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
-        batch, width = input_shape[:-1], self.features // self.num_heads
+        batch = input_shape[:-1]
+        width = self.features // self.num_heads
         memory = jnp.zeros((*batch, self.num_heads, width, width))
         return memory, conv_buffer(self.conv_width, batch, 3 * self.features)
 
     @in_pieces
     def sequence(self, carry, xs, starts):
         memory, buffer = carry
-        buffer, qkv = self.conv(buffer, self.qkv(xs), starts)
-        q, k, v = (split_heads(x, self.num_heads) for x in jnp.split(nn.silu(qkv), 3, axis=-1))
-        q, k = l2_normalise(q) / q.shape[-1] ** 0.5, l2_normalise(k)
+        buffer, convolved = self.conv(buffer, self.qkv(xs), starts)
+        qkv = jnp.split(nn.silu(convolved), 3, axis=-1)
+        q, k, v = (split_heads(x, self.num_heads) for x in qkv)
+        q = l2_normalise(q) / q.shape[-1] ** 0.5
+        k = l2_normalise(k)
         beta = self.beta_scale * nn.sigmoid(self.beta(xs))
         log_decay = -jnp.exp(self.log_A) * nn.softplus(self.alpha(xs))
         memory, reads = delta_memory(memory, q, k, v, beta, log_decay, starts, self.impl)
-        return (memory, buffer), self.output(merge_heads(self.norm(reads)) * nn.silu(self.gate(xs)))
+        ys = merge_heads(self.norm(reads)) * nn.silu(self.gate(xs))
+        return (memory, buffer), self.output(ys)
 
 
 def log_of_uniform(key, shape, dtype=jnp.float32):
-    """log A, for A uniform between 0.01 and 16; the authors' 0 would be -inf."""
+    """log A, for A uniform between 0.01 and 16; the authors' lower limit of 0 could give -inf."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 0.01, 16.0))
 
 

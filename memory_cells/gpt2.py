@@ -1,17 +1,26 @@
-"""GPT-2 (Radford et al. 2019, "Language models are unsupervised multitask learners") over a rolling window.
+"""GPT-2 (Radford et al. 2019, "Language models are unsupervised multitask learners") over a window.
 
-    x = x + W_o attention(norm(x)) + b_o                      softmax attention with scores q . k / sqrt(H / heads)
-    x = x + W_2 gelu(W_1 norm(x) + b_1) + b_2                 per block, gelu in its tanh form
-    y = norm(x)                                               after the last block
+    x = x + W_o attention(norm(x)) + b_o           softmax attention, scores q . k / sqrt(H / heads)
+    x = x + W_2 gelu(W_1 norm(x) + b_1) + b_2      per block, gelu in its tanh form
+    y = norm(x)                                    after the last block
 
-A step sees itself and the C - 1 steps before it in its episode. Positions are counted within the episode, and have two
-forms. "learned" is GPT-2's own: the n-th step of an episode gets the n-th row of a table, and all steps beyond the
-table its last row, where order within the window is lost. "rotary" (Su et al. 2021, arXiv 2104.09864) turns queries and
-keys by their time, which scores only see as the time between them; it holds in episodes of any length.
-Carry: per block the keys and values of the last C - 1 steps, each (B, heads, C - 1, H / heads), and the steps read of
-the episode (B,). Keys are kept as they were before turning: turned by their place in the window they meet small angles,
-however old the episode. L blocks reach back L * (C - 1) steps.
-Cost: see `band_attention.py`, and 24 H^2 floating-point operations per step and block.
+A step sees itself and the C - 1 steps before it in its episode. Positions are counted within the
+episode and have two forms:
+
+    learned   GPT-2's own: the n-th step of an episode adds the n-th row of a table. All steps
+              beyond the table add its last row, so order within the window is lost.
+    rotary    (Su et al. 2021, arXiv 2104.09864): queries and keys are rotated by their time, so
+              scores depend on the time between them only. Works in episodes of any length.
+
+The cache holds keys before their rotation. They are then rotated by their place in the window, so
+that angles stay small, however old the episode is.
+
+Carry: per block the keys and values of the last C - 1 steps, each (B, heads, C - 1, H / heads), and
+the steps read of the episode (B,), all zeros. With L blocks, a step can depend on the L * (C - 1)
+steps before it.
+Cost per step: 24 H^2 floating-point operations per environment and block, plus the attention (see
+`parts/band_attention.py`).
+Sequences: in parallel within the window, in a loop over chunks.
 """
 
 from functools import partial
@@ -20,10 +29,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from memory_cells.band_attention import append, band_attention, newest, start_times
-from memory_cells.checks import check_at_least, check_num_heads
-from memory_cells.dense import Dense
 from memory_cells.masked_rnn import SequenceCell
+from memory_cells.parts.band_attention import append, band_attention, newest, start_times
+from memory_cells.parts.checks import check_at_least, check_num_heads
+from memory_cells.parts.dense import Dense
 
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
@@ -32,10 +41,11 @@ class GPT2(SequenceCell):
     """GPT-2 over a rolling window; see the module's docstring.
 
     Attributes:
-      features: H, the size of the stream through the blocks and of the output; a multiple of `num_heads`.
-      num_heads: parts of H that attend by themselves.
-      num_blocks: L, attention and mlp on top of each other.
-      context_length: C, the steps that a step sees in each block, itself included.
+      features: H, the size of the stream through the blocks and of the output; a multiple of
+        `num_heads`.
+      num_heads: heads of the attention.
+      num_blocks: L, blocks of attention and mlp on top of each other.
+      context_length: C, how many steps a step sees in each block, itself included.
       positions: "rotary" or "learned".
       num_positions: rows of the table of learned positions.
     """
@@ -49,7 +59,9 @@ class GPT2(SequenceCell):
     def __post_init__(self):
         check_num_heads("gpt2", self.features, self.num_heads)
         if self.positions not in ("rotary", "learned"):
-            raise ValueError(f"gpt2 needs positions to be 'rotary' or 'learned', got {self.positions!r}")
+            raise ValueError(
+                f"gpt2 needs positions to be 'rotary' or 'learned', got {self.positions!r}"
+            )
         if self.positions == "rotary" and self.features // self.num_heads % 2:
             raise ValueError(
                 "gpt2 with rotary positions needs hidden_size to be an even multiple of num_heads, "
@@ -61,26 +73,30 @@ class GPT2(SequenceCell):
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
-        rows = jnp.zeros((*batch, self.num_heads, self.context_length - 1, self.features // self.num_heads))
+        head_size = self.features // self.num_heads
+        rows = jnp.zeros((*batch, self.num_heads, self.context_length - 1, head_size))
         return ((rows, rows),) * self.num_blocks, jnp.zeros(batch)
 
     @nn.compact
     def sequence(self, carry, xs, starts):
         caches, age = carry
         began = start_times(age, starts)
-        xs = xs.swapaxes(0, 1)  # (B, T, D), as band attention wants it
+        xs = xs.swapaxes(0, 1)  # (B, T, D), the layout of band attention
         if xs.shape[-1] != self.features:
             xs = Dense(self.features, name="embed")(xs)
         if self.positions == "learned":
-            table = self.param("positions", nn.initializers.normal(0.02), (self.num_positions, self.features))
+            shape = (self.num_positions, self.features)
+            table = self.param("positions", nn.initializers.normal(0.02), shape)
             position = (jnp.arange(len(starts)) - began).astype(jnp.int32)
             xs += table[jnp.minimum(position, self.num_positions - 1)]
+        is_rotary = self.positions == "rotary"
         new_caches = []
         for index, cache in enumerate(caches):
-            block = Block(self.num_heads, self.num_blocks, self.positions == "rotary", name=f"block_{index}")
+            block = Block(self.num_heads, self.num_blocks, is_rotary, name=f"block_{index}")
             cache, xs = block(cache, xs, began)
             new_caches.append(cache)
-        return (tuple(new_caches), len(starts) - began[:, -1]), LayerNorm(name="norm")(xs).swapaxes(0, 1)
+        age = len(starts) - began[:, -1]
+        return (tuple(new_caches), age), LayerNorm(name="norm")(xs).swapaxes(0, 1)
 
 
 class Block(nn.Module):
@@ -88,28 +104,32 @@ class Block(nn.Module):
 
     num_heads: int
     num_blocks: int
-    rotary: bool
+    is_rotary: bool
 
     @nn.compact
     def __call__(self, cache, xs, began):
         features = xs.shape[-1]
         head_size = features // self.num_heads
+        # The stream sums the outputs of 2 L layers. Each starts smaller by the square root of that.
+        out_scale = 0.02 / (2 * self.num_blocks) ** 0.5
         dense = partial(nn.DenseGeneral, kernel_init=nn.initializers.normal(0.02))
-        # The stream is the sum of 2 L layers' outputs: each starts smaller by the root of that.
-        dense_out = partial(nn.DenseGeneral, kernel_init=nn.initializers.normal(0.02 / (2 * self.num_blocks) ** 0.5))
+        dense_out = partial(nn.DenseGeneral, kernel_init=nn.initializers.normal(out_scale))
 
         normed = LayerNorm(name="attention_norm")(xs)
 
         def project(name):
-            """(B, heads, T, H / heads)"""
+            """(B, heads, T, H / heads)."""
             return dense((self.num_heads, head_size), name=name)(normed).swapaxes(1, 2)
 
-        queries, (cached_keys, cached_values) = project("query"), cache
-        keys, values = append(cached_keys, project("key"), began), append(cached_values, project("value"), began)
+        cached_keys, cached_values = cache
+        queries = project("query")
+        keys = append(cached_keys, project("key"), began)
+        values = append(cached_values, project("value"), began)
         cache = newest(keys, began), newest(values, began)
-        if self.rotary:
-            first = keys.shape[-2] - queries.shape[-2]  # times from the oldest key on
-            queries, keys = rotate(queries, first), rotate(keys, 0)
+        if self.is_rotary:
+            # Times are counted from the oldest key on.
+            queries = rotate(queries, keys.shape[-2] - queries.shape[-2])
+            keys = rotate(keys, 0)
         attended = band_attention(queries * head_size**-0.5, keys, values, began)
         xs += dense_out(features, axis=(1, 3), name="out")(attended)
 
@@ -118,9 +138,16 @@ class Block(nn.Module):
 
 
 def rotate(x, first):
-    """x (..., T, d), pairs of its last axis turned by the times first, first + 1, ... at d / 2 frequencies."""
-    times, half = first + np.arange(x.shape[-2]), x.shape[-1] // 2
-    angles = times[:, None] * 10000.0 ** (-np.arange(half) / half)  # numpy: exact also for large times and float32 x
-    cos, sin = jnp.asarray(np.cos(angles), x.dtype), jnp.asarray(np.sin(angles), x.dtype)
-    a, b = x[..., :half], x[..., half:]
+    """Rotate pairs of channels of x (..., T, d) by the times first, first + 1, ...
+
+    Channels i and i + d / 2 are a pair, of frequency 10000^(-2 i / d).
+    """
+    times = first + np.arange(x.shape[-2])
+    half = x.shape[-1] // 2
+    # In NumPy, so that angles are exact for large times even if x is float32.
+    angles = times[:, None] * 10000.0 ** (-np.arange(half) / half)
+    cos = jnp.asarray(np.cos(angles), x.dtype)
+    sin = jnp.asarray(np.sin(angles), x.dtype)
+    a = x[..., :half]
+    b = x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -1,4 +1,6 @@
-"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, section 3.4): features instead of the softmax.
+"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, section 3.4).
+
+Products of features take the place of the softmax:
 
     u = silu(conv(x))                          causal convolution over time, not in the paper
     q, k, v = W u
@@ -6,21 +8,23 @@
     S' = S + phi(k) v^T,  z' = z + phi(k)      memory and normaliser (eqs. 18, 19)
     y  = W_o (S'^T phi(q) / (z' . phi(q)))     read, per head (eq. 20)
 
-Nothing is ever forgotten: what is read is a weighted mean of all values of the episode.
-Carry: S with z as its last column (B, heads, d, d + 1), and the convolution's last inputs (B, K - 1, D), zeros.
-Cost per step: 8 H^2 + 4 H d floating-point operations per environment; sequences are parallel within chunks (see
-`chunkwise.py`).
+It never forgets: a read is a weighted mean of all values of the episode.
+
+Carry: S with z as its last column (B, heads, d, d + 1), and the convolution's last inputs
+(B, K - 1, D), zeros.
+Cost per step: 8 H^2 + 4 H d floating-point operations per environment, for D = H.
+Sequences: in chunks (see `parts/chunkwise.py`).
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import in_pieces, linear_memory
-from memory_cells.dense import Dense
-from memory_cells.heads import merge_heads, split_heads
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.short_conv import ShortConv, conv_buffer
+from memory_cells.parts.checks import check_conv_width, check_impl, check_num_heads
+from memory_cells.parts.chunkwise import in_pieces, linear_memory
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.heads import merge_heads, split_heads
+from memory_cells.parts.short_conv import ShortConv, conv_buffer
 
 
 class LinearAttention(SequenceCell):
@@ -29,8 +33,8 @@ class LinearAttention(SequenceCell):
     Attributes:
       features: H, the size of the output; a multiple of `num_heads`.
       num_heads: independent memories.
-      conv_width: K, the steps that the convolution sees; 0 leaves it out: the paper's layer.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
+      conv_width: K, the steps that the convolution sees; 0 leaves it out, as in the paper.
+      impl: "auto", "scan" or "parallel"; see `parts/chunkwise.py`.
     """
 
     num_heads: int = 4
@@ -50,18 +54,21 @@ class LinearAttention(SequenceCell):
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
-        batch, width = input_shape[:-1], self.features // self.num_heads
-        return jnp.zeros((*batch, self.num_heads, width, width + 1)), conv_buffer(
-            self.conv_width, batch, input_shape[-1]
-        )
+        *batch, inputs = input_shape
+        width = self.features // self.num_heads
+        memory = jnp.zeros((*batch, self.num_heads, width, width + 1))
+        return memory, conv_buffer(self.conv_width, batch, inputs)
 
     @in_pieces
     def sequence(self, carry, xs, starts):
         memory, buffer = carry
         buffer, us = self.conv(buffer, xs, starts)
-        qkv = self.qkv(nn.silu(us) if self.conv_width else us)
-        q, k, v = (split_heads(x, self.num_heads) for x in jnp.split(qkv, 3, axis=-1))
-        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-        memory, reads = linear_memory(memory, nn.elu(q) + 1, nn.elu(k) + 1, v, None, starts, self.impl)
+        us = nn.silu(us) if self.conv_width else us
+        qkv = jnp.split(self.qkv(us), 3, axis=-1)
+        q, k, v = (split_heads(x, self.num_heads) for x in qkv)
+        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)  # the ones sum up to z
+        q = nn.elu(q) + 1
+        k = nn.elu(k) + 1
+        memory, reads = linear_memory(memory, q, k, v, None, starts, self.impl)
         means = reads[..., :-1] / (reads[..., -1:] + 1e-6)
         return (memory, buffer), self.output(merge_heads(means))

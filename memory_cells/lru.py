@@ -1,32 +1,36 @@
 """Linear recurrent unit (Orvieto et al. 2023, arXiv 2303.06349, sections 3.2 to 3.4).
 
     u  = norm(x)                                      layer normalisation
-    lambda = exp(-exp(nu) + i exp(theta))             |lambda| < 1 whatever the parameters
+    lambda = exp(-exp(nu) + i exp(theta))             |lambda| < 1 for any parameters
     h' = lambda * h + exp(gamma) * (B u)              complex, diagonal
     s  = Re(C h') + d * u
     y  = (W v + b) * sigmoid(V v + c),  v = gelu(s)   gated linear unit
 
-This is the block of the paper's deep networks without its residual, which is the caller's. The nonlinear ends are what
-makes the cell remember selectively: the recurrence itself treats every input alike.
-B and C are complex matrices, stored as real pairs. gamma starts at log sqrt(1 - |lambda|^2), which gives states of
-unit size for white noise, and is learned. lambda starts uniformly on the ring r_min <= |lambda| <= r_max with phases up
-to max_phase. The paper starts from r_min = 0, r_max = 1 and 2 pi; here half lives of 7 to 700 steps, and pi because
-only real parts are read, where a phase and its negative do the same.
-Carry: h (B, N) complex64, zeros. Cost per step: 8 H N + 4 H^2 floating-point operations per environment; sequences in
-parallel or in a loop, see `linear_scan.py`.
-"""
+This is the block of the paper's deep networks without its residual connection. The nonlinear
+functions at both ends let the cell remember selectively: the recurrence itself treats all inputs
+alike. B and C are complex matrices, stored as pairs of real ones.
 
-import math
+gamma starts at log sqrt(1 - |lambda|^2), which gives states of unit size for white noise, and is
+learned. lambda starts uniformly on the ring r_min <= |lambda| <= r_max with phases up to max_phase.
+The paper starts from r_min = 0, r_max = 1 and phases up to 2 pi. The defaults here are half lives
+of 7 to 700 steps, and phases up to pi: only real parts are read, for which a phase and its negative
+are the same.
+
+Carry: h (B, N) complex64, zeros.
+Cost per step: 8 H N + 4 H^2 floating-point operations per environment.
+Sequences: in a loop or in parallel (see `parts/linear_scan.py`).
+"""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_impl
-from memory_cells.dense import Dense
-from memory_cells.gated_linear_unit import GatedLinearUnit
-from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import SequenceCell
+from memory_cells.parts.checks import check_impl, check_ring
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.gated_linear_unit import GatedLinearUnit
+from memory_cells.parts.initializers import log_phase_init, log_rate_init
+from memory_cells.parts.linear_scan import linear_scan
 
 
 class LRU(SequenceCell):
@@ -38,9 +42,9 @@ class LRU(SequenceCell):
       r_min: smallest initial |lambda|.
       r_max: largest initial |lambda|.
       max_phase: largest initial phase of lambda, in radians per step.
-      norm: normalise the input; without it u = x.
-      glu: end with the gated linear unit; without it y = s.
-      impl: "auto", "scan" or "parallel"; see `linear_scan`.
+      norm: normalise the input; without it, u = x.
+      glu: end with the gated linear unit; without it, y = s.
+      impl: "auto", "scan" or "parallel"; see `parts/linear_scan.py`.
       learned_carry: learn the h that an episode starts with.
     """
 
@@ -61,58 +65,40 @@ class LRU(SequenceCell):
         super().__post_init__()
 
     def setup(self):
-        features, states = self.features, self.state_size or self.features
+        features = self.features
+        states = self.state_size or features
         self.embed = Dense(features)
         self.normalise = nn.LayerNorm(use_fast_variance=False)
         self.nu = self.param("nu", log_rate_init(self.r_min, self.r_max), (states,))
         self.theta = self.param("theta", log_phase_init(self.max_phase), (states,))
-        self.gamma = self.param("gamma", lambda _: 0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(self.nu))))
-        into, out = nn.initializers.normal((2 * features) ** -0.5), nn.initializers.normal(states**-0.5)
-        self.B = self.param("B", into, (2, features, states))  # real and imaginary part
-        self.C = self.param("C", out, (2, states, features))
+        self.gamma = self.param("gamma", self._gamma_init)
+        B_init = nn.initializers.normal((2 * features) ** -0.5)
+        C_init = nn.initializers.normal(states**-0.5)
+        self.B = self.param("B", B_init, (2, features, states))  # real and imaginary part
+        self.C = self.param("C", C_init, (2, states, features))
         self.d = self.param("d", nn.initializers.normal(1.0), (features,))
         self.output = GatedLinearUnit(features)
         if self.learned_carry:
-            self.initial_offset = jax.lax.complex(*self.param("initial_h", nn.initializers.zeros, (2, states)))
+            pair = self.param("initial_h", nn.initializers.zeros, (2, states))
+            self.initial_offset = jax.lax.complex(*pair)
+
+    @nn.nowrap
+    def _gamma_init(self, key):
+        """log sqrt(1 - |lambda|^2)."""
+        return 0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(self.nu)))
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         return jnp.zeros((*input_shape[:-1], self.state_size or self.features), complex)
 
     def sequence(self, carry, xs, starts):
-        if xs.shape[-1] != self.features:  # d * x needs as many inputs as features
+        if xs.shape[-1] != self.features:  # d * u needs as many inputs as features
             xs = self.embed(xs)
         if self.norm:
             xs = self.normalise(xs)
         decay = jnp.exp(jax.lax.complex(-jnp.exp(self.nu), jnp.exp(self.theta)))
         inputs = jnp.exp(self.gamma) * jax.lax.complex(xs @ self.B[0], xs @ self.B[1])
-        hs = linear_scan(decay, inputs, carry, starts, self.initial_carry_like(xs), self.impl)
+        initial = self.initial_carry_like(xs)
+        hs = linear_scan(decay, inputs, carry, starts, initial, self.impl)
         ys = hs.real @ self.C[0] - hs.imag @ self.C[1] + self.d * xs
         return hs[-1], self.output(ys) if self.glu else ys
-
-
-def check_ring(owner, r_min, r_max, max_phase):
-    """Refuse limits of |lambda| and of its phase that leave no ring inside the unit circle.
-
-    Raises:
-      ValueError: names the values and what is valid.
-    """
-    if not 0 <= r_min < r_max <= 1:
-        raise ValueError(f"{owner} needs 0 <= r_min < r_max <= 1, got {r_min} and {r_max}")
-    if not 0 < max_phase <= math.tau:
-        raise ValueError(f"{owner} needs max_phase to be above 0 and at most 2 pi, got {max_phase}")
-
-
-def log_rate_init(r_min, r_max):
-    """log(-log |lambda|) for |lambda| distributed evenly over the ring's area; 0 and 1 themselves are left out."""
-
-    def init(key, shape):
-        squared = jax.random.uniform(key, shape, minval=r_min**2, maxval=r_max**2)
-        return jnp.log(jnp.clip(-0.5 * jnp.log(squared), 1e-6, 20.0))
-
-    return init
-
-
-def log_phase_init(max_phase):
-    """log of a phase evenly distributed up to `max_phase`."""
-    return lambda key, shape: jnp.log(jax.random.uniform(key, shape, minval=1e-6, maxval=max_phase))

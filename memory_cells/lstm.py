@@ -1,21 +1,24 @@
-"""Long short-term memory (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000).
+"""Long short-term memory (Hochreiter & Schmidhuber 1997), with the forget gate of Gers et al. 2000.
 
     i, f, o = sigmoid(W x + U h + b)                  input, forget and output gate
     g       = tanh(W_g x + U_g h + b_g)               candidate
     c' = f * c + i * g
     h' = o * tanh(c'),   y = h'
 
-Carry: (c, h), each (B, H), zeros; flax's order, PyTorch has (h, c). The forget bias starts at 1 (Jozefowicz et al.
-2015, section 5): with 0 half of the memory is gone after one step. Cost per step: 8 H (D + H) floating-point
-operations per environment; sequences are sequential.
+The forget bias starts at 1 (Jozefowicz et al. 2015, section 5). With 0, half of the memory is gone
+after one step.
+
+Carry: (c, h), each (B, H), zeros. The order is Flax's; PyTorch's is (h, c).
+Cost per step: 8 H (D + H) floating-point operations per environment.
+Sequences: in a loop.
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memory_cells.dense import Dense
 from memory_cells.masked_rnn import MemoryCell
-from memory_cells.recurrent_scan import recurrent_scan
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.recurrent_scan import recurrent_scan
 
 
 class LSTM(MemoryCell):
@@ -35,11 +38,14 @@ class LSTM(MemoryCell):
         self.input_f = Dense(self.features, bias_init=nn.initializers.constant(self.forget_bias))
         self.input_g = Dense(self.features)
         self.input_o = Dense(self.features)
+        orthogonal = nn.initializers.orthogonal()
         shape = (self.features, self.features)
-        self.hidden = {name: self.param(f"hidden_{name}", nn.initializers.orthogonal(), shape) for name in "ifgo"}
+        self.hidden = {name: self.param(f"hidden_{name}", orthogonal, shape) for name in "ifgo"}
         if self.learned_carry:
             zeros = nn.initializers.zeros
-            self.initial_offset = tuple(self.param(f"initial_{name}", zeros, (self.features,)) for name in "ch")
+            c = self.param("initial_c", zeros, (self.features,))
+            h = self.param("initial_h", zeros, (self.features,))
+            self.initial_offset = (c, h)
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
@@ -51,7 +57,9 @@ class LSTM(MemoryCell):
 
     def sequence(self, carry, xs, starts):
         initial = self.initial_carry_like(xs)
-        return recurrent_scan(project, step, self._params(), carry, self._inputs(xs), starts, initial)
+        params = self._params()
+        inputs = self._inputs(xs)
+        return recurrent_scan(project, step, params, carry, inputs, starts, initial)
 
     def _inputs(self, xs):
         return self.input_i(xs), self.input_f(xs), self.input_g(xs), self.input_o(xs)
@@ -67,7 +75,7 @@ def project(params, carry):
 
 
 def step(carry, x, u):
-    """One step from the input half `x` and the recurrent half `u` of the gates."""
+    """One step, from the input half `x` and the recurrent half `u` of the gates."""
     c, _ = carry
     i = nn.sigmoid(x[0] + u[0])
     f = nn.sigmoid(x[1] + u[1])

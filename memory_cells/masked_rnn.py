@@ -1,35 +1,29 @@
-"""The contract every memory obeys, and the wrapper through which the scripts use it.
+"""The contract that every memory obeys, and the wrapper through which the scripts use it.
 
-Arrays are time-major: T steps, B environments, D input features, H output features.
-`starts[t, b]` is True where `xs[t, b]` is the first observation of an episode: the memory is reset to its own initial
-carry *before* it reads that observation. Nothing else in a script ever has to touch the carry at an episode's end.
+Arrays are time-major, with T steps, B environments, D input features and H output features.
+`starts[t, b]` is True where `xs[t, b]` is the first observation of an episode. The memory is reset
+to its own initial carry *before* it reads that observation. A script never has to touch the carry
+when an episode ends.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-
-def reset(carry, initial, starts):
-    """The carry, with the environments where `starts` (B,) is True set to `initial` (same structure as the carry)."""
-
-    # Selected, never multiplied by a mask: 0 * nan is nan, and a broken episode must not outlive its end.
-    def select(old, new):
-        return jnp.where(starts.reshape(starts.shape + (1,) * (old.ndim - 1)), new, old)
-
-    return jax.tree.map(select, carry, initial)
+from memory_cells.parts.carry import detach, reset
 
 
 class MemoryCell(nn.RNNCellBase):
-    """A recurrent cell: flax's contract for one step, plus the sequence form with resets.
+    """A recurrent cell: Flax's contract for one step, plus a sequence form with resets.
 
-    A subclass writes `initialize_carry` and `__call__`; `sequence` then works. A cell that knows a faster way through
-    a whole sequence overrides `sequence`, and must give the same numbers.
+    A subclass writes `initialize_carry` and `__call__`; `sequence` then works. A cell that has a
+    faster way to read a whole sequence overrides `sequence`, which must return the same numbers.
 
-    A cell can offer to learn the carry that an episode starts with: a field `learned_carry: bool = False`, and in
-    `setup`, if it is set, `self.initial_offset`: the parameters, zeros at first, in the structure of the carry (0.0 for
-    a leaf that is not learned). They come in only where an episode starts, so that what holds the carry between calls
-    stays free of parameters.
+    A cell may offer to learn the carry that episodes start with. Then it has a field
+    `learned_carry: bool = False`, and if that is set, `setup` defines `self.initial_offset`: a tree
+    of the structure of the carry that holds parameters, zero at initialisation, or 0.0 for leaves
+    that are not learned. The offset is added only where an episode starts, so `initialize_carry`
+    needs no parameters.
 
     Attributes:
       features: H, the size of the output.
@@ -39,7 +33,15 @@ class MemoryCell(nn.RNNCellBase):
     learned_carry = False
 
     def initialize_carry(self, rng, input_shape):
-        """The carry before anything is read, for `input_shape` = (B, D): leaves have leading axis B, no parameters."""
+        """The carry before anything is read, without parameters.
+
+        Args:
+          rng: not used; Flax's contract has it.
+          input_shape: (B, D).
+
+        Returns:
+          A tree of arrays with leading axis B.
+        """
         raise NotImplementedError
 
     def __call__(self, carry, x):
@@ -47,13 +49,24 @@ class MemoryCell(nn.RNNCellBase):
         raise NotImplementedError
 
     def sequence(self, carry, xs, starts):
-        """Many steps with resets: carry, xs (T, B, D), starts (T, B) bool -> carry after the last, ys (T, B, H)."""
+        """Many steps with resets.
+
+        Args:
+          carry: the memory before xs[0], leaves (B, ...).
+          xs: (T, B, D).
+          starts: (T, B) bool, True where xs[t] is the first observation of an episode.
+
+        Returns:
+          The carry after the last step, and ys (T, B, H).
+        """
         return scan_steps(self, carry, xs, starts)
 
     def initial_carry_like(self, xs):
-        """The carry at an episode's start, for the environments of `xs` (T, B, D)."""
+        """The carry at the start of an episode, for the environments of `xs` (T, B, D)."""
         initial = self.initialize_carry(jax.random.key(0), xs.shape[1:])
-        return jax.tree.map(jnp.add, initial, self.initial_offset) if self.learned_carry else initial
+        if self.learned_carry:
+            return jax.tree.map(jnp.add, initial, self.initial_offset)
+        return initial
 
     @property
     def num_feature_axes(self) -> int:
@@ -61,10 +74,11 @@ class MemoryCell(nn.RNNCellBase):
 
 
 class SequenceCell(MemoryCell):
-    """A cell that is written as a sequence: a subclass writes `sequence`, of which a step is one of length 1."""
+    """A cell whose subclass writes `sequence`; a step is a sequence of length 1."""
 
     def __call__(self, carry, x):
-        carry, ys = self.sequence(carry, x[None], jnp.zeros((1, len(x)), bool))
+        no_starts = jnp.zeros((1, len(x)), bool)
+        carry, ys = self.sequence(carry, x[None], no_starts)
         return carry, ys[0]
 
     def sequence(self, carry, xs, starts):
@@ -72,43 +86,47 @@ class SequenceCell(MemoryCell):
 
 
 def scan_steps(cell, carry, xs, starts, valid=None):
-    """Step `cell` through `xs`; where `valid` (T, B) is False the step is skipped: the carry stays, the output is 0."""
+    """Read `xs` with a loop over steps of `cell`.
+
+    Where `valid` (T, B) is False, a step is skipped: the carry stays as it is and the output is 0.
+    """
     initial = cell.initial_carry_like(xs)
 
     def step(cell, carry, inputs):
         x, start, valid = inputs
-        if valid is not None:  # padding is not read: nan in it would reach the gradients
+        if valid is not None:  # a nan in the padding would reach the gradients
             x = jnp.where(valid[:, None], x, 0.0)
         new_carry, y = cell(reset(carry, initial, start), x)
         if valid is not None:
-            new_carry, y = reset(new_carry, carry, ~valid), jnp.where(valid[:, None], y, 0.0)
+            new_carry = reset(new_carry, carry, ~valid)
+            y = jnp.where(valid[:, None], y, 0.0)
         return new_carry, y
 
     scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
     return scan(cell, carry, (xs, starts, valid))
 
 
-def split_steps(tree, length):
-    """Leaves (T, ...) -> n chunks of at most `length` steps (n, T // n, ...), and the fewer than n steps left over."""
-    steps = len(jax.tree.leaves(tree)[0])
-    num_chunks = -(-steps // length)
-    whole = steps - steps % num_chunks
-    chunks = jax.tree.map(lambda a: a[:whole].reshape(num_chunks, -1, *a.shape[1:]), tree)
-    return chunks, jax.tree.map(lambda a: a[whole:], tree) if whole < steps else None
-
-
 class Stack(MemoryCell):
-    """Memories on top of each other: layer l + 1 reads what layer l puts out. The carry is the tuple of theirs."""
+    """Memories on top of each other: each reads the outputs of the one below.
+
+    The carry is the tuple of their carries.
+    """
 
     cells: tuple[MemoryCell, ...] = ()
 
     def initialize_carry(self, rng, input_shape):
-        shapes = [input_shape] + [(*input_shape[:-1], cell.features) for cell in self.cells]
-        return tuple(cell.initialize_carry(rng, shape) for cell, shape in zip(self.cells, shapes, strict=False))
+        carries = []
+        for cell in self.cells:
+            carries.append(cell.initialize_carry(rng, input_shape))
+            input_shape = (*input_shape[:-1], cell.features)
+        return tuple(carries)
 
     def initial_carry_like(self, xs):
-        inputs = [xs] + [jax.ShapeDtypeStruct((*xs.shape[:-1], cell.features), xs.dtype) for cell in self.cells]
-        return tuple(cell.initial_carry_like(x) for cell, x in zip(self.cells, inputs, strict=False))
+        carries = []
+        for cell in self.cells:
+            carries.append(cell.initial_carry_like(xs))
+            xs = jax.ShapeDtypeStruct((*xs.shape[:-1], cell.features), xs.dtype)
+        return tuple(carries)
 
     def __call__(self, carry, x):
         carries = []
@@ -126,14 +144,14 @@ class Stack(MemoryCell):
 
 
 class MaskedRNN(nn.Module):
-    """What a script calls its memory: the same call acts (T = 1) and learns (T = num_steps).
+    """The memory as a script sees it: the same call acts (T = 1) and learns (T = num_steps).
 
         memory = MaskedRNN(make_cell("gru", 128))
         carry = memory.initialize_carry((num_envs, num_inputs))
         carry, ys = memory.apply(params, carry, xs, starts)
 
-    The incoming carry is data, not a function of the parameters: gradients reach it only if the caller differentiates
-    with respect to it (see `detach`).
+    The carry passed in is data, not a function of the parameters. Gradients reach it only if the
+    caller differentiates with respect to it (see `detach`).
     """
 
     cell: MemoryCell
@@ -144,20 +162,26 @@ class MaskedRNN(nn.Module):
         Args:
           carry: the memory before xs[0], leaves (B, ...).
           xs: (T, B, D) inputs.
-          starts: (T, B) bool, True where xs[t] is the first of an episode.
-          valid: optional (T, B) bool for sequences of different lengths: where False the memory keeps its carry and
-            puts out 0. Costs the step-by-step scan, also for cells that have a faster form.
-          burn_in: the first `burn_in` steps only bring the carry up to date: no output, no gradient (R2D2, section 3).
-          bptt: cut the gradient's way back at every multiple of this many steps, the incoming carry included; 0 means
-            nowhere. T must be a multiple of it.
+          starts: (T, B) bool, True where xs[t] is the first observation of an episode.
+          valid: optional (T, B) bool, for sequences of different lengths. Where False, the memory
+            keeps its carry and outputs 0. Reads step by step, even if the cell has a faster form.
+          burn_in: the first `burn_in` steps only update the carry: they have no outputs, and no
+            gradient flows through them (R2D2, section 3).
+          bptt: cut the gradient at every multiple of this many steps, the incoming carry included.
+            T must be a multiple of it; 0 cuts nowhere.
 
         Returns:
           The carry after the last step, and outputs (T - burn_in, B, H).
+
+        Raises:
+          ValueError: T is not a multiple of bptt, or there are both `valid` and `bptt`.
         """
         if burn_in:
-            early = slice(0, burn_in)
-            carry, _ = self(carry, xs[early], starts[early], None if valid is None else valid[early])
-            carry, xs, starts = detach(carry), xs[burn_in:], starts[burn_in:]
+            early_valid = None if valid is None else valid[:burn_in]
+            carry, _ = self(carry, xs[:burn_in], starts[:burn_in], early_valid)
+            carry = detach(carry)
+            xs = xs[burn_in:]
+            starts = starts[burn_in:]
             valid = None if valid is None else valid[burn_in:]
         if valid is not None:
             if bptt:
@@ -184,20 +208,3 @@ class MaskedRNN(nn.Module):
     def initialize_carry(self, input_shape):
         """The carry before anything is read, for `input_shape` = (B, D)."""
         return self.cell.initialize_carry(jax.random.key(0), input_shape)
-
-
-def episode_steps(count, starts):
-    """The number of each step within its episode (T, B), where `count` (B,) continues the carried episode."""
-    time = jnp.arange(len(starts))[:, None]
-    start = jax.lax.cummax(jnp.where(starts, time, -1))
-    return jnp.where(start < 0, count + time, time - start)
-
-
-def take(carry, envs):
-    """The carries of the environments `envs` (an index array): what a minibatch of whole environments needs."""
-    return jax.tree.map(lambda leaf: leaf[envs], carry)
-
-
-def detach(carry):
-    """The carry as a constant: no gradient flows into what came before it."""
-    return jax.lax.stop_gradient(carry)

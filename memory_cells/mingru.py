@@ -5,22 +5,24 @@
     n  = g(W_n u)                         candidate; g(v) = v + 0.5 for v >= 0, else sigmoid(v)
     h' = (1 - z) * h + z * n,   y = h'
 
-The candidate is the positive one of the paper's log-space version. Log space is not needed here: 0 < 1 - z < 1, so
-the recurrence is stable as it stands. No biases, as in the reference implementation. The convolution is not in the
-paper's equations, but a single layer needs it to tell apart what came when: without it the cell fails to repeat the
-symbol of 4 steps ago.
-Carry: h (B, H), zeros, and the convolution's last inputs (B, K - 1, D). Cost per step: 4 D H floating-point operations
-per environment; sequences in parallel or in a loop, see `linear_scan.py`.
+The candidate is the positive one of the paper's log-space version. Log space itself is not needed:
+with 0 < 1 - z < 1 the recurrence is stable. There are no biases, as in the reference
+implementation. The convolution is not in the paper. Without it, a single layer cannot tell which
+input came when, and does not learn to repeat the symbol of four steps ago.
+
+Carry: h (B, H), and the convolution's last inputs (B, K - 1, D), zeros.
+Cost per step: 4 D H floating-point operations per environment.
+Sequences: in a loop or in parallel (see `parts/linear_scan.py`).
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memory_cells.checks import check_conv_width, check_impl
-from memory_cells.dense import Dense
-from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.short_conv import ShortConv, conv_buffer
+from memory_cells.parts.checks import check_conv_width, check_impl
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.linear_scan import linear_scan
+from memory_cells.parts.short_conv import ShortConv, conv_buffer
 
 
 class MinGRU(SequenceCell):
@@ -28,8 +30,8 @@ class MinGRU(SequenceCell):
 
     Attributes:
       features: H, the size of the state and of the output.
-      conv_width: K, the steps the convolution sees; 0 leaves it out, with u = x.
-      impl: "auto", "scan" or "parallel"; see `linear_scan`.
+      conv_width: K, the steps that the convolution sees; 0 leaves it out, with u = x.
+      impl: "auto", "scan" or "parallel"; see `parts/linear_scan.py`.
       learned_carry: learn the h that an episode starts with.
     """
 
@@ -58,9 +60,10 @@ class MinGRU(SequenceCell):
     def sequence(self, carry, xs, starts):
         h, buffer = carry
         initial, _ = self.initial_carry_like(xs)
-        buffer, xs = self.conv(buffer, xs, starts)
-        xs = nn.silu(xs) if self.conv_width else xs
-        z, n = nn.sigmoid(self.input_z(xs)), positive(self.input_n(xs))
+        buffer, us = self.conv(buffer, xs, starts)
+        us = nn.silu(us) if self.conv_width else us
+        z = nn.sigmoid(self.input_z(us))
+        n = positive(self.input_n(us))
         hs = linear_scan(1.0 - z, z * n, h, starts, initial, self.impl)
         return (hs[-1], buffer), hs
 

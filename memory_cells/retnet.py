@@ -1,27 +1,33 @@
-"""Retention of RetNet (Sun et al. 2023, arXiv 2307.08621, section 2): linear attention with a fixed decay per head.
+"""Retention of RetNet (Sun et al. 2023, arXiv 2307.08621, section 2).
+
+Linear attention with a fixed decay per head:
 
     u = silu(conv(x))                              causal convolution over time, not in the paper
     q, k, v = W u
-    q, k <- rotated by t * theta                   t the step of the episode; pairs of channels, theta_j = 10000^(-2j/d)
-    S' = gamma S + k v^T,  gamma = 1 - 2^(-5 - h)  in head h: half of it is left after 22, 44, 88, 177 steps
+    q, k <- rotated by t * theta                   t the step of the episode, pairs of channels,
+                                                   theta_j = 10000^(-2j/d)
+    S' = gamma S + k v^T,  gamma = 1 - 2^(-5 - h)  in head h: half lives of 22, 44, 88, 177 steps
     y  = W_o (norm(S'^T q / sqrt(d)) * silu(W_g u))     normalised within each head
 
-The products q . k depend on t through differences only, so the memory can tell how long ago something was. (In float32
-an angle is exact to 0.01 up to t = 100 000.)
-Carry: S (B, heads, d, d), t (B,), the number of steps of the episode that were read, and the convolution's last inputs
-(B, K - 1, D), all zeros. Cost per step: 10 H^2 + 4 H d floating-point operations per environment; sequences are
-parallel within chunks (see `chunkwise.py`).
+The products q . k depend on t through differences only, so the memory can tell how long ago
+something was. In float32, angles are accurate to 0.01 up to t = 100 000.
+
+Carry: S (B, heads, d, d), the steps read of the episode t (B,), and the convolution's last inputs
+(B, K - 1, D), all zeros.
+Cost per step: 10 H^2 + 4 H d floating-point operations per environment, for D = H.
+Sequences: in chunks (see `parts/chunkwise.py`).
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.chunkwise import in_pieces, linear_memory
-from memory_cells.dense import Dense
-from memory_cells.heads import merge_heads, split_heads
-from memory_cells.masked_rnn import SequenceCell, episode_steps
-from memory_cells.short_conv import ShortConv, conv_buffer
+from memory_cells.masked_rnn import SequenceCell
+from memory_cells.parts.carry import episode_steps
+from memory_cells.parts.checks import check_conv_width, check_impl, check_num_heads
+from memory_cells.parts.chunkwise import in_pieces, linear_memory
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.heads import merge_heads, split_heads
+from memory_cells.parts.short_conv import ShortConv, conv_buffer
 
 
 class RetNet(SequenceCell):
@@ -30,8 +36,8 @@ class RetNet(SequenceCell):
     Attributes:
       features: H, the size of the output; an even multiple of `num_heads`.
       num_heads: independent memories, one decay each.
-      conv_width: K, the steps that the convolution sees; 0 leaves it out: the paper's layer.
-      impl: "auto", "scan" or "parallel"; see `chunkwise.py`.
+      conv_width: K, the steps that the convolution sees; 0 leaves it out, as in the paper.
+      impl: "auto", "scan" or "parallel"; see `parts/chunkwise.py`.
     """
 
     num_heads: int = 4
@@ -44,7 +50,8 @@ class RetNet(SequenceCell):
         check_impl("retnet", self.impl)
         if self.features // self.num_heads % 2:
             raise ValueError(
-                f"retnet needs hidden_size / num_heads to be even, got {self.features} and {self.num_heads}"
+                "retnet needs hidden_size / num_heads to be even, "
+                f"got {self.features} and {self.num_heads}"
             )
         super().__post_init__()
 
@@ -52,24 +59,29 @@ class RetNet(SequenceCell):
         self.conv = ShortConv(self.conv_width)
         self.qkv = Dense(3 * self.features, use_bias=False)
         self.gate = Dense(self.features, use_bias=False)
-        self.norm = nn.LayerNorm(epsilon=1e-5, use_bias=False, use_scale=False, use_fast_variance=False)
+        self.norm = nn.LayerNorm(
+            epsilon=1e-5, use_bias=False, use_scale=False, use_fast_variance=False
+        )
         self.output = Dense(self.features, use_bias=False)
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
-        batch, width = input_shape[:-1], self.features // self.num_heads
-        # The count is a float: every number of a carry can then be differentiated, selected and saved like the others.
+        *batch, inputs = input_shape
+        width = self.features // self.num_heads
         memory = jnp.zeros((*batch, self.num_heads, width, width))
-        return memory, jnp.zeros(batch), conv_buffer(self.conv_width, batch, input_shape[-1])
+        # The count is a float, so that the whole carry is differentiable.
+        return memory, jnp.zeros(batch), conv_buffer(self.conv_width, batch, inputs)
 
     @in_pieces
     def sequence(self, carry, xs, starts):
         memory, count, buffer = carry
         buffer, us = self.conv(buffer, xs, starts)
         us = nn.silu(us) if self.conv_width else us
-        q, k, v = (split_heads(x, self.num_heads) for x in jnp.split(self.qkv(us), 3, axis=-1))
+        qkv = jnp.split(self.qkv(us), 3, axis=-1)
+        q, k, v = (split_heads(x, self.num_heads) for x in qkv)
         steps = episode_steps(count, starts)
-        q, k = rotate(q, steps) / q.shape[-1] ** 0.5, rotate(k, steps)
+        q = rotate(q, steps) / q.shape[-1] ** 0.5
+        k = rotate(k, steps)
         gamma = 1.0 - 2.0 ** (-5.0 - jnp.arange(self.num_heads))
         log_decay = jnp.broadcast_to(jnp.log(gamma).astype(q.dtype), q.shape[:-1])
         memory, reads = linear_memory(memory, q, k, v, log_decay, starts, self.impl)
@@ -78,9 +90,14 @@ class RetNet(SequenceCell):
 
 
 def rotate(x, steps):
-    """x (T, B, heads, d) with channels j and j + d / 2 as the two axes of a plane, turned by steps (T, B) * theta_j."""
+    """Rotate pairs of channels of x (T, B, heads, d) by the angles steps (T, B) * theta_j.
+
+    Channels j and j + d / 2 are a pair.
+    """
     half = x.shape[-1] // 2
     angles = (steps[..., None] * 10000.0 ** (-jnp.arange(half) / half))[..., None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = x[..., :half], x[..., half:]
+    cos = jnp.cos(angles)
+    sin = jnp.sin(angles)
+    a = x[..., :half]
+    b = x[..., half:]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)

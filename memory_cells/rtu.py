@@ -7,12 +7,17 @@
     nonlinear:  h1', h2' = f(p), f(q)     y = [h1', h2']
     linear:     h1', h2' = p, q           y = f([h1', h2'])
 
-A complex diagonal recurrence in real numbers. Made for real-time recurrent learning, which costs only O(N D) per step
-here; this cell learns by backpropagation through time like every other, which gives the same gradients.
-The paper starts from r in 0 ... 1 and phases up to 2 pi. From there recalling an episode's first symbol was not learned
-in 700 updates; from the half lives of 7 to 700 steps that are the default here, with f = relu, it was in 545.
-Carry: (h1, h2), each (B, N) with N = H / 2, zeros. Cost per step: 2 D H floating-point operations per environment;
-nonlinear sequences are sequential, linear ones in parallel or in a loop, see `linear_scan.py`.
+This is a complex diagonal recurrence in real numbers. The paper made it for real-time recurrent
+learning, which here costs only O(N D) per step. This cell learns by backpropagation through time
+like every other one, which gives the same gradients.
+
+The paper starts from r between 0 and 1 and phases up to 2 pi. From there, recalling the first
+symbol of an episode is not learned in 700 updates (benchmark/recall.py). It is with the defaults
+here, half lives of 7 to 700 steps and f = relu.
+
+Carry: (h1, h2), each (B, N) with N = H / 2, zeros.
+Cost per step: 2 D H floating-point operations per environment.
+Sequences: in a loop; if linear, in a loop or in parallel (see `parts/linear_scan.py`).
 """
 
 from functools import partial
@@ -21,12 +26,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.checks import check_impl
-from memory_cells.dense import Dense
-from memory_cells.linear_scan import linear_scan
-from memory_cells.lru import check_ring, log_phase_init, log_rate_init
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.recurrent_scan import recurrent_scan
+from memory_cells.parts.checks import check_impl, check_ring
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.initializers import log_phase_init, log_rate_init
+from memory_cells.parts.linear_scan import linear_scan
+from memory_cells.parts.recurrent_scan import recurrent_scan
 
 ACTIVATIONS = {"tanh": jnp.tanh, "relu": nn.relu}
 
@@ -36,13 +41,14 @@ class RTU(SequenceCell):
 
     Attributes:
       features: H, the size of both states together and of the output; even.
-      nonlinear: whether f stands in the recurrence or behind it.
+      nonlinear: whether f is applied in the recurrence or after it.
       activation: f, "tanh" or "relu".
       r_min: smallest initial r.
       r_max: largest initial r.
       max_phase: largest initial phi, in radians per step.
-      impl: "auto", "scan" or "parallel"; see `linear_scan`. The nonlinear one has no parallel form.
-      learned_carry: learn the h that an episode starts with.
+      impl: "auto", "scan" or "parallel"; see `parts/linear_scan.py`. Only the linear unit has a
+        parallel form.
+      learned_carry: learn the h1 and h2 that an episode starts with.
     """
 
     nonlinear: bool = True
@@ -59,9 +65,12 @@ class RTU(SequenceCell):
         if self.features % 2:
             raise ValueError(f"rtu needs hidden_size to be even, got {self.features}")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"rtu needs activation to be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+            valid = ", ".join(ACTIVATIONS)
+            raise ValueError(f"rtu needs activation to be one of {valid}, got {self.activation!r}")
         if self.nonlinear and self.impl == "parallel":
-            raise ValueError("rtu has a parallel form only with nonlinear=False, got impl 'parallel'")
+            raise ValueError(
+                "rtu has a parallel form only with nonlinear=False, got impl 'parallel'"
+            )
         super().__post_init__()
 
     def setup(self):
@@ -71,7 +80,8 @@ class RTU(SequenceCell):
         self.nu = self.param("nu", log_rate_init(self.r_min, self.r_max), (states,))
         self.theta = self.param("theta", log_phase_init(self.max_phase), (states,))
         if self.learned_carry:
-            self.initial_offset = tuple(self.param("initial_h", nn.initializers.zeros, (2, states)))
+            pair = self.param("initial_h", nn.initializers.zeros, (2, states))
+            self.initial_offset = tuple(pair)
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
@@ -79,27 +89,35 @@ class RTU(SequenceCell):
         return zeros, zeros
 
     def sequence(self, carry, xs, starts):
-        initial, f = self.initial_carry_like(xs), ACTIVATIONS[self.activation]
-        rate, phi = jnp.exp(self.nu), jnp.exp(self.theta)
+        initial = self.initial_carry_like(xs)
+        f = ACTIVATIONS[self.activation]
+        rate = jnp.exp(self.nu)
+        phi = jnp.exp(self.theta)
         scale = jnp.sqrt(-jnp.expm1(-2.0 * rate))
         inputs = scale * self.input_1(xs), scale * self.input_2(xs)
         if self.nonlinear:
             rotation = jnp.exp(-rate) * jnp.cos(phi), jnp.exp(-rate) * jnp.sin(phi)
-            carry, hs = recurrent_scan(rotate, partial(step, f), rotation, carry, inputs, starts, initial)
+            nonlinear_step = partial(step, f)
+            carry, hs = recurrent_scan(
+                rotate, nonlinear_step, rotation, carry, inputs, starts, initial
+            )
             return carry, jnp.concatenate(hs, axis=-1)
         decay = jnp.exp(jax.lax.complex(-rate, phi))
-        as_complex = lambda pair: jax.lax.complex(*pair)  # noqa: E731
-        hs = linear_scan(decay, as_complex(inputs), as_complex(carry), starts, as_complex(initial), self.impl)
+        inputs = jax.lax.complex(*inputs)
+        carry = jax.lax.complex(*carry)
+        initial = jax.lax.complex(*initial)
+        hs = linear_scan(decay, inputs, carry, starts, initial, self.impl)
         return (hs[-1].real, hs[-1].imag), f(jnp.concatenate([hs.real, hs.imag], axis=-1))
 
 
 def rotate(rotation, carry):
     """The recurrent half of p and q."""
-    (cos, sin), (h1, h2) = rotation, carry
+    cos, sin = rotation
+    h1, h2 = carry
     return cos * h1 - sin * h2, cos * h2 + sin * h1
 
 
 def step(f, carry, x, rotated):
-    """One nonlinear step from the input half `x` and the recurrent half `rotated` of p and q."""
+    """One nonlinear step, from the input half `x` and the recurrent half `rotated` of p and q."""
     h = f(x[0] + rotated[0]), f(x[1] + rotated[1])
     return h, h

@@ -1,18 +1,26 @@
-"""S5, the simplified state space layer (Smith et al. 2023, arXiv 2208.04933; for RL: Lu et al. 2023, arXiv 2303.03982).
+"""S5, the simplified state space layer (Smith et al. 2023, arXiv 2208.04933).
+
+In reinforcement learning: Lu et al. 2023, arXiv 2303.03982.
 
     u = norm(x)                                        layer normalisation
-    a = exp(lambda dt),  lambda = min(l, -1e-4) + i w  zero-order hold of the continuous system (eq. 6 of the paper:
-    h' = a * h + (a - 1) / lambda * (B u)              diagonal, so elementwise)
-    s  = 2 Re(C h') + d * u                            2 Re: of each conjugate pair of states one is kept
+    a = exp(lambda dt),  lambda = min(l, -1e-4) + i w  zero-order hold of the continuous system
+    h' = a * h + (a - 1) / lambda * (B u)              (eq. 6), elementwise as it is diagonal
+    s  = 2 Re(C h') + d * u                            h has one state of each conjugate pair
     y  = (W v + b) * sigmoid(V v + c),  v = gelu(s)    gated linear unit
 
-This is the layer of the official code without its residual, which is the caller's. B and C are complex matrices,
-stored as real pairs. lambda starts as the eigenvalues of HiPPO-LegS' normal part, block by block, with B and C
-transformed accordingly; dt starts log-uniformly on dt_min ... dt_max. The paper's dt_max is 0.1, which gives half lives
-of 14 to 1400 steps; 1 adds shorter ones, and the symbol of 4 steps ago is learned in 65 updates instead of 438. The
-real parts are kept negative, which the official code does not do by default: a positive one overflows in the end.
-Carry: h (B, P) complex64, zeros. Cost per step: 8 H P + 4 H^2 floating-point operations per environment; sequences in
-parallel or in a loop, see `linear_scan.py`.
+This is the layer of the official code without its residual connection. B and C are complex
+matrices, stored as pairs of real ones. lambda starts at the eigenvalues of the normal part of
+HiPPO-LegS, block by block, with B and C transformed accordingly. dt starts log-uniformly between
+dt_min and dt_max.
+
+The paper's dt_max is 0.1, for half lives of 14 to 1400 steps. The default here is 1, which adds
+shorter ones: repeating the symbol of four steps ago is then learned several times faster
+(benchmark/recall.py). Unlike by default in the official code, the real parts of lambda stay
+negative, because a positive one overflows in the end.
+
+Carry: h (B, P) complex64, zeros.
+Cost per step: 8 H P + 4 H^2 floating-point operations per environment.
+Sequences: in a loop or in parallel (see `parts/linear_scan.py`).
 """
 
 from functools import cache
@@ -22,11 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memory_cells.checks import check_impl
-from memory_cells.dense import Dense
-from memory_cells.gated_linear_unit import GatedLinearUnit
-from memory_cells.linear_scan import linear_scan
 from memory_cells.masked_rnn import SequenceCell
+from memory_cells.parts.checks import check_impl
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.gated_linear_unit import GatedLinearUnit
+from memory_cells.parts.linear_scan import linear_scan
 
 
 class S5(SequenceCell):
@@ -34,13 +42,14 @@ class S5(SequenceCell):
 
     Attributes:
       features: H, the size of the output.
-      state_size: states before one of each conjugate pair is dropped, 2 P; 0 takes `features`, made even.
+      state_size: 2 P, the number of states with both of each conjugate pair; 0 takes `features`,
+        made even.
       num_blocks: blocks of the initial state matrix; 2 P must be a multiple of twice as many.
       dt_min: smallest initial time step.
       dt_max: largest initial time step.
-      norm: normalise the input; without it u = x.
-      glu: end with the gated linear unit; without it y = s.
-      impl: "auto", "scan" or "parallel"; see `linear_scan`.
+      norm: normalise the input; without it, u = x.
+      glu: end with the gated linear unit; without it, y = s.
+      impl: "auto", "scan" or "parallel"; see `parts/linear_scan.py`.
       learned_carry: learn the h that an episode starts with.
     """
 
@@ -55,9 +64,12 @@ class S5(SequenceCell):
 
     def __post_init__(self):
         check_impl("s5", self.impl)
-        full, blocks = self.full_state_size, self.num_blocks
+        full = self.full_state_size
+        blocks = self.num_blocks
         if blocks < 1 or full < 1 or full % (2 * blocks):
-            raise ValueError(f"s5 needs state_size to be a multiple of 2 num_blocks, got {full} and {blocks}")
+            raise ValueError(
+                f"s5 needs state_size to be a multiple of 2 num_blocks, got {full} and {blocks}"
+            )
         if not 0 < self.dt_min <= self.dt_max:
             raise ValueError(f"s5 needs 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
         super().__post_init__()
@@ -67,24 +79,40 @@ class S5(SequenceCell):
         return self.state_size or self.features + self.features % 2
 
     def setup(self):
-        features, full = self.features, self.full_state_size
+        features = self.features
+        full = self.full_state_size
         self.embed = Dense(features)
         self.normalise = nn.LayerNorm(use_fast_variance=False)
+
         eigenvalues, vectors = hippo(full // self.num_blocks)
         eigenvalues = np.tile(eigenvalues, self.num_blocks)
         vectors = np.kron(np.eye(self.num_blocks), vectors)  # (2 P, P), block-diagonal
-        self.lambda_re = self.param("lambda_re", lambda _: jnp.asarray(eigenvalues.real, jnp.float32))
-        self.lambda_im = self.param("lambda_im", lambda _: jnp.asarray(eigenvalues.imag, jnp.float32))
-        limits = np.log(self.dt_min), np.log(self.dt_max)
-        self.log_dt = self.param("log_dt", lambda key: jax.random.uniform(key, (full // 2,), jnp.float32, *limits))
-        # Drawn for all 2 P states, then transformed to the basis of the eigenvectors kept.
-        into, out = nn.initializers.lecun_normal(), nn.initializers.normal(full**-0.5, jnp.complex64)
-        self.B = self.param("B", lambda key: as_pair(into(key, (features, full)) @ vectors.conj()))
-        self.C = self.param("C", lambda key: as_pair(2**0.5 * vectors.T @ out(key, (full, features))))
+        lambda_re = eigenvalues.real.astype(np.float32)
+        lambda_im = eigenvalues.imag.astype(np.float32)
+        self.lambda_re = self.param("lambda_re", lambda _: jnp.asarray(lambda_re))
+        self.lambda_im = self.param("lambda_im", lambda _: jnp.asarray(lambda_im))
+
+        def log_dt_init(key, shape):
+            limits = np.log(self.dt_min), np.log(self.dt_max)
+            return jax.random.uniform(key, shape, jnp.float32, *limits)
+
+        # B and C are drawn for all 2 P states, then transformed to the basis of the eigenvectors.
+        def B_init(key, shape):
+            B = nn.initializers.lecun_normal()(key, shape)
+            return as_pair(B @ vectors.conj())
+
+        def C_init(key, shape):
+            C = nn.initializers.normal(full**-0.5, jnp.complex64)(key, shape)
+            return as_pair(2**0.5 * vectors.T @ C)
+
+        self.log_dt = self.param("log_dt", log_dt_init, (full // 2,))
+        self.B = self.param("B", B_init, (features, full))
+        self.C = self.param("C", C_init, (full, features))
         self.d = self.param("d", nn.initializers.normal(1.0), (features,))
         self.output = GatedLinearUnit(features)
         if self.learned_carry:
-            self.initial_offset = jax.lax.complex(*self.param("initial_h", nn.initializers.zeros, (2, full // 2)))
+            pair = self.param("initial_h", nn.initializers.zeros, (2, full // 2))
+            self.initial_offset = jax.lax.complex(*pair)
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
@@ -97,22 +125,30 @@ class S5(SequenceCell):
             xs = self.normalise(xs)
         eigenvalues = jax.lax.complex(jnp.minimum(self.lambda_re, -1e-4), self.lambda_im)
         exponent = eigenvalues * jnp.exp(self.log_dt)
-        inputs = jnp.expm1(exponent) / eigenvalues * jax.lax.complex(xs @ self.B[0], xs @ self.B[1])
-        hs = linear_scan(jnp.exp(exponent), inputs, carry, starts, self.initial_carry_like(xs), self.impl)
+        scale = jnp.expm1(exponent) / eigenvalues
+        inputs = scale * jax.lax.complex(xs @ self.B[0], xs @ self.B[1])
+        decay = jnp.exp(exponent)
+        initial = self.initial_carry_like(xs)
+        hs = linear_scan(decay, inputs, carry, starts, initial, self.impl)
         ys = 2.0 * (hs.real @ self.C[0] - hs.imag @ self.C[1]) + self.d * xs
         return hs[-1], self.output(ys) if self.glu else ys
 
 
 @cache
 def hippo(size):
-    """HiPPO-LegS' normal part: eigenvalues (size / 2,) with negative imaginary part, eigenvectors (size, size / 2)."""
+    """The normal part of HiPPO-LegS: half of its eigenvalues and their eigenvectors.
+
+    Returns:
+      Eigenvalues (size / 2,) with negative imaginary part, eigenvectors (size, size / 2).
+    """
     n = np.arange(size)
     lower = np.tril(0.5 * np.sqrt(np.outer(2 * n + 1, 2 * n + 1)), -1)
-    imaginary, vectors = np.linalg.eigh(-1j * (lower.T - lower))  # the matrix is this skew part minus 1/2 I
+    skew = lower.T - lower  # the normal part is this matrix minus 1/2 I
+    imaginary, vectors = np.linalg.eigh(-1j * skew)
     half = size // 2
     return -0.5 + 1j * imaginary[:half], vectors[:, :half]
 
 
 def as_pair(z):
-    """A complex array as a real one with a leading axis of 2: real and imaginary part."""
+    """Complex (...) -> real (2, ...): real and imaginary part."""
     return jnp.stack([z.real, z.imag])

@@ -1,33 +1,38 @@
-"""sLSTM: the scalar-memory LSTM with exponential gates of xLSTM (Beck et al. 2024, arXiv 2405.04517, section 2.2).
+"""sLSTM: xLSTM's LSTM with a scalar memory and exponential gates (Beck et al. 2024, section 2.2).
 
-Per head, with u = silu(conv(x)) a short causal convolution over time:
+arXiv 2405.04517. Per head, with u = silu(conv(x)), a short causal convolution over time:
 
-    i~ = W_i u + R_i h + b_i        f~ = W_f u + R_f h + b_f        gates see the convolved input
+    i~ = W_i u + R_i h + b_i        f~ = W_f u + R_f h + b_f        the gates see the convolution
     z  = tanh(W_z x + R_z h + b_z)  o  = sigmoid(W_o x + R_o h + b_o)
     m' = max(logsigmoid(f~) + m, i~)                                stabiliser (eq. 15)
     i  = exp(i~ - m')               f  = exp(logsigmoid(f~) + m - m')     (eqs. 16, 17)
     c' = f * c + i * z              n' = f * n + i                  cell and normaliser (eqs. 8, 9)
     h' = o * c' / n'                y  = w * norm(h')               normalised within each head
 
-W, R are block-diagonal over heads (memories mix within a head). The layer is the paper's figure 10 without residual and
-feed-forward parts, as `sLSTMLayer` of the authors' package `xlstm`.
-Carry: (c, n, m, h), each (B, H), and the convolution's last inputs (B, K - 1, H). m starts at -1e30, not 0: then the
-first step gives m' = i~ exactly, for each environment by itself, and n' >= 1 whatever the input; a zero there gives nan
-when one environment is reset while others run. A learned start instead has n = 1 and learns c, m and h: as if something
-of value c had been read with log input gate m.
-Cost per step: 8 H^2 (1 + 1 / heads) floating-point operations per environment; sequences are sequential.
+W and R are block-diagonal over the heads: memories mix within a head. The layer is `sLSTMLayer` of
+the authors' package `xlstm`, the paper's figure 10 without its residual and feed-forward parts.
+
+m starts at -1e30. Then the first step gives m' = i~ exactly, and n' >= 1 for any input. With m = 0,
+i may underflow, so that n' is 0 and h' is nan; the authors' code avoids this only if all
+environments start together. A learned start has n = 1 and learns c, m and h, as if a value c had
+been read with log input gate m.
+
+Carry: (c, n, m, h), each (B, H), and the convolution's last inputs (B, K - 1, H); zeros except m.
+Cost per step: 8 H^2 (1 + 1 / heads) floating-point operations per environment.
+Sequences: in a loop.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memory_cells.causal_conv import causal_conv
-from memory_cells.checks import check_conv_width, check_num_heads
-from memory_cells.dense import Dense
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.recurrent_scan import recurrent_scan
-from memory_cells.short_conv import conv_buffer, uniform
+from memory_cells.parts.causal_conv import causal_conv
+from memory_cells.parts.checks import check_conv_width, check_num_heads
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.initializers import small_init, uniform
+from memory_cells.parts.recurrent_scan import recurrent_scan
+from memory_cells.parts.short_conv import conv_buffer
 
 
 class SLSTM(SequenceCell):
@@ -36,9 +41,10 @@ class SLSTM(SequenceCell):
     Attributes:
       features: H, the size of the states and of the output; a multiple of `num_heads`.
       num_heads: independent blocks of the recurrent weights.
-      conv_width: K, the steps the gates' convolution sees; 0 leaves it out.
+      conv_width: K, the steps that the convolution sees; 0 leaves it out.
       learned_carry: learn the c, m and h that an episode starts with.
-      depth: where in a stack the layer stands, from 0, the first, to 1, the last; late ones start with longer memories.
+      depth: position in a stack, from 0 for the first layer to 1 for the last. The memories of late
+        layers start longer.
     """
 
     num_heads: int = 4
@@ -56,12 +62,15 @@ class SLSTM(SequenceCell):
     def setup(self):
         width = self.features // self.num_heads
         self.inputs = GateInputs(self.features, self.num_heads, self.conv_width, self.depth)
-        # Zero as in the authors' code: a fresh cell is a gated sum over time; mixing is learned.
+        # Zero as in the authors' code: a fresh cell is a gated sum over time, and learns to mix.
+        zeros = nn.initializers.zeros
         shape = (self.num_heads, width, width)
-        self.hidden = {name: self.param(f"hidden_{name}", nn.initializers.zeros, shape) for name in "ifzo"}
+        self.hidden = {name: self.param(f"hidden_{name}", zeros, shape) for name in "ifzo"}
         self.norm_scale = self.param("norm_scale", nn.initializers.ones, (self.features,))
         if self.learned_carry:
-            c, m, h = (self.param(f"initial_{name}", nn.initializers.zeros, (self.features,)) for name in "cmh")
+            c = self.param("initial_c", zeros, (self.features,))
+            m = self.param("initial_m", zeros, (self.features,))
+            h = self.param("initial_h", zeros, (self.features,))
             self.initial_offset = (c, 0.0, m, h), 0.0 if self.conv_width else ()
 
     @nn.nowrap
@@ -76,7 +85,7 @@ class SLSTM(SequenceCell):
         state, buffer = carry
         initial, _ = self.initial_carry_like(xs)
         buffer, gates = self.inputs(buffer, xs, starts)
-        # As full matrices with zeros between the heads: at these sizes one product is faster than one per head.
+        # Full matrices with zeros between the heads: one product is faster than one per head.
         params = tuple(jax.scipy.linalg.block_diag(*self.hidden[name]) for name in "ifzo")
         state, hs = recurrent_scan(project, step, params, state, gates, starts, initial)
         heads = hs.reshape(*hs.shape[:-1], self.num_heads, -1)
@@ -86,7 +95,7 @@ class SLSTM(SequenceCell):
 
 
 class GateInputs(nn.Module):
-    """The input half of the four gates, for a whole sequence at once: everything that needs no recurrence."""
+    """The input half of the four gates, for a whole sequence: everything without recurrence."""
 
     features: int
     num_heads: int
@@ -95,7 +104,16 @@ class GateInputs(nn.Module):
 
     @nn.compact
     def __call__(self, buffer, xs, starts):
-        """buffer (B, K - 1, H), xs (T, B, D), starts (T, B) -> buffer, gates i, f, z, o of (T, B, H) each."""
+        """Inputs to gates.
+
+        Args:
+          buffer: (B, K - 1, H), the last inputs of the convolution.
+          xs: (T, B, D).
+          starts: (T, B) bool.
+
+        Returns:
+          The buffer after the last step, and the gates i, f, z, o, each (T, B, H).
+        """
         if xs.shape[-1] != self.features:  # block-diagonal weights need as many inputs as features
             xs = Dense(self.features, name="embed")(xs)
         convolved = xs
@@ -105,20 +123,29 @@ class GateInputs(nn.Module):
             buffer, convolved = causal_conv(kernel, buffer, xs, starts)
             convolved = nn.silu(convolved + bias)
         width = self.features // self.num_heads
-        weight_init = nn.initializers.normal((2 / (5 * self.features)) ** 0.5)
+        shape = (self.num_heads, width, width)
+        sources = {"i": convolved, "f": convolved, "z": xs, "o": xs}
         gates = []
-        for name, inputs in zip("ifzo", (convolved, convolved, xs, xs), strict=True):
-            kernel = self.param(f"kernel_{name}", weight_init, (self.num_heads, width, width))
-            bias_init = forget_bias_init(width, self.depth) if name == "f" else nn.initializers.zeros
+        for name, inputs in sources.items():
+            kernel = self.param(f"kernel_{name}", small_init(self.features), shape)
+            zeros = nn.initializers.zeros
+            bias_init = forget_bias_init(width, self.depth) if name == "f" else zeros
             bias = self.param(f"bias_{name}", bias_init, (self.features,))
             gates.append(multiply_heads(kernel, inputs) + bias)
         return buffer, tuple(gates)
 
 
 def forget_bias_init(width, depth):
-    """From +5 (keeps for 150 steps) down to -7 (forgets at once) over a head's units, as in the authors' code."""
+    """From +5 (time constant of 150 steps) down to -7 (forgets at once) within each head.
+
+    The values are those of the authors' code.
+    """
     slope = (jnp.arange(width) / max(width - 1, 1)) ** (0.3 + 1.3 * depth)
-    return lambda key, shape, dtype=jnp.float32: jnp.tile(5.0 - 12.0 * slope, shape[0] // width).astype(dtype)
+
+    def init(key, shape, dtype=jnp.float32):
+        return jnp.tile(5.0 - 12.0 * slope, shape[0] // width).astype(dtype)
+
+    return init
 
 
 def multiply_heads(kernel, x):
@@ -134,15 +161,16 @@ def project(params, state):
 
 
 def step(state, x, r):
-    """One step from the input half `x` and the recurrent half `r` of the gates."""
+    """One step, from the input half `x` and the recurrent half `r` of the gates."""
     c, n, m, _ = state
     log_i = x[0] + r[0]
     log_f = nn.log_sigmoid(x[1] + r[1]) + m
     z = jnp.tanh(x[2] + r[2])
     o = nn.sigmoid(x[3] + r[3])
-    # h does not depend on m (it cancels in c / n), so neither need its gradient.
+    # h does not depend on m, which cancels in c / n. So no gradient needs to flow through m.
     m = jax.lax.stop_gradient(jnp.maximum(log_f, log_i))
-    i, f = jnp.exp(log_i - m), jnp.exp(log_f - m)
+    i = jnp.exp(log_i - m)
+    f = jnp.exp(log_f - m)
     c = f * c + i * z
     n = f * n + i
     h = o * c / n

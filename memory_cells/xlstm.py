@@ -1,24 +1,31 @@
-"""xLSTM (Beck et al. 2024, arXiv 2405.04517, section 2.4): residual blocks around mLSTM and sLSTM layers.
+"""xLSTM (Beck et al. 2024, arXiv 2405.04517, section 2.4): residual blocks of mLSTM and sLSTM.
 
-Layer norms (LN) come before the layers, one more after the last block. By letter of the pattern, with x of H features:
+`pattern` names the blocks from input to output, m or s. With x of H features and a layer norm LN
+before each layer:
 
-    m:  x <- x + mLSTM(LN(x))                                   figure 11
-    s:  x <- x + sLSTM(LN(x));   x <- x + W_down(gelu(W_g u) * W_up u),  u = LN(x)        figure 10
+    m:  x <- x + mLSTM(LN(x))                                                  figure 11
+    s:  x <- x + sLSTM(LN(x))                                                  figure 10
+        x <- x + W_down(gelu(W_g u) * W_up u),  u = LN(x)
 
-The layers are those of `mlstm.py` and `slstm.py`; the paper writes xLSTM[a:b] for a mLSTM blocks per b sLSTM blocks.
-As in the authors' code, widths are rounded up to multiples of 64 and outputs start smaller the more blocks there are.
-Carry: the tuple of the layers' carries. Cost per step: that of the layers, and 6 H F floating-point operations per s,
-F = `ffn_factor` H. Sequences are parallel within chunks in m blocks, sequential in s blocks.
+One more layer norm follows the last block. The layers are those of `mlstm.py` and `slstm.py`. The
+paper writes xLSTM[a:b] for a mLSTM blocks per b sLSTM blocks. As in the authors' code, widths are
+rounded up to multiples of 64, and the more blocks there are, the smaller the outputs start.
+
+Carry: the tuple of the carries of the layers.
+Cost per step: that of the layers, plus 6 H F floating-point operations per environment and s block,
+with F = `ffn_factor` H.
+Sequences: in chunks in m blocks, in a loop in s blocks.
 """
 
 import math
 
 import flax.linen as nn
 
-from memory_cells.checks import check_conv_width, check_impl, check_num_heads
-from memory_cells.dense import Dense
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.mlstm import MLSTM, small_init, wang_init
+from memory_cells.mlstm import MLSTM
+from memory_cells.parts.checks import check_conv_width, check_impl, check_num_heads
+from memory_cells.parts.dense import Dense
+from memory_cells.parts.initializers import small_init, wang_init
 from memory_cells.slstm import SLSTM
 
 
@@ -31,7 +38,7 @@ class XLSTM(SequenceCell):
       num_heads: heads of every layer.
       conv_width: K, the steps that the layers' convolutions see; 0 leaves them out.
       ffn_factor: width of the feed-forward part of s blocks, as a multiple of `features`.
-      impl: "auto", "scan" or "parallel", of the mLSTM layers; see `chunkwise.py`.
+      impl: "auto", "scan" or "parallel", for the mLSTM layers; see `parts/chunkwise.py`.
     """
 
     pattern: str = "ms"
@@ -45,7 +52,9 @@ class XLSTM(SequenceCell):
         check_conv_width("xlstm", self.conv_width)
         check_impl("xlstm", self.impl)
         if not self.pattern or set(self.pattern) - set("ms"):
-            raise ValueError(f"xlstm needs pattern to be a word of the letters m and s, got {self.pattern!r}")
+            raise ValueError(
+                f"xlstm needs pattern to be a word of the letters m and s, got {self.pattern!r}"
+            )
         if self.ffn_factor <= 0:
             raise ValueError(f"xlstm needs ffn_factor to be greater than 0, got {self.ffn_factor}")
         super().__post_init__()
@@ -54,20 +63,30 @@ class XLSTM(SequenceCell):
         self.embed = Dense(self.features)
         self.layers = self._layers()
         self.norms = [layer_norm() for _ in self.pattern]
-        inner, num_blocks = 64 * math.ceil(self.ffn_factor * self.features / 64), len(self.pattern)
-        self.ffns = [FeedForward(self.features, inner, num_blocks) if kind == "s" else None for kind in self.pattern]
+        inner = 64 * math.ceil(self.ffn_factor * self.features / 64)
+        self.ffns = [
+            FeedForward(self.features, inner, len(self.pattern)) if kind == "s" else None
+            for kind in self.pattern
+        ]
         self.output_norm = layer_norm()
 
     @nn.nowrap
     def _layers(self, **kwargs):
-        shared = {"features": self.features, "num_heads": self.num_heads, "conv_width": self.conv_width, **kwargs}
-        last = len(self.pattern) - 1
-        return [
-            MLSTM(**shared, num_blocks=last + 1, impl=self.impl)
-            if kind == "m"
-            else SLSTM(**shared, depth=index / max(last, 1))
-            for index, kind in enumerate(self.pattern)
-        ]
+        shared = {
+            "features": self.features,
+            "num_heads": self.num_heads,
+            "conv_width": self.conv_width,
+            **kwargs,
+        }
+        num_blocks = len(self.pattern)
+        layers = []
+        for index, kind in enumerate(self.pattern):
+            if kind == "m":
+                layer = MLSTM(**shared, num_blocks=num_blocks, impl=self.impl)
+            else:
+                layer = SLSTM(**shared, depth=index / max(num_blocks - 1, 1))
+            layers.append(layer)
+        return layers
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
@@ -78,7 +97,8 @@ class XLSTM(SequenceCell):
         if xs.shape[-1] != self.features:  # the residual stream needs as many inputs as features
             xs = self.embed(xs)
         carries = []
-        for layer, norm, ffn, layer_carry in zip(self.layers, self.norms, self.ffns, carry, strict=True):
+        blocks = zip(self.layers, self.norms, self.ffns, carry, strict=True)
+        for layer, norm, ffn, layer_carry in blocks:
             layer_carry, ys = layer.sequence(layer_carry, norm(xs), starts)
             carries.append(layer_carry)
             xs = xs + ys
@@ -88,7 +108,7 @@ class XLSTM(SequenceCell):
 
 
 class FeedForward(nn.Module):
-    """Gated feed-forward part of an s block, with its layer norm."""
+    """The gated feed-forward part of an s block, with its layer norm."""
 
     features: int
     inner: int
@@ -96,10 +116,12 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        up_init = small_init(self.features)
+        down_init = wang_init(self.features, self.num_blocks)
         x = layer_norm(name="norm")(x)
-        gate = Dense(self.inner, use_bias=False, kernel_init=small_init(self.features), name="gate")(x)
-        up = Dense(self.inner, use_bias=False, kernel_init=small_init(self.features), name="up")(x)
-        down = Dense(self.features, use_bias=False, kernel_init=wang_init(self.features, self.num_blocks), name="down")
+        gate = Dense(self.inner, use_bias=False, kernel_init=up_init, name="gate")(x)
+        up = Dense(self.inner, use_bias=False, kernel_init=up_init, name="up")(x)
+        down = Dense(self.features, use_bias=False, kernel_init=down_init, name="down")
         return down(nn.gelu(gate, approximate=False) * up)
 
 

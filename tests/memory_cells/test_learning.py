@@ -1,7 +1,7 @@
-"""Every memory learns: recall of the first symbol and of the symbol of four steps ago, by supervised learning.
+"""Every memory learns to recall the first symbol and the one of four steps ago, when supervised.
 
-The limits are twice the updates that other implementations needed with their best variant (for rtu, mamba and xlstm,
-for which there were none, twice ours).
+The limits are twice the updates that other implementations needed with their best variant. For rtu,
+mamba and xlstm, of which there were none, they are twice ours.
 """
 
 import pytest
@@ -49,5 +49,5 @@ def test_every_memory_recalls_the_first_symbol(cell):
 def test_every_memory_repeats_the_symbol_of_four_steps_ago(cell):
     limit = LIMITS[cell][1]
     updates, accuracy = learn(cell, "4-back", limit or 700)
-    # linear_attention never forgets and reads a mean of all it has seen: it comes to 95 %, as elsewhere, and stays.
+    # linear_attention reads a mean of everything and never forgets: like others, it stays at 95 %.
     assert updates if limit else accuracy > 0.95, accuracy

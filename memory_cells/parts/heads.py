@@ -1,4 +1,6 @@
-"""Small things that the memories with several heads have in common."""
+"""Helpers for memories with several heads."""
+
+import jax
 
 
 def split_heads(x, num_heads):
@@ -9,3 +11,8 @@ def split_heads(x, num_heads):
 def merge_heads(x):
     """(..., heads, d) -> (..., heads * d)."""
     return x.reshape(*x.shape[:-2], -1)
+
+
+def l2_normalise(x):
+    """Vectors of unit length; 1e-6 keeps the gradient finite at zero."""
+    return x * jax.lax.rsqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6)
