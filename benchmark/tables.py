@@ -531,7 +531,7 @@ TABLES = {
 
 
 def rewritten(document: Path):
-    """The text of a document with its tables made anew, and the names of those that differ.
+    """The text of a document with its tables regenerated, and the names of those that differ.
 
     Raises:
       NoResult: a result file is missing, or the document names a table that does not exist.
@@ -539,7 +539,7 @@ def rewritten(document: Path):
     text = document.read_text()
     changed = []
 
-    def made_anew(match):
+    def regenerated(match):
         name = match[1]
         if name not in TABLES:
             raise NoResult(
@@ -552,7 +552,7 @@ def rewritten(document: Path):
 
     if len(OPENING.findall(text)) != len(MARKED.findall(text)):
         raise NoResult(f"{document.name} has a table without its closing line, <!-- /table -->")
-    return MARKED.sub(made_anew, text), changed
+    return MARKED.sub(regenerated, text), changed
 
 
 def update(root: Path, check: bool) -> list[str]:
