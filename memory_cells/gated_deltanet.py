@@ -29,6 +29,7 @@ from memory_cells.parts.checks import (
 from memory_cells.parts.chunkwise import delta_memory, in_pieces
 from memory_cells.parts.dense import Dense
 from memory_cells.parts.heads import l2_normalise, merge_heads, split_heads
+from memory_cells.parts.initializers import log_uniform_softplus
 from memory_cells.parts.short_conv import ShortConv, conv_buffer
 
 
@@ -90,13 +91,3 @@ class GatedDeltaNet(SequenceCell):
 def log_of_uniform(key, shape, dtype=jnp.float32):
     """log A, for A uniform between 0.01 and 16; the authors' lower limit of 0 could give -inf."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 0.01, 16.0))
-
-
-def log_uniform_softplus(low, high):
-    """b, for softplus(b) log-uniform between `low` and `high`."""
-
-    def init(key, shape, dtype=jnp.float32):
-        y = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(low), jnp.log(high)))
-        return y + jnp.log(-jnp.expm1(-y))  # the inverse of softplus
-
-    return init

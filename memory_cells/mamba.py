@@ -20,13 +20,12 @@ states of a sequence are never stored; the gradient recomputes those of a chunk 
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from memory_cells.masked_rnn import SequenceCell
 from memory_cells.parts.checks import check_at_least, check_impl
 from memory_cells.parts.dense import Dense
-from memory_cells.parts.initializers import uniform
+from memory_cells.parts.initializers import log_uniform_softplus, uniform
 from memory_cells.parts.selective_scan import selective_scan
 from memory_cells.parts.short_conv import ShortConv, conv_buffer
 
@@ -66,7 +65,11 @@ class Mamba(SequenceCell):
         self.dt_in = Dense(rank, use_bias=False)
         self.write = Dense(self.state_size, use_bias=False)
         self.read = Dense(self.state_size, use_bias=False)
-        self.dt_out = Dense(channels, kernel_init=uniform(rank**-0.5), bias_init=dt_bias_init)
+        self.dt_out = Dense(
+            channels,
+            kernel_init=uniform(rank**-0.5),
+            bias_init=log_uniform_softplus(0.001, 0.1),  # time steps from 0.001 to 0.1
+        )
         self.A_log = self.param("A_log", a_log_init, (channels, self.state_size))
         self.D = self.param("D", nn.initializers.ones, (channels,))
         self.output = Dense(self.features, use_bias=False)
@@ -87,12 +90,6 @@ class Mamba(SequenceCell):
         A = -jnp.exp(self.A_log.T)
         h, ys = selective_scan(A, h, inputs, self.chunk_size, self.impl)
         return (h, buffer), self.output((ys + self.D * us) * nn.silu(self.gate(xs)))
-
-
-def dt_bias_init(key, shape, dtype):
-    """The inverse softplus of time steps that are log-uniform between 0.001 and 0.1."""
-    dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(0.001), math.log(0.1)))
-    return dt + jnp.log(-jnp.expm1(-dt))
 
 
 def a_log_init(key, shape):

@@ -1,5 +1,7 @@
 """Initialisers that several memories share."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,16 @@ def uniform(limit):
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
+def log_uniform_softplus(low, high):
+    """b, for softplus(b) log-uniform between `low` and `high`."""
+
+    def init(key, shape, dtype=jnp.float32):
+        y = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(low), math.log(high)))
+        return y + jnp.log(-jnp.expm1(-y))  # the inverse of softplus
 
     return init
 
