@@ -246,11 +246,15 @@ def results_short(here):
             return "not measured"
         entry = load(learning.result_name(command))
         values = entry["values"]
-        return f"{linked(number(values['median']), entry, here)} ({number(values['worst'])})"
+        median = linked(number(values["median"]), entry, here)
+        budget = f"{thousands(values['steps'])}, {values['num_seeds']} seeds"
+        return f"{median} ({number(values['worst'])}) after {budget}"
 
     head = ["algorithm", "task", "without memory", "with a GRU"]
     rows = [[name, task, cell(plain), cell(memory)] for name, task, plain, memory in SHORT_RESULTS]
-    legend = "Greedy return after training: median of the seeds, and in brackets the worst seed.\n"
+    legend = (
+        "Greedy return over 100 episodes: median of the seeds, and in brackets the worst seed.\n"
+    )
     more = f"Every number links to its file; {section_link('all results', 'results', here)}.\n"
     return markdown(head, rows) + "\n" + legend + more
 
