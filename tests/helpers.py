@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib
 import re
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from envs import Box, Discrete, Task
 from experiment import seed_keys
+from harness import options
 from loggers import Logger
 
 ROOT = Path(__file__).parents[1]
@@ -201,6 +203,17 @@ def run_script(script, *args, **kwargs):
     """A script in a process of its own, to its end."""
     command = [sys.executable, str(ALGORITHMS / f"{script}.py"), *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, **kwargs)
+
+
+@contextlib.contextmanager
+def as_command(script, *args):
+    """Within, `launch` reads this command line and leaves the process as it is."""
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(sys, "argv", [f"{script}.py", *args])
+        # It may start the process again.
+        patches.setattr(options, "use_compilation_cache", lambda folder: None)
+        patches.setattr(gc, "disable", lambda: None)
+        yield
 
 
 def words(text):

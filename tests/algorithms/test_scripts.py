@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -15,10 +16,21 @@ from collections import Counter
 
 import jax
 import pytest
-from helpers import ALGORITHMS, REPLAY, ROOT, SCRIPTS, command_line, run_script, tiny, words
+from helpers import (
+    ALGORITHMS,
+    REPLAY,
+    ROOT,
+    SCRIPTS,
+    as_command,
+    command_line,
+    run_script,
+    tiny,
+    words,
+)
 from PIL import Image
 
 from experiment import compiled_updates, seed_keys
+from harness.options import launch
 
 PAIRS = [  # most lines the second may remove from the first, and add to it
     ("ppo", "rppo", 45, 110),
@@ -202,13 +214,35 @@ def test_help_is_quick_and_explains_every_field(script):
         assert len(explanation.split()) >= 2, f"{flag}: {entry}"
 
 
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """`run_script` in this process, which saves the seconds that a new one takes to start."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *args):
+        module = importlib.import_module(f"algorithms.{script}")
+        code = 0
+        try:
+            with as_command(script, *args):
+                launch(module.main, module.Config)
+        except SystemExit as ended:
+            code = ended.code
+        output = capsys.readouterr()
+        return subprocess.CompletedProcess(args, code, output.out, output.err)
+
+    return run
+
+
+IN_OWN_PROCESS = ("ppo", "drqn")  # one with and one without replay and memory
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_from_the_command_line(script, tmp_path):
+def test_a_run_from_the_command_line(script, tmp_path, run_here):
     """Train, evaluate, save; load, evaluate the same again and film it."""
+    run = functools.partial(run_script, cwd=tmp_path) if script in IN_OWN_PROCESS else run_here
     run_dir = tmp_path / "run"
     sizes = ("--total-steps", "200", "--log-every", "2", "--eval-every", "96", "--num-seeds", "2")
-    where = ("--run-dir", str(run_dir))
-    result = run_script(script, *command_line(script), *sizes, *where, cwd=tmp_path)
+    result = run(script, *command_line(script), *sizes, "--run-dir", str(run_dir))
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     if script in REPLAY:
@@ -227,8 +261,7 @@ def test_a_run_from_the_command_line(script, tmp_path):
     assert max(max(record.get("losses/first_ratio_error", [0])) for record in records) < 1e-5
     assert list(run_dir.glob("events.*"))
 
-    video = ("--video", "agent.gif")
-    again = run_script(script, "--evaluate", str(run_dir), *video, cwd=tmp_path)
+    again = run(script, "--evaluate", str(run_dir), "--video", "agent.gif")
     assert again.returncode == 0, again.stderr
     shown, filmed = again.stdout.splitlines()
     assert shown == f"checkpoint of step 192: {evaluation}"

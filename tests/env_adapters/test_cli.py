@@ -6,11 +6,15 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, as_command
 from PIL import Image
+
+from env_adapters.cli import Command, main
+from harness.options import launch
 
 
 def run(*args):
+    """`python envs.py ...` in a process of its own."""
     # JAX 0.9 warns when it takes a program from the cache.
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     command = [sys.executable, str(ROOT / "envs.py"), *args]
@@ -69,8 +73,17 @@ def test_an_environment_is_tried(tmp_path):
         (("popjaxrl::RepeatFirstEasy", "--gif", "a.gif"), "cannot be drawn"),
     ],
 )
-def test_errors_are_one_sentence(args, message):
-    result = run(*args)
-    assert result.returncode == 2, result.stdout
-    assert message in result.stderr and "Traceback" not in result.stderr
+def test_errors_are_one_sentence(args, message, capsys):
+    with as_command("envs", *args), pytest.raises(SystemExit) as ended:
+        launch(main, Command)
+    output = capsys.readouterr()
+    assert ended.value.code == 2, output.out
+    assert message in output.err and "Traceback" not in output.err
+    assert len(output.err.splitlines()) == 1
+
+
+def test_an_error_ends_the_process_without_a_traceback():
+    result = run("popjaxl")
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.startswith("error: 'popjaxl' is no namespace (did you mean 'popjaxrl'?)")
     assert len(result.stderr.splitlines()) == 1

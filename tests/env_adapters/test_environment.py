@@ -1,5 +1,7 @@
 """What every environment is, whatever its library: ends, beginnings, normalisation."""
 
+import functools
+
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -93,9 +95,11 @@ def test_a_costly_beginning_is_computed_where_an_episode_ends_only():
 
 
 BOTH = {"normalize_obs": True, "normalize_reward": True}
-SHORT = {"max_steps_in_episode": 40}
+SHORT, LONG = {"max_steps_in_episode": 40}, {"max_steps_in_episode": 1000}
+PENDULUM = "gymnax::Pendulum-v1"
 
 
+@functools.cache
 def normal_rollout(env, num_envs=4, steps=200, axis_name="envs"):
     """(first obs, each step's outputs (T, N, ...), last state)."""
     reset, step = (jax.vmap(function, axis_name=axis_name) for function in (env.reset, env.step))
@@ -137,7 +141,7 @@ def discounted(reward, done, gamma):
     return np.stack(totals)
 
 
-@pytest.mark.parametrize("id", ["gymnax::CartPole-v1", "gymnax::Pendulum-v1"])
+@pytest.mark.parametrize("id", ["gymnax::CartPole-v1", PENDULUM])
 def test_statistics_are_those_of_all_that_all_environments_saw(id):
     first, (obs, reward, _, _, info, _), _ = normal_rollout(make(id, **SHORT))
     env = make(id, **SHORT, **BOTH, reward_gamma=0.9)
@@ -162,8 +166,8 @@ def test_statistics_are_those_of_all_that_all_environments_saw(id):
 
 
 def test_without_the_axis_every_environment_has_its_own():
-    first, (obs, *_), _ = normal_rollout(make("gymnax::Pendulum-v1"), axis_name=None)
-    _, (normal_obs, *_), _ = normal_rollout(make("gymnax::Pendulum-v1", **BOTH), axis_name=None)
+    first, (obs, *_), _ = normal_rollout(make(PENDULUM, **LONG))
+    _, (normal_obs, *_), _ = normal_rollout(make(PENDULUM, **LONG, **BOTH), axis_name=None)
     for env in range(4):
         mean, var = moments(np.concatenate([first[None], obs])[:, env : env + 1])
         expected = normal(obs[:, env], mean[1:], var[1:])
@@ -192,9 +196,8 @@ class Replay(gymnasium.vector.VectorEnv):
 
 def test_as_gymnasium_does_it():
     """The same observations and, within an episode, the same rewards, prior included."""
-    options = {"max_steps_in_episode": 1000}
-    first, (obs, reward, *_), _ = normal_rollout(make("gymnax::Pendulum-v1", **options))
-    env = make("gymnax::Pendulum-v1", **options, **BOTH)
+    first, (obs, reward, *_), _ = normal_rollout(make(PENDULUM, **LONG))
+    env = make(PENDULUM, **LONG, **BOTH)
     normal_first, (normal_obs, normal_reward, *_), _ = normal_rollout(env)
     ends = np.zeros(reward.shape, bool)
     oracle = NormalizeReward(NormalizeObservation(Replay(first, obs, reward, ends)))
@@ -206,7 +209,8 @@ def test_as_gymnasium_does_it():
 
 
 def test_frozen():
-    env, plain = make("gymnax::Pendulum-v1", **SHORT, **BOTH), make("gymnax::Pendulum-v1", **SHORT)
+    env = make(PENDULUM, **SHORT, **BOTH, reward_gamma=0.9)
+    plain = make(PENDULUM, **SHORT)
     state = normal_rollout(env)[2]
     statistics = jax.tree.map(lambda x: x[0], state.statistics)
     moments_of_obs = statistics.obs.mean, statistics.obs.var

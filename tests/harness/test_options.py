@@ -1,13 +1,11 @@
 """Mistakes on the command line get one sentence and exit code 2."""
 
-import gc
 import importlib
-import sys
 
 import pytest
-from helpers import run_script, words
+from helpers import as_command, run_script, words
 
-from harness import options
+from harness.options import launch
 
 # The command line, and a part of the sentence.
 BAD = [
@@ -126,12 +124,8 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
 ):
     module = importlib.import_module(f"algorithms.{script}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *args.split()])
-    # It may start the process again.
-    monkeypatch.setattr(options, "use_compilation_cache", lambda folder: None)
-    monkeypatch.setattr(gc, "disable", lambda: None)
-    with pytest.raises(SystemExit) as ended:
-        options.launch(module.main, module.Config)
+    with as_command(script, *args.split()), pytest.raises(SystemExit) as ended:
+        launch(module.main, module.Config)
     output = capsys.readouterr()
     assert ended.value.code == 2 and message in words(output.err), output.err
     assert not output.out and not list(tmp_path.iterdir())
