@@ -297,7 +297,7 @@ class TensorBoard:
     """Event files with the names of `scalars`, and the config as text.
 
     The event files of a process that was killed may have gaps, and may end with reports that the
-    resumed run will make again. A resumed run therefore writes them anew, from metrics.jsonl.
+    resumed run will make again. A resumed run therefore rewrites them from metrics.jsonl.
     """
 
     def __init__(self, run_dir, config, about):

@@ -184,7 +184,7 @@ class Transition(NamedTuple):
     value: jax.Array  # V(obs[t])
     next_value: jax.Array  # V(next_obs[t])
     reward: jax.Array
-    terminated: jax.Array  # next_obs[t] ends the task and is worth nothing, whatever next_value is
+    terminated: jax.Array  # next_obs[t] ends the task: its value is 0, next_value is not used
     done: jax.Array  # terminated or truncated: obs[t + 1] begins another episode
     episode_return: jax.Array
     episode_length: jax.Array

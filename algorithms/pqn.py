@@ -151,7 +151,7 @@ class Transition(NamedTuple):
     q_value: jax.Array  # Q(obs[t], action[t])
     next_q: jax.Array  # max_a Q(next_obs[t], a)
     reward: jax.Array
-    terminated: jax.Array  # next_obs[t] ends the task and is worth nothing, whatever next_q is
+    terminated: jax.Array  # next_obs[t] ends the task: its value is 0, next_q is not used
     done: jax.Array  # terminated or truncated: obs[t + 1] begins another episode
     episode_return: jax.Array
     episode_length: jax.Array

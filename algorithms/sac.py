@@ -200,7 +200,7 @@ class Transition(NamedTuple):
     action: jax.Array
     reward: jax.Array
     next_obs: jax.Array  # the true next observation, not the one after an auto-reset
-    terminated: jax.Array  # next_obs ends the task and is worth nothing, whatever Q' is
+    terminated: jax.Array  # next_obs ends the task: its value is 0, Q' is not used
 
 
 def make_replay(config: Config):

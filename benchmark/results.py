@@ -5,7 +5,8 @@ A file `results/<kind>/<name>.json` holds one thing that was measured. Its keys 
     measured   what the values are, in one sentence
     values     the numbers; null where a number was not recorded
     command    the command that measures it again
-    commit     the commit of the measured code
+    commit     the commit of the measured code; in transcribed files, the commit that brought the
+               number into the README
     dirty      whether the code had changes that were not committed
     date       the day of the measurement
     machine    device ("cpu" or the name of the GPU) and cores (the number of CPU cores)

@@ -246,11 +246,15 @@ def results_short(here):
             return "not measured"
         entry = load(learning.result_name(command))
         values = entry["values"]
-        return f"{linked(number(values['median']), entry, here)} ({number(values['worst'])})"
+        median = linked(number(values["median"]), entry, here)
+        budget = f"{thousands(values['steps'])}, {values['num_seeds']} seeds"
+        return f"{median} ({number(values['worst'])}) after {budget}"
 
     head = ["algorithm", "task", "without memory", "with a GRU"]
     rows = [[name, task, cell(plain), cell(memory)] for name, task, plain, memory in SHORT_RESULTS]
-    legend = "Greedy return after training: median of the seeds, and in brackets the worst seed.\n"
+    legend = (
+        "Greedy return over 100 episodes: median of the seeds, and in brackets the worst seed.\n"
+    )
     more = f"Every number links to its file; {section_link('all results', 'results', here)}.\n"
     return markdown(head, rows) + "\n" + legend + more
 
@@ -531,7 +535,7 @@ TABLES = {
 
 
 def rewritten(document: Path):
-    """The text of a document with its tables made anew, and the names of those that differ.
+    """The text of a document with its tables regenerated, and the names of those that differ.
 
     Raises:
       NoResult: a result file is missing, or the document names a table that does not exist.
@@ -539,7 +543,7 @@ def rewritten(document: Path):
     text = document.read_text()
     changed = []
 
-    def made_anew(match):
+    def regenerated(match):
         name = match[1]
         if name not in TABLES:
             raise NoResult(
@@ -552,7 +556,7 @@ def rewritten(document: Path):
 
     if len(OPENING.findall(text)) != len(MARKED.findall(text)):
         raise NoResult(f"{document.name} has a table without its closing line, <!-- /table -->")
-    return MARKED.sub(made_anew, text), changed
+    return MARKED.sub(regenerated, text), changed
 
 
 def update(root: Path, check: bool) -> list[str]:

@@ -17,7 +17,7 @@ They are applied in this order, the first one closest to the task:
 
 A wrapper is a function from a `Task` to a `Task`. Its randomness comes from the keys of reset and
 step. What it has to remember (the last action, past observations) is part of the task's state and
-begins anew with every episode.
+starts afresh with every episode.
 """
 
 from dataclasses import replace

@@ -16,7 +16,7 @@ import tyro
 from harness.errors import RunError, UsageError
 from harness.run_dir import load_config
 
-Backend = Literal["console", "file", "tensorboard", "wandb", "neptune", "dashboard"]
+BackendName = Literal["console", "file", "tensorboard", "wandb", "neptune", "dashboard"]
 EvalEpisodes = Annotated[int, tyro.conf.arg(aliases=("--episodes",))]
 
 
@@ -28,7 +28,7 @@ class Experiment:
     seed: int = 0  # seed of the first run; run i has seed + i
     num_seeds: int = 1  # independent runs, trained side by side in one program
     total_steps: int = 500_000  # environment steps of each seed
-    log: tuple[Backend, ...] = (
+    log: tuple[BackendName, ...] = (
         "console",
         "file",
         "tensorboard",

@@ -54,6 +54,9 @@ NUMERICAL_PACKAGES = (
     "mujoco",
     "craftax",
     "navix",
+    "gymnasium",
+    "ale-py",
+    "popgym-arcade",
 )
 
 

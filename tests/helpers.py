@@ -210,17 +210,19 @@ def words(text):
 
 # --- Scripts as modules ---------------------------------------------------------------------------
 
+# Equal configs share a compiled program: tests differ from these sizes where they must.
 ON_POLICY = {"num_envs": 8, "num_steps": 16, "hidden_size": 16, "log": (), "eval_episodes": 8}
+ON_POLICY |= {"total_steps": 8 * 16 * 6, "log_every": 4}
 
 
 def small_on_policy(script, **changes):
     """A config of PPO or PQN, for tests that look at every step of a rollout."""
     env = "gymnax::Pendulum-v1" if is_continuous(script) else "gymnax::CartPole-v1"
-    return script.Config(**({"env": env, "total_steps": 8 * 16 * 20} | ON_POLICY | changes))
+    return script.Config(**{"env": env} | ON_POLICY | changes)
 
 
 OFF_POLICY = {"num_envs": 4, "hidden_size": 16, "log": (), "eval_episodes": 8}
-OFF_POLICY |= {"batch_size": 16, "buffer_size": 512, "total_steps": 2000}
+OFF_POLICY |= {"batch_size": 16, "buffer_size": 512, "total_steps": 2000, "learning_starts": 200}
 SEQUENCES = {"num_steps": 4, "burn_in": 4, "sequence_length": 8}
 
 
@@ -237,9 +239,13 @@ def counting(script, **changes):
     return small_on_policy(script, env=env, **changes)
 
 
-def start(config, script):
-    """The environment and the first state of all seeds."""
-    return config.make_env(), script.init(config, seed_keys(config))
+def start(config, script, seed=0):
+    """The environment and the first state of all seeds.
+
+    Another `seed` here is that of the config, but the program for other seeds is the same.
+    """
+    keys = seed_keys(dataclasses.replace(config, seed=config.seed + seed))
+    return config.make_env(), script.init(config, keys)
 
 
 def network_of(script, config):

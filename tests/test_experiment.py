@@ -1,5 +1,6 @@
 """Resuming, divergence, signals, seeds: what a run survives, and what the user is told."""
 
+import contextlib
 import importlib
 import json
 import re
@@ -32,6 +33,16 @@ def in_updates(config, total, every, **changes):
     """The config of a run of `total` updates, with an evaluation after `every` ones."""
     steps = config.steps_per_update
     return replace(config, total_steps=total * steps, eval_every=every * steps, **changes)
+
+
+def main_in(folder, module, config, **changes):
+    """Run a script's `main` in a folder, to be made there, with the run in `run`.
+
+    The config is part of a compiled program: with relative paths runs in other folders share it.
+    """
+    folder.mkdir(exist_ok=True)
+    with contextlib.chdir(folder):
+        module.main(replace(config, run_dir="run", **changes))
 
 
 def records(run_dir):
@@ -79,43 +90,44 @@ def test_resuming_is_as_if_nothing_had_happened(script, update, tmp_path, monkey
     """N updates + save + load + N updates equal 2 N updates bit for bit, and so do the logs."""
     module = importlib.import_module(f"algorithms.{script}")
     config = in_updates(tiny(module, num_seeds=2, log=("file",), log_every=2), 6, 3)
-    whole, broken = (replace(config, run_dir=str(tmp_path / name)) for name in ("whole", "broken"))
-    module.main(whole)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    main_in(whole, module, config)
 
     with monkeypatch.context() as patches, pytest.raises(SystemExit) as stopped:
         stop_after(patches, update)
-        module.main(broken)
+        main_in(broken, module, config)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert f"continue from there with --resume {broken.run_dir}" in capsys.readouterr().err
+    assert "continue from there with --resume run" in capsys.readouterr().err
     # What a killed run wrote after its checkpoint.
-    with open(Path(broken.run_dir) / "metrics.jsonl", "a") as file:
+    with open(broken / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 999, "time": 9, "losses/grad_norm": [1, 1]}\n{"step": 10')
 
-    module.main(replace(broken, resume=broken.run_dir))
-    assert records(broken.run_dir) == records(whole.run_dir)
-    step, expected = final_leaves(whole.run_dir, module, config)
-    resumed_step, actual = final_leaves(broken.run_dir, module, config)
+    main_in(broken, module, config, resume="run")
+    assert records(broken / "run") == records(whole / "run")
+    step, expected = final_leaves(whole / "run", module, config)
+    resumed_step, actual = final_leaves(broken / "run", module, config)
     assert step == resumed_step == config.total_steps
     assert_same_bits(actual, expected)
 
-    module.main(replace(broken, resume=broken.run_dir))  # there is nothing left to do
+    main_in(broken, module, config, resume="run")  # there is nothing left to do
     assert "the run was complete" in capsys.readouterr().out
-    assert records(broken.run_dir) == records(whole.run_dir)
+    assert records(broken / "run") == records(whole / "run")
 
 
 def test_a_run_without_a_checkpoint_starts_again(tmp_path):
-    config = in_updates(CONFIG, 2, 1, run_dir=str(tmp_path / "run"), log=("file",))
-    open_run_dir(config)[1].release()
+    config = in_updates(CONFIG, 2, 1, log=("file",))
+    run_dir = tmp_path / "run"
+    open_run_dir(replace(config, run_dir=str(run_dir)))[1].release()
     # Killed after it had logged its first evaluation, before it had written its first checkpoint.
     logged = '{"step": 32, "time": 1, "eval/episodic_return": [1]}\n{"st'
-    (tmp_path / "run" / "metrics.jsonl").write_text(logged)
-    ppo.main(replace(config, resume=config.run_dir))
-    assert [line["step"] for line in records(config.run_dir)] == [32, 32, 64, 64]
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (run_dir / "metrics.jsonl").write_text(logged)
+    main_in(tmp_path, ppo, config, resume="run")
+    assert [line["step"] for line in records(run_dir)] == [32, 32, 64, 64]
+    shutil.rmtree(run_dir / "checkpoints")
     message = "the checkpoints of .* are gone, there is nothing to continue from"
     with pytest.raises(UsageError, match=message):
-        ppo.main(replace(config, resume=config.run_dir))
-    assert len(records(config.run_dir)) == 4  # and they are still there
+        main_in(tmp_path, ppo, config, resume="run")
+    assert len(records(run_dir)) == 4  # and they are still there
 
 
 # --- Faults --------------------------------------------------------------------------------------
@@ -144,15 +156,15 @@ def break_seeds(monkeypatch, seeds, update):
 def test_a_diverged_run_stops_with_the_update_the_metric_and_the_last_good_checkpoint(
     tmp_path, monkeypatch
 ):
-    config = in_updates(CONFIG, 20, 10, log_every=5, log=("file",), run_dir=str(tmp_path / "run"))
+    config = in_updates(CONFIG, 20, 10, log_every=5, log=("file",))
     break_seeds(monkeypatch, [0], 13)
     with pytest.raises(RunError) as stopped:
-        ppo.main(config)
+        main_in(tmp_path, ppo, config)
     story = "training diverged: losses/approx_kl, .* are nan or inf in update 13"
     advice = "; start again with a lower learning .*; the last checkpoint is of step 320"
-    last_good = f", the last good one: look at it with --evaluate {config.run_dir}"
+    last_good = ", the last good one: look at it with --evaluate run"
     assert re.fullmatch(story + advice + last_good, str(stopped.value))
-    step, leaves = final_leaves(config.run_dir, ppo, config)
+    step, leaves = final_leaves(tmp_path / "run", ppo, config)
     assert step == 320 and all(np.isfinite(leaf).all() for leaf in leaves)
 
 
@@ -171,16 +183,16 @@ def test_the_update_named_is_the_first_even_if_later_ones_are_finite():
 
 def test_a_diverged_seed_is_reported_and_the_others_continue(tmp_path, monkeypatch, capsys):
     config = in_updates(CONFIG, 8, 4, num_seeds=3, log_every=2, log=("file",))
-    names = ("healthy", "whole", "broken")
-    healthy, whole, broken = (replace(config, run_dir=str(tmp_path / name)) for name in names)
-    ppo.main(healthy)
+    healthy, whole, broken = (tmp_path / name for name in ("healthy", "whole", "broken"))
+    main_in(healthy, ppo, config)
     break_seeds(monkeypatch, [1], 4)
-    ppo.main(whole)
+    main_in(whole, ppo, config)
     output = capsys.readouterr()
     assert output.err.count("seed_1 diverged and is left out: ") == 1
     assert " in update 4\n" in output.err
     assert "median of 2 seeds" in output.out and "(1 diverged)" in output.out
-    for expected, line in zip(records(healthy.run_dir), records(whole.run_dir), strict=True):
+    lines = zip(records(healthy / "run"), records(whole / "run"), strict=True)
+    for expected, line in lines:
         assert line.keys() == expected.keys()
         for name, values in line.items():
             if isinstance(values, list):
@@ -191,13 +203,14 @@ def test_a_diverged_seed_is_reported_and_the_others_continue(tmp_path, monkeypat
     # Stopped and continued: the seed is still left out, and not reported again.
     with monkeypatch.context() as patches, pytest.raises(SystemExit):
         stop_after(patches, 6)
-        ppo.main(broken)
+        main_in(broken, ppo, config)
     capsys.readouterr()
-    ppo.main(replace(broken, resume=broken.run_dir))
-    assert records(broken.run_dir) == records(whole.run_dir)
+    main_in(broken, ppo, config, resume="run")
+    assert records(broken / "run") == records(whole / "run")
     output = capsys.readouterr()
     assert "diverged and is left out" not in output.err and "(1 diverged)" in output.out
-    show(replace(config, evaluate=broken.run_dir), config.make_env(), ppo.init, ppo.evaluate)
+    config = replace(config, evaluate=str(broken / "run"))
+    show(config, config.make_env(), ppo.init, ppo.evaluate)
     assert "median of 2 seeds" in capsys.readouterr().out
 
 
@@ -211,13 +224,13 @@ def test_when_no_seed_is_left_the_run_stops():
 
 def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path):
     with disk(tmp_path, "size=1m"):
-        config = replace(CONFIG, run_dir=str(tmp_path / "run"), log=("file",), hidden_size=64)
-        config = in_updates(config, 40, 1, keep_checkpoints=40)
+        config = replace(CONFIG, log=("file",), hidden_size=64, keep_checkpoints=40)
+        config = in_updates(config, 40, 1)
         message = r"cannot be written to .* \(. MiB free\): No space left .* with --resume "
         with pytest.raises(RunError, match=message):
-            ppo.main(config)
-        lines = records(config.run_dir)
-        step, leaves = final_leaves(config.run_dir, ppo, config)
+            main_in(tmp_path, ppo, config)
+        lines = records(tmp_path / "run")
+        step, leaves = final_leaves(tmp_path / "run", ppo, config)
         assert leaves and step == lines[-1]["step"] - config.steps_per_update
 
 

@@ -1,5 +1,7 @@
 """DQN and recurrent DQN: targets against brute force, what is replayed against what happened."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,12 +26,14 @@ SCRIPTS = [dqn, drqn]
 
 
 def small(script, **changes):
-    return small_off_policy(script, **{"learning_starts": 64} | changes)
+    sizes = {"tau": 1.0, "target_network_frequency": 4, "gradient_steps": 2, "anneal_lr": False}
+    return small_off_policy(script, **sizes | changes)
 
 
+@functools.cache
 def filled(**changes):
     """A config of DRQN, its network, the state of one seed with a filled buffer, a minibatch."""
-    config = small(drqn, **{"learning_starts": 200} | changes)
+    config = small(drqn, **changes)
     env, state = start(config, drqn)
     state = one_seed(fill_buffer(drqn.rollout, state, env))  # acted with one set of parameters
     sample = drqn.make_replay(config).sample(state.buffer, jax.random.key(1))
@@ -116,7 +120,7 @@ def test_dqn_keeps_the_true_next_observation():
     env, state = start(config, dqn)
     state = fill_buffer(dqn.rollout, state, env)
     steps = int(state.updates[0]) * config.steps_per_update
-    assert steps == 64
+    assert steps == 200
     seen = jax.tree.map(lambda x: x[0, 0, :steps], state.buffer.experience)
     step = np.round(7 * np.asarray(seen.obs[:, 1]))
     # 1 at the end, not the 0 of a reset.
@@ -165,16 +169,18 @@ def test_burn_in_gets_no_gradient_and_both_networks_read_it():
     config, network, state, sample = filled()
     sample = sample._replace(batch=sample.batch._replace(start=jnp.zeros_like(sample.batch.start)))
 
-    def loss(obs, params, target_params):
+    @jax.jit
+    @jax.value_and_grad
+    def loss(obs):
         inputs = sample.batch.inputs._replace(obs=obs)
         replayed = sample._replace(batch=sample.batch._replace(inputs=inputs))
-        return drqn.td_loss(params, target_params, network, config, replayed)[0]
+        return drqn.td_loss(state.params, state.target_params, network, config, replayed)[0]
 
     obs = sample.batch.inputs.obs
-    value, gradient = jax.jit(jax.value_and_grad(loss))(obs, state.params, state.target_params)
+    value, gradient = loss(obs)
     assert (gradient[:4] == 0).all() and (gradient[4:-1] != 0).any(axis=(1, 2)).all()
     assert (gradient[-1] == 0).all()  # the last observation is only bootstrapped from
-    other = jax.jit(loss)(obs.at[:4].add(1.0), state.params, state.target_params)
+    other, _ = loss(obs.at[:4].add(1.0))
     assert abs(other - value) > 1e-6  # what is remembered counts
     # With equal networks and gamma = 1, the one-step target of a row without reward is the greedy
     # value in the next row.
@@ -205,7 +211,7 @@ def test_final_observations_are_no_steps():
 
 
 def test_weights_of_prioritized_sequences():
-    config = small(drqn, learning_starts=200, prioritized=True)
+    config = small(drqn, prioritized=True)
     env, state = start(config, drqn)
     state = fill_buffer(drqn.rollout, state, env)
     for _ in range(2):
@@ -221,7 +227,8 @@ def test_weights_of_prioritized_sequences():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_target_network_follows(script):
-    config = small(script, tau=1.0, target_network_frequency=4, gradient_steps=2, anneal_lr=False)
+    config = small(script)
+    assert (config.tau, config.target_network_frequency, config.gradient_steps) == (1.0, 4, 2)
     env, state = start(config, script)
     state = fill_buffer(script.rollout, state, env)
     same = []
@@ -235,14 +242,14 @@ def test_the_target_network_follows(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_same_seed_same_run_alone_or_among_several(script):
-    def trained(**changes):
-        config = small(script, **changes)
-        env, state = start(config, script)
+    def trained(config, seed):
+        env, state = start(config, script, seed)
         state = script.warmup(state, env, Logger())
-        assert state.updates[0] == 64 // config.steps_per_update
+        assert state.updates[0] == 200 // config.steps_per_update
         return script.train(state, env, Logger(), 5 * config.steps_per_update)[0]
 
-    (state, same), several = (trained(seed=1) for _ in range(2)), trained(num_seeds=2)
+    state, same = (trained(small(script), seed=1) for _ in range(2))
+    several = trained(small(script, num_seeds=2), seed=0)
     jax.tree.map(np.testing.assert_array_equal, state.params, same.params)
     second = jax.tree.map(lambda x: x[1], several.params)
     assert_close(second, one_seed(state).params, atol=2e-4)
@@ -289,9 +296,10 @@ def test_probes_are_solved(script, probe):
     # All actions stay in the buffer, so that none has a value that nothing corrects.
     changes = {"num_steps": 4, "gradient_steps": 4, "end_e": 0.2, "gamma": 0.8, "tau": 0.05}
     changes |= {"total_steps": 10_000, "learning_rate": 3e-3, "buffer_size": 4096}
+    changes |= {"learning_starts": 64}
     if script is drqn:  # more steps before the value would have their random actions in it
         changes |= {"n_step": 1}
-    config = small(script, env="test::Probe", env_kwargs=probe, **changes)
+    config = small_off_policy(script, env="test::Probe", env_kwargs=probe, **changes)
     env, state = start(config, script)
     state = script.warmup(state, env, Logger())
     state, _ = script.train(state, env, Logger(), config.total_steps)

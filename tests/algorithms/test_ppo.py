@@ -26,6 +26,7 @@ from helpers import (
 from helpers import small_on_policy as small
 
 from algorithms import ppo, ppo_continuous, rppo, rppo_continuous
+from experiment import report_chunks
 from loggers import Logger
 from memory_cells import CELLS
 
@@ -143,7 +144,8 @@ def test_next_values_are_of_the_true_next_observation(script):
     np.testing.assert_allclose(batch.next_value[batch.done], expected[batch.done], atol=1e-5)
 
 
-EVERY_CELL = [(rppo, cell, False) for cell in CELLS]
+# One memory compiles in half the time of two: two of a kind are the exception.
+EVERY_CELL = [(rppo, cell, cell not in ("gru", "slstm")) for cell in CELLS]
 OTHERS = [(rppo, "gru", True), (rppo_continuous, "gru", False), (rppo_continuous, "s5", True)]
 
 
@@ -155,13 +157,17 @@ def test_the_loss_sees_what_the_rollout_saw(script, cell, shared_torso):
     for _ in range(2):  # for a used carry and trained parameters
         state, report = script.train(state, env, Logger(), config.steps_per_update)
         assert report["losses/first_ratio_error"].max() < 1e-4
-    state = one_seed(state)
-    after, batch = script.rollout(state, env)
+
+    @jax.jit
+    def act_and_read(state):
+        after, batch = script.rollout(state, env)
+        args = state.carry, batch.inputs, batch.start
+        return after, batch, network_of(script, config).apply(state.params, *args)
+
+    after, batch, (carry, *policy, value) = act_and_read(one_seed(state))
     # The rollout begins and ends within episodes.
     assert not batch.start[0].all() and batch.start.any()
     np.testing.assert_array_equal(batch.start[1:], batch.done[:-1])
-    args = state.carry, batch.inputs, batch.start
-    carry, *policy, value = network_of(script, config).apply(state.params, *args)
     if script in CONTINUOUS:
         log_prob = multivariate_normal_log_prob(batch.action, *policy)
     else:
@@ -175,9 +181,9 @@ def test_the_loss_sees_what_the_rollout_saw(script, cell, shared_torso):
 
 @pytest.mark.parametrize("cell", ["gru", "slstm", "gtrxl", "gated_deltanet"])
 def test_the_network_forgets_at_a_start(cell):
-    config = small(rppo, cell=cell)
+    config = small(rppo, cell=cell, shared_torso=cell != "gru")
     _, state = start(config, rppo)
-    state, network = one_seed(state), network_of(rppo, config)
+    state, read = one_seed(state), jax.jit(network_of(rppo, config).apply)
     key, steps = jax.random.key(1), 12
     inputs = rppo.Inputs(
         jax.random.normal(key, (steps, 8, 4)),
@@ -185,12 +191,12 @@ def test_the_network_forgets_at_a_start(cell):
         jax.random.normal(key, (steps, 8)),
     )
     starts = jnp.zeros((steps, 8), bool).at[6, :4].set(True)
-    _, logits, value = network.apply(state.params, state.carry, inputs, starts)
+    _, logits, value = read(state.params, state.carry, inputs, starts)
     # Everything before step 6 changes, and so does the action and reward that step 6 is told of.
     obs = inputs.obs.at[:6].add(1.0)
     other = rppo.Inputs(obs, inputs.action.at[:7].add(1) % 2, inputs.reward.at[:7].add(1.0))
     carry = jax.tree.map(lambda c: c + 1.0, state.carry)
-    _, other_logits, other_value = network.apply(state.params, carry, other, starts)
+    _, other_logits, other_value = read(state.params, carry, other, starts)
     np.testing.assert_array_equal(logits[6:, :4], other_logits[6:, :4])
     np.testing.assert_array_equal(value[6:, :4], other_value[6:, :4])
     assert (jnp.abs(value[6, 4:] - other_value[6, 4:]) > 1e-6).all()
@@ -279,9 +285,10 @@ def test_minibatches_of_steps_cover_the_batch(monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_same_seed_same_run_and_other_seed_other_run(script):
+    config = small(script)
+
     def metrics(seed):
-        config = small(script, seed=seed)
-        env, state = start(config, script)
+        env, state = start(config, script, seed)
         return script.train(state, env, Logger(), 4 * config.steps_per_update)
 
     state, report = metrics(0)
@@ -295,22 +302,21 @@ def test_same_seed_same_run_and_other_seed_other_run(script):
 
 @pytest.mark.parametrize("script", SCRIPTS + CONTINUOUS)
 def test_a_seed_among_several_is_the_run_of_that_seed(script):
-    several = small(script, num_seeds=3)
+    several, single = small(script, num_seeds=2), small(script)
     env, state = start(several, script)
     state, _ = script.train(state, env, Logger(), 2 * several.steps_per_update)
-    single = small(script, seed=2)
-    env, alone = start(single, script)
+    env, alone = start(single, script, seed=1)
     alone, _ = script.train(alone, env, Logger(), 2 * single.steps_per_update)
-    third = jax.tree.map(lambda x: x[2], state.params)
-    assert_close(third, one_seed(alone).params, atol=2e-4)
+    second = jax.tree.map(lambda x: x[1], state.params)
+    assert_close(second, one_seed(alone).params, atol=2e-4)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_shorter_last_chunk_is_the_same_training(script):
-    config = small(script, log_every=4)
+    config = small(script)
+    assert list(report_chunks(config, 6 * config.steps_per_update)) == [4, 2]
     env, state = start(config, script)
     whole, _ = script.train(state, env, Logger(), 6 * config.steps_per_update)
-    config = small(script, log_every=3)
     env, state = start(config, script)
     parts, _ = script.train(state, env, Logger(), 3 * config.steps_per_update)
     parts, _ = script.train(parts, env, Logger(), 3 * config.steps_per_update)
@@ -334,13 +340,13 @@ def test_warmup_and_evaluation_leave_the_state_alone(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_learning_rate_falls_to_zero_and_with_it_the_steps(script):
-    config = small(script, total_steps=8 * 16 * 4)
+    config = small(script)
     env, state = start(config, script)
     rates = []
-    for _ in range(4):
+    for _ in range(6):
         state, report = script.train(state, env, Logger(), config.steps_per_update)
         rates.append(float(report["charts/learning_rate"][0]))
-    expected = config.learning_rate * np.array([1.0, 0.75, 0.5, 0.25])
+    expected = config.learning_rate * (1.0 - np.arange(6) / 6)
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
     before = copy(state.params)
     # Past the end: nothing is left to step with.

@@ -1,5 +1,8 @@
 """Soft actor-critic, continuous and discrete, with memory and without: losses and replay."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,13 +27,10 @@ SCRIPTS = [sac, sacd, rsac, rsacd]
 RECURRENT, CONTINUOUS = (rsac, rsacd), (sac, rsac)
 
 
-def small(script, **changes):
-    return small_off_policy(script, **{"learning_starts": 200} | changes)
-
-
+@functools.cache
 def filled(script, **changes):
     """A config, its network, the state of one seed with a filled buffer, a minibatch."""
-    config = small(script, **changes)
+    config = small_off_policy(script, **changes)
     env, state = start(config, script)
     state = one_seed(fill_buffer(script.rollout, state, env))
     sample = script.make_replay(config).sample(state.buffer, jax.random.key(1))
@@ -49,10 +49,18 @@ def loss_of(script, part=None):
     return jax.jit(value, static_argnums=2)
 
 
-def gradient_of(script, part, *args):
-    """Its gradient with respect to the parameters, by module."""
-    gradient = jax.jit(jax.grad(loss_of(script, part)), static_argnums=2)(*args)
-    return {name: jax.tree.leaves(leaves) for name, leaves in gradient["params"].items()}
+def gradients_of(script, parts, params, target_params, network, batch):
+    """The gradients of some parts with respect to the parameters, by module."""
+
+    @jax.jit
+    def gradients(params):
+        args = params, target_params, network, batch
+        return [jax.grad(loss_of(script, part))(*args) for part in parts]
+
+    return [
+        {name: jax.tree.leaves(leaves) for name, leaves in gradient["params"].items()}
+        for gradient in gradients(params)
+    ]
 
 
 def is_zero(leaves):
@@ -113,7 +121,7 @@ class Table:
 def test_the_best_discrete_policy_is_softmax_of_values_over_alpha(rng):
     """Only where logits = Q / alpha is the gradient zero, and V = alpha logsumexp(Q / alpha)."""
     q_values = jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32)
-    alpha, config = 0.3, small(sacd, gamma=0.9)
+    alpha, config = 0.3, small_off_policy(sacd, gamma=0.9)
     batch = sacd.Transition(
         obs=None,
         action=jnp.zeros(5, int),
@@ -145,13 +153,15 @@ def test_alpha_goes_where_the_entropy_should(script):
         name, low, high = "target_entropy", -20.0, 20.0
     else:
         name, low, high = "target_entropy_ratio", 0.01, 1.0
+    config, _, state, batch = filled(script)
+    # The logits of an untrained policy are as good as equal: here they are not.
+    params = jax.tree.map(lambda x: x, state.params)
+    head = params["params"]["actor_head"]
+    params["params"]["actor_head"] = jax.tree.map(lambda x: 5.0 * x, head)
     for target, autotune in ((low, True), (high, True), (high, False)):
-        _, network, state, batch = filled(script, **{name: target}, autotune=autotune)
-        # The logits of an untrained policy are as good as equal: here they are not.
-        params = jax.tree.map(lambda x: x, state.params)
-        head = params["params"]["actor_head"]
-        params["params"]["actor_head"] = jax.tree.map(lambda x: 5.0 * x, head)
-        gradients = gradient_of(script, None, params, state.target_params, network, batch)
+        changed = dataclasses.replace(config, **{name: target}, autotune=autotune)
+        args = params, state.target_params, network_of(script, changed), batch
+        (gradients,) = gradients_of(script, [None], *args)
         (gradient,) = gradients["log_alpha"]
         assert jnp.sign(gradient) == (0 if not autotune else -1 if target == high else 1)
 
@@ -166,7 +176,7 @@ SHARED = [(script, {"shared_torso": True}) for script in RECURRENT]
 def test_every_loss_trains_its_own_parameters_only(script, changes):
     _, network, state, batch = filled(script, **changes)
     args = state.params, state.target_params, network, batch
-    actor, critic = (gradient_of(script, part, *args) for part in ("actor_loss", "td_loss"))
+    actor, critic = gradients_of(script, ["actor_loss", "td_loss"], *args)
     assert ("actor_torso" in actor) == (script in RECURRENT and not changes)
     for name in actor:
         assert is_zero(actor[name]) == (not name.startswith("actor")), name
@@ -184,8 +194,8 @@ def test_replayed_features_are_those_of_acting(script, shared_torso):
     steps = state.buffer.experience.steps
     steps = jax.tree.map(lambda x: x[:, :12].reshape(4, 48, *x.shape[3:]).swapaxes(0, 1), steps)
 
-    def read(carry, inputs, starts):
-        return network.apply(state.params, carry, inputs, starts, method="read")
+    def read(*args):
+        return network.apply(state.params, *args, method="read")
 
     def as_sequence(*step):
         return jax.tree.map(lambda x: x[None], step)
@@ -208,7 +218,7 @@ def test_replayed_features_are_those_of_acting(script, shared_torso):
     carry, batch, *_ = sample
     for burn_in in (0, 4):
         args = carry, batch.inputs, batch.start, burn_in
-        _, *features = network.apply(state.params, *args, method="read")
+        _, *features = jax.jit(read, static_argnums=3)(*args)
         assert batch.final[burn_in:].sum() > 10
         expected = np.stack([seen[name] for name in names(batch.inputs.obs[burn_in:])])
         features = jnp.concatenate(features, axis=-1).reshape(-1, 32)
@@ -220,16 +230,19 @@ def test_burn_in_counts_but_gets_no_gradient(script):
     _, network, state, sample = filled(script)
     sample = sample._replace(batch=sample.batch._replace(start=jnp.zeros_like(sample.batch.start)))
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(obs):
         inputs = sample.batch.inputs._replace(obs=obs)
         replayed = sample._replace(batch=sample.batch._replace(inputs=inputs))
         return loss_of(script)(state.params, state.target_params, network, replayed)
 
     obs = sample.batch.inputs.obs
-    value, gradient = jax.value_and_grad(loss)(obs)
+    value, gradient = loss(obs)
     assert (gradient[:4] == 0).all() and (gradient[4:-1] != 0).any(axis=(1, 2)).all()
     assert (gradient[-1] == 0).all()  # the last observation is only bootstrapped from
-    assert abs(loss(obs.at[:4].add(1.0)) - value) > 1e-6
+    other, _ = loss(obs.at[:4].add(1.0))
+    assert abs(other - value) > 1e-6
 
 
 @pytest.mark.parametrize("script", RECURRENT)
@@ -239,22 +252,28 @@ def test_final_observations_are_no_steps(script):
     final = sample.batch.final
     assert final[4:-1].any()
 
-    def loss(part=None, **changes):
-        replayed = sample._replace(batch=sample.batch._replace(**changes))
-        return loss_of(script, part)(state.params, state.target_params, network, replayed)
+    @jax.jit
+    def both(batch):
+        args = state.params, state.target_params, network, sample._replace(batch=batch)
+        return loss_of(script)(*args), loss_of(script, "td_loss")(*args)
+
+    def losses(**changes):
+        return both(sample.batch._replace(**changes))
 
     action = sample.batch.action
     is_final = final.reshape(final.shape + (1,) * (action.ndim - 2))
     changes = {"action": jnp.where(is_final, 2, action)}
     changes |= {"reward": jnp.where(final, 1e6, sample.batch.reward)}
-    assert loss() == loss(**changes, terminated=sample.batch.terminated | final)
+    terminated = sample.batch.terminated | final
+    (total, td_loss), (other, _) = losses(), losses(**changes, terminated=terminated)
+    assert total == other
     # test::Counting and test::Steering terminate or truncate: then it is bootstrapped from.
     truncated = final & ~jnp.roll(sample.batch.terminated, 1, axis=0)
     assert truncated[5:].any() and (final & ~truncated)[5:].any()
     for which, changes_something in ((truncated, True), (final & ~truncated, False)):
         obs = jnp.where(which.at[:5].set(False)[..., None], -1.0, sample.batch.inputs.obs)
-        different = loss("td_loss", inputs=sample.batch.inputs._replace(obs=obs)) != loss("td_loss")
-        assert different == changes_something
+        _, other = losses(inputs=sample.batch.inputs._replace(obs=obs))
+        assert (other != td_loss) == changes_something
 
 
 def test_candidate_actions_are_no_history():
@@ -306,14 +325,14 @@ def test_actions_are_uniform_until_learning_starts(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_same_seed_same_run_alone_or_among_several(script):
-    def trained(**changes):
-        config = small(script, **changes)
-        env, state = start(config, script)
+    def trained(config, seed):
+        env, state = start(config, script, seed)
         state = script.warmup(state, env, Logger())
         assert state.updates[0] == 200 // config.steps_per_update
         return script.train(state, env, Logger(), 5 * config.steps_per_update)[0]
 
-    (state, same), several = (trained(seed=1) for _ in range(2)), trained(num_seeds=2)
+    state, same = (trained(small_off_policy(script), seed=1) for _ in range(2))
+    several = trained(small_off_policy(script, num_seeds=2), seed=0)
     jax.tree.map(np.testing.assert_array_equal, state.params, same.params)
     second = jax.tree.map(lambda x: x[1], several.params)
     assert_close(second, one_seed(state).params, atol=2e-4)
@@ -321,7 +340,7 @@ def test_same_seed_same_run_alone_or_among_several(script):
 
 @pytest.mark.parametrize("script", [sacd, rsacd])
 def test_images_are_observations_too(script):
-    config = small(script, env="test::Picture")
+    config = small_off_policy(script, env="test::Picture")
     env, state = start(config, script)
     state = script.warmup(state, env, Logger())
     _, report = script.train(state, env, Logger(), config.steps_per_update)
@@ -335,7 +354,7 @@ def test_images_are_observations_too(script):
 @pytest.mark.parametrize("script", [rsac, pytest.param(rsacd, marks=pytest.mark.slow)])
 def test_every_cell_can_be_replayed(script, cell):
     """Traced only: the buffer takes its carry, the update returns a state like the one it got."""
-    config = small(script, cell=cell)
+    config = small_off_policy(script, cell=cell)
     env = config.make_env()
     before = jax.eval_shape(lambda: script.init(config, seed_keys(config)))
     after, _, _ = compiled_updates.eval_shape(script.update, before, env, 1)
@@ -357,7 +376,7 @@ def test_probes_are_solved(script, probe):
     changes = {"num_steps": 4, "gradient_steps": 4, "gamma": 0.8, "total_steps": 8_000, "tau": 0.05}
     changes |= {"alpha": 0.02, "autotune": False, "learning_rate": 3e-3}
     kwargs = probe | ({"continuous": True} if script in CONTINUOUS else {})
-    config = small(script, env="test::Probe", env_kwargs=kwargs, **changes)
+    config = small_off_policy(script, env="test::Probe", env_kwargs=kwargs, **changes)
     env, state = start(config, script)
     state = script.warmup(state, env, Logger())
     state, _ = script.train(state, env, Logger(), config.total_steps)
