@@ -8,7 +8,7 @@
 The candidate is the positive one of the paper's log-space version. Log space itself is not needed:
 with 0 < 1 - z < 1 the recurrence is stable. There are no biases, as in the reference
 implementation. The convolution is not in the paper. Without it, a single layer cannot tell which
-input came when, and does not learn to repeat the symbol of four steps ago.
+input came when: in the task 4-back of benchmark/recall.py it stays at 65 % after 1000 updates.
 
 Carry: h (B, H), and the convolution's last inputs (B, K - 1, D), zeros.
 Cost per step: 4 D H floating-point operations per environment.

@@ -14,9 +14,9 @@ HiPPO-LegS, block by block, with B and C transformed accordingly. dt starts log-
 dt_min and dt_max.
 
 The paper's dt_max is 0.1, for half lives of 14 to 1400 steps. The default here is 1, which adds
-shorter ones: repeating the symbol of four steps ago is then learned several times faster
-(benchmark/recall.py). Unlike by default in the official code, the real parts of lambda stay
-negative, because a positive one overflows in the end.
+shorter ones: in the task 4-back of benchmark/recall.py, four seeds need 56 to 66 updates instead of
+102 to 173. Unlike by default in the official code, the real parts of lambda stay negative, because
+a positive one overflows in the end.
 
 Carry: h (B, P) complex64, zeros.
 Cost per step: 8 H P + 4 H^2 floating-point operations per environment.

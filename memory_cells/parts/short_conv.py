@@ -1,7 +1,7 @@
 """A learned causal convolution over the last few steps, with one filter per channel.
 
-Linear recurrences read their inputs through it. Without it they can hardly tell one step from the
-next; for instance, they do not learn to copy the input of four steps ago.
+minGRU, Mamba and the matrix memories read their inputs through it. Without it they can hardly tell
+how long ago an input came. For instance, minGRU does not learn to repeat the one of four steps ago.
 """
 
 import flax.linen as nn
