@@ -17,6 +17,7 @@ from harness.errors import RunError, UsageError
 from harness.run_dir import load_config
 
 BackendName = Literal["console", "file", "tensorboard", "wandb", "neptune", "dashboard"]
+DEFAULT_LOG: tuple[BackendName, ...] = ("console", "file", "tensorboard")
 EvalEpisodes = Annotated[int, tyro.conf.arg(aliases=("--episodes",))]
 
 
@@ -28,18 +29,10 @@ class Experiment:
     seed: int = 0  # seed of the first run; run i has seed + i
     num_seeds: int = 1  # independent runs, trained side by side in one program
     total_steps: int = 500_000  # environment steps of each seed
-    log: tuple[BackendName, ...] = (
-        "console",
-        "file",
-        "tensorboard",
-    )  # where metrics go, any combination
+    log: tuple[BackendName, ...] = DEFAULT_LOG  # where metrics go, any combination
     log_every: int = 10  # updates between two reports
-    wandb_mode: Literal["online", "offline"] = (
-        "online"  # offline: write into the run directory only
-    )
-    neptune_mode: Literal["async", "offline"] = (
-        "async"  # offline: write into the run directory only
-    )
+    wandb_mode: Literal["online", "offline"] = "online"  # offline: only into the run directory
+    neptune_mode: Literal["async", "offline"] = "async"  # offline: only into the run directory
     run_dir: str = ""  # directory for this run, must be new; empty: one under runs/
     resume: str = ""  # directory of a run to continue, bit for bit; its config is taken from there
     eval_every: int = 50_000  # environment steps between two evaluations; a checkpoint follows each
@@ -135,9 +128,8 @@ def use_compilation_cache(folder: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        jax.config.update(
-            "jax_compilation_cache_max_size", 2**31
-        )  # least recently used programs go first
+        # Beyond this size the least recently used programs are deleted.
+        jax.config.update("jax_compilation_cache_max_size", 2**31)
 
 
 def check_sizes(config) -> None:
@@ -169,9 +161,8 @@ def check_sizes(config) -> None:
         raise ValueError(f"buffer_size ({config.buffer_size}) is less than {update}")
     if hasattr(config, "sequence_length"):
         length = config.burn_in + config.sequence_length
-        chunks = -(
-            -length // config.num_steps
-        )  # updates that collect a sequence; a buffer holds whole ones
+        # A sequence consists of whole chunks, the steps of one update each.
+        chunks = -(-length // config.num_steps)
         for name, needed in (("learning_starts", chunks - 1), ("buffer_size", chunks)):
             steps = needed * steps_per_update
             if getattr(config, name) < steps:

@@ -46,12 +46,13 @@ def test_summarize_divides_sums_by_what_they_count():
         "charts/episodes": np.array([5, 0]),
     }
     finite = {name: np.array([3, 3]) for name in sums}
-    report = summarize(sums, finite, first=10, count=3)
+    report = summarize(sums, finite, first=10, count=3, steps_per_update=8)
     np.testing.assert_array_equal(report["losses/entropy"], [1.0, 2.0])
     np.testing.assert_array_equal(report["charts/episodic_return"], [10.0, np.nan])
     np.testing.assert_array_equal(report["charts/episodes"], [5, 0])
+    assert report.step == 13 * 8
     nothing = sums | {"charts/episodes": np.array([0, 0])}
-    nothing = summarize(nothing, finite, first=10, count=3)
+    nothing = summarize(nothing, finite, first=10, count=3, steps_per_update=8)
     assert "charts/episodic_return" not in nothing and "losses/entropy" in nothing
 
 
@@ -60,7 +61,7 @@ def test_a_report_knows_the_update_in_which_a_loss_was_first_not_finite():
     sums |= {"charts/episodes": np.array([0, 0]), "charts/x": np.array([1.0, np.nan])}
     finite = {"losses/a": np.array([3, 1]), "losses/b": np.array([3, 3])}
     finite |= {"charts/episodes": np.array([3, 3]), "charts/x": np.array([3, 0])}
-    first_nonfinite = summarize(sums, finite, first=10, count=3).first_nonfinite
+    first_nonfinite = summarize(sums, finite, first=10, count=3, steps_per_update=8).first_nonfinite
     assert first_nonfinite.keys() == {"losses/a", "losses/b"}
     np.testing.assert_array_equal(first_nonfinite["losses/a"], [0, 12])
     np.testing.assert_array_equal(first_nonfinite["losses/b"], [0, 0])
