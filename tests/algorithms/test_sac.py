@@ -354,7 +354,7 @@ def test_images_are_observations_too(script):
 @pytest.mark.parametrize("script", [rsac, pytest.param(rsacd, marks=pytest.mark.slow)])
 def test_every_cell_can_be_replayed(script, cell):
     """Traced only: the buffer takes its carry, the update returns a state like the one it got."""
-    config = small_off_policy(script, cell=cell)
+    config = small_off_policy(script, cell=cell, shared_torso=True)  # one memory, not two
     env = config.make_env()
     before = jax.eval_shape(lambda: script.init(config, seed_keys(config)))
     after, _, _ = compiled_updates.eval_shape(script.update, before, env, 1)
