@@ -64,7 +64,7 @@ SHORT_RESULTS = (  # algorithm, task, command without memory (None: not measured
 )
 SHORT_SPEED = (  # label, our system of throughput.py, those of others
     (
-        "RPPO with a GRU, 64 environments",
+        "RPPO, a GRU in each of two torsos, 64 environments",
         "rppo gru two torsos, 64 x 128",
         ("memorax PPO gru (two torsos), 64 x 128",),
     ),
@@ -253,7 +253,8 @@ def results_short(here):
     head = ["algorithm", "task", "without memory", "with a GRU"]
     rows = [[name, task, cell(plain), cell(memory)] for name, task, plain, memory in SHORT_RESULTS]
     legend = (
-        "Greedy return over 100 episodes: median of the seeds, and in brackets the worst seed.\n"
+        "Greedy return over 100 episodes: median and (worst) seed. "
+        "Some runs with memory are longer.\n"
     )
     more = f"Every number links to its file; {section_link('all results', 'results', here)}.\n"
     return markdown(head, rows) + "\n" + legend + more
