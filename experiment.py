@@ -102,6 +102,9 @@ def check_config(config, actions, bounded: bool = False) -> None:
       ValueError: names the field or environment, its value and what is valid.
     """
     check_sizes(config)
+    if jax.config.jax_enable_x64:
+        advice = 'call jax.config.update("jax_enable_x64", False) first'
+        raise ValueError(f"training is in 32 bits, and jax_enable_x64 is set: {advice}")
     env = config.make_env()
     space = env.action_space
     if bounded:

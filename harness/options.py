@@ -49,11 +49,13 @@ class Experiment:
         return self.total_steps // self.steps_per_update
 
     def progress(self, updates):
-        """How much of the run so many updates (int32) are, from 0 to 1 (float32).
+        """How much of the run so many updates are, from 0 to 1 (float32).
 
         All schedules follow it. Steps are not counted here, as int32 holds too few of them.
         """
-        return (updates.astype("float32") / self.num_updates).clip(0.0, 1.0)
+        import jax.numpy as jnp
+
+        return jnp.clip(jnp.asarray(updates, jnp.float32) / self.num_updates, 0.0, 1.0)
 
 
 # Config fields whose valid range is not "greater than 0".
@@ -80,6 +82,7 @@ def launch(main, config_class):
     # Tracing makes many objects and no garbage: collecting it is a sixth of the start. `Run`
     # enables it again.
     gc.disable()
+    keep_32_bits()
     try:
         if not issubclass(config_class, Experiment):
             return main(tyro.cli(config_class))
@@ -118,6 +121,12 @@ def parse(config_class):
     config = tyro.cli(config_class, default=default)
     merged = {name: value | getattr(config, name) for name, value in options.items()}
     return dataclasses.replace(config, **merged)
+
+
+def keep_32_bits() -> None:
+    """Ignore JAX_ENABLE_X64: with it libraries change the types and results of environments."""
+    if jax := sys.modules.get("jax"):
+        jax.config.update("jax_enable_x64", False)
 
 
 def use_compilation_cache(folder: str) -> None:
