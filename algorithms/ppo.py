@@ -18,7 +18,7 @@ arXiv 1506.02438), and R = A + V are the returns.
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -70,6 +70,7 @@ class Config(Experiment):
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients are clipped to this global norm
+    eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
 
     @property
     def steps_per_update(self) -> int:
@@ -356,20 +357,21 @@ def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
     return state, report
 
 
-@partial(jax.jit, static_argnames=("env", "episodes", "play"))
-def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
-    """Play `episodes` greedy episodes per seed, in environments of their own: (S, episodes)."""
+@partial(jax.jit, static_argnames=("env", "episodes", "greedy", "play"))
+def evaluate(state: State, env, episodes: int, greedy=True, play=play) -> Episodes:
+    """Play `episodes` of every seed, greedily or as the policy draws actions: (S, episodes)."""
     config = state.config
     network = make_network(config, env)
 
     def evaluate_seed(state):
-        def policy(carry, obs, *_):
+        def policy(carry, obs, start, action, reward, key):
             logits, _ = network.apply(state.params, obs)
-            return carry, logits.argmax(axis=-1)
+            draw = jax.random.categorical(key, logits)
+            return carry, logits.argmax(axis=-1) if greedy else draw
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
-        frozen_env = env.frozen(state.env_state)
-        return play(frozen_env, policy, lambda _: (), key, config.num_eval_envs, episodes)
+        frozen = env.frozen(state.env_state)
+        return play(frozen, policy, lambda _: (), key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 
@@ -385,7 +387,7 @@ def main(config: Config) -> None:
         while num_steps := run.next_chunk(state):
             state, _ = train(state, env, run.logger, num_steps)
             if run.evaluation_is_due(state):
-                run.save(state, evaluate(state, env, config.eval_episodes))
+                run.evaluate(evaluate, state, env)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ class Config(Experiment):
     alpha: float = 0.2  # weight of the entropy; the initial one if it is tuned
     autotune: bool = True  # tune alpha so that the entropy approaches target_entropy
     target_entropy: float = -1.0  # nats per action dimension, for actions scaled to -1 and 1
+    eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
 
     @property
     def steps_per_update(self) -> int:
@@ -439,24 +440,23 @@ def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
     return state, report
 
 
-@partial(jax.jit, static_argnames=("env", "episodes", "play"))
-def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
-    """Play `episodes` greedy episodes per seed, in environments of their own: (S, episodes)."""
+@partial(jax.jit, static_argnames=("env", "episodes", "greedy", "play"))
+def evaluate(state: State, env, episodes: int, greedy=True, play=play) -> Episodes:
+    """Play `episodes` of every seed, greedily or as the policy draws actions: (S, episodes)."""
     config = state.config
     network = make_network(config, env)
 
     def evaluate_seed(state):
-        def policy(carry, obs, start, action, reward, _):
-            carry, policy, _ = network.apply(
-                state.params, carry, Inputs(obs, action, reward), start
-            )
-            action, _ = squashed_normal(0.0, policy, env.action_space)
+        def policy(carry, obs, start, action, reward, key):
+            inputs = Inputs(obs, action, reward)
+            carry, policy, _ = network.apply(state.params, carry, inputs, start)
+            noise = 0.0 if greedy else jax.random.normal(key, policy[0].shape)
+            action, _ = squashed_normal(noise, policy, env.action_space)
             return carry, action
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
-        frozen_env = env.frozen(state.env_state)
-        start_carry = network.initialize_carry
-        return play(frozen_env, policy, start_carry, key, config.num_eval_envs, episodes)
+        frozen = env.frozen(state.env_state)
+        return play(frozen, policy, network.initialize_carry, key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 
@@ -472,7 +472,7 @@ def main(config: Config) -> None:
         while num_steps := run.next_chunk(state):
             state, _ = train(state, env, run.logger, num_steps)
             if run.evaluation_is_due(state):
-                run.save(state, evaluate(state, env, config.eval_episodes))
+                run.evaluate(evaluate, state, env)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ class Config(Experiment):
     alpha: float = 0.2  # weight of the entropy; the initial one if it is tuned
     autotune: bool = True  # tune alpha so that the entropy approaches its target
     target_entropy_ratio: float = 0.7  # that target over the greatest entropy, log(num_actions)
+    eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
 
     @property
     def steps_per_update(self) -> int:
@@ -423,23 +424,22 @@ def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
     return state, report
 
 
-@partial(jax.jit, static_argnames=("env", "episodes", "play"))
-def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
-    """Play `episodes` greedy episodes per seed, in environments of their own: (S, episodes)."""
+@partial(jax.jit, static_argnames=("env", "episodes", "greedy", "play"))
+def evaluate(state: State, env, episodes: int, greedy=True, play=play) -> Episodes:
+    """Play `episodes` of every seed, greedily or as the policy draws actions: (S, episodes)."""
     config = state.config
     network = make_network(config, env)
 
     def evaluate_seed(state):
-        def policy(carry, obs, start, action, reward, _):
-            carry, logits, _ = network.apply(
-                state.params, carry, Inputs(obs, action, reward), start
-            )
-            return carry, logits.argmax(axis=-1)
+        def policy(carry, obs, start, action, reward, key):
+            inputs = Inputs(obs, action, reward)
+            carry, logits, _ = network.apply(state.params, carry, inputs, start)
+            draw = jax.random.categorical(key, logits)
+            return carry, logits.argmax(axis=-1) if greedy else draw
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
-        frozen_env = env.frozen(state.env_state)
-        start_carry = network.initialize_carry
-        return play(frozen_env, policy, start_carry, key, config.num_eval_envs, episodes)
+        frozen = env.frozen(state.env_state)
+        return play(frozen, policy, network.initialize_carry, key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 
@@ -455,7 +455,7 @@ def main(config: Config) -> None:
         while num_steps := run.next_chunk(state):
             state, _ = train(state, env, run.logger, num_steps)
             if run.evaluation_is_due(state):
-                run.save(state, evaluate(state, env, config.eval_episodes))
+                run.evaluate(evaluate, state, env)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ the first of the next episode.
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -79,6 +79,7 @@ class Config(Experiment):
     alpha: float = 0.2  # weight of the entropy; the initial one if it is tuned
     autotune: bool = True  # tune alpha so that the entropy approaches target_entropy
     target_entropy: float = -1.0  # nats per action dimension, for actions scaled to -1 and 1
+    eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
 
     @property
     def steps_per_update(self) -> int:
@@ -383,21 +384,22 @@ def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
     return state, report
 
 
-@partial(jax.jit, static_argnames=("env", "episodes", "play"))
-def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
-    """Play `episodes` greedy episodes per seed, in environments of their own: (S, episodes)."""
+@partial(jax.jit, static_argnames=("env", "episodes", "greedy", "play"))
+def evaluate(state: State, env, episodes: int, greedy=True, play=play) -> Episodes:
+    """Play `episodes` of every seed, greedily or as the policy draws actions: (S, episodes)."""
     config = state.config
     network = make_network(config, env)
 
     def evaluate_seed(state):
-        def policy(carry, obs, *_):
+        def policy(carry, obs, start, action, reward, key):
             policy, _ = network.apply(state.params, obs)
-            action, _ = squashed_normal(0.0, policy, env.action_space)
+            noise = 0.0 if greedy else jax.random.normal(key, policy[0].shape)
+            action, _ = squashed_normal(noise, policy, env.action_space)
             return carry, action
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
-        frozen_env = env.frozen(state.env_state)
-        return play(frozen_env, policy, lambda _: (), key, config.num_eval_envs, episodes)
+        frozen = env.frozen(state.env_state)
+        return play(frozen, policy, lambda _: (), key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 
@@ -413,7 +415,7 @@ def main(config: Config) -> None:
         while num_steps := run.next_chunk(state):
             state, _ = train(state, env, run.logger, num_steps)
             if run.evaluation_is_due(state):
-                run.save(state, evaluate(state, env, config.eval_episodes))
+                run.evaluate(evaluate, state, env)
 
 
 if __name__ == "__main__":

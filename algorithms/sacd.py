@@ -24,7 +24,7 @@ off, not the first of the next episode.
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -80,6 +80,7 @@ class Config(Experiment):
     alpha: float = 0.2  # weight of the entropy; the initial one if it is tuned
     autotune: bool = True  # tune alpha so that the entropy approaches its target
     target_entropy_ratio: float = 0.7  # that target over the greatest entropy, log(num_actions)
+    eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
 
     @property
     def steps_per_update(self) -> int:
@@ -365,20 +366,21 @@ def train(state: State, env, logger, num_steps: int) -> tuple[State, dict]:
     return state, report
 
 
-@partial(jax.jit, static_argnames=("env", "episodes", "play"))
-def evaluate(state: State, env, episodes: int, play=play) -> Episodes:
-    """Play `episodes` greedy episodes per seed, in environments of their own: (S, episodes)."""
+@partial(jax.jit, static_argnames=("env", "episodes", "greedy", "play"))
+def evaluate(state: State, env, episodes: int, greedy=True, play=play) -> Episodes:
+    """Play `episodes` of every seed, greedily or as the policy draws actions: (S, episodes)."""
     config = state.config
     network = make_network(config, env)
 
     def evaluate_seed(state):
-        def policy(carry, obs, *_):
+        def policy(carry, obs, start, action, reward, key):
             logits, _ = network.apply(state.params, obs)
-            return carry, logits.argmax(axis=-1)
+            draw = jax.random.categorical(key, logits)
+            return carry, logits.argmax(axis=-1) if greedy else draw
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
-        frozen_env = env.frozen(state.env_state)
-        return play(frozen_env, policy, lambda _: (), key, config.num_eval_envs, episodes)
+        frozen = env.frozen(state.env_state)
+        return play(frozen, policy, lambda _: (), key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 
@@ -394,7 +396,7 @@ def main(config: Config) -> None:
         while num_steps := run.next_chunk(state):
             state, _ = train(state, env, run.logger, num_steps)
             if run.evaluation_is_due(state):
-                run.save(state, evaluate(state, env, config.eval_episodes))
+                run.evaluate(evaluate, state, env)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Experiment:
     run_dir: str = ""  # directory for this run, must be new; empty: one under runs/
     resume: str = ""  # directory of a run to continue, bit for bit; its config is taken from there
     eval_every: int = 50_000  # environment steps between two evaluations; a checkpoint follows each
-    eval_episodes: EvalEpisodes = 100  # episodes of a greedy evaluation
+    eval_episodes: EvalEpisodes = 100  # episodes of an evaluation, of each policy
     num_eval_envs: int = 100  # parallel environments of an evaluation
     keep_checkpoints: int = 2  # last checkpoints to keep, besides the one with the best evaluation
     evaluate: str = ""  # directory of a run: evaluate its last checkpoint instead of training
