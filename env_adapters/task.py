@@ -58,6 +58,8 @@ class Task:
       masks: names for entries of a vector observation, as in {"velocity": (1, 3)}.
       costly_reset: True if a reset costs about as much as a step or more. `Environment` then
         computes resets only for environments whose episode has ended (`branch_where`).
+      clip_reward: True if the agent learns from rewards clipped to [-1, 1], as in Atari games.
+        `step` returns the rewards of the task, and returns of episodes are sums of these.
     """
 
     reset: Callable
@@ -68,6 +70,7 @@ class Task:
     render: Callable | None = None
     masks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     costly_reset: bool = False
+    clip_reward: bool = False
 
 
 def cast(obs, space: Box):
