@@ -148,8 +148,6 @@ def atari_task(owner: str, spec, **options) -> Task:
             host.step, results, emulator, jnp.stack(held_actions), vmap_method="broadcast_all"
         )
         frames = jnp.concatenate([frames[..., 1:], frame[..., None]], axis=-1)
-        if options["reward_clipping"]:
-            reward = jnp.clip(reward, -1, 1)
         return frames, (emulator, frames, held), reward, terminated, truncated
 
     def render(state):
@@ -163,6 +161,7 @@ def atari_task(owner: str, spec, **options) -> Task:
         action_space=Discrete(host.actions),
         max_steps=-(-max_frames // frameskip),
         render=render,
+        clip_reward=options["reward_clipping"],
     )
 
 
