@@ -154,7 +154,14 @@ def run_updates(update, state, env, num_updates: int):
 
     The first call compiles `update`, and so does every call with another shape of state. The state
     passed in is used up (donated).
+
+    Raises:
+      UsageError: the state has a replay buffer that `warmup` has not filled.
     """
+    learning_starts = getattr(state.config, "learning_starts", 0)
+    if int(state.updates[0]) < learning_starts // state.config.steps_per_update:
+        reason = f"its replay buffer is to hold learning_starts ({learning_starts}) steps first"
+        raise UsageError(f"call warmup before train: {reason}")
     began = time.perf_counter()
     first = int(state.updates[0])
     state, sums, finite = jax.block_until_ready(compiled_updates(update, state, env, num_updates))

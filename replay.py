@@ -347,3 +347,8 @@ def as_seen(steps: Transition) -> Sequence:
     order = jnp.argsort(~exists, axis=0, stable=True)[: len(steps.done) + 1]
     select = jax.vmap(lambda x, order: x[order], in_axes=1, out_axes=1)
     return jax.tree.map(lambda a, b: select(in_turn(a, b), order), step_rows, final_rows)
+
+
+def mean_of_steps(x, is_step):
+    """The mean of x (L, B) over the rows in which a step begins, is_step; 0 if there is none."""
+    return x.sum(where=is_step) / jnp.maximum(1, is_step.sum())

@@ -48,6 +48,13 @@ class Experiment:
     def num_updates(self) -> int:
         return self.total_steps // self.steps_per_update
 
+    def progress(self, updates):
+        """How much of the run so many updates (int32) are, from 0 to 1 (float32).
+
+        All schedules follow it. Steps are not counted here, as int32 holds too few of them.
+        """
+        return (updates.astype("float32") / self.num_updates).clip(0.0, 1.0)
+
 
 # Config fields whose valid range is not "greater than 0".
 AT_LEAST_0 = ("seed", "ent_coef", "vf_coef", "bptt", "learning_starts", "burn_in")
