@@ -138,9 +138,7 @@ def sequences(num_envs, slots, chunks, **changes):
         (2, 3, 3, 8),  # one sequence of every environment
     ],
 )
-def test_probabilities_and_weights_are_those_of_the_priorities(
-    num_envs, slots, chunks, added, rng
-):
+def test_probabilities_and_weights_are_those_of_the_priorities(num_envs, slots, chunks, added, rng):
     """Against a table of all sequences, in numpy: some have priority 0, new ones the greatest."""
     exponents = {"priority_exponent": 0.7, "importance_exponent": 0.4}
     replay, buffer, add = sequences(num_envs, slots, chunks, prioritized=True, **exponents)
