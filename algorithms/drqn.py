@@ -84,6 +84,8 @@ class Config(Experiment):
     sequence_length: int = 32  # L, steps of a sequence that are learned from
     burn_in: int = 16  # steps before these that bring the memory up to date
     prioritized: bool = False  # prefer sequences with large errors (R2D2, section 2.3)
+    priority_exponent: float = 0.9  # of the priority in the probability of a sequence; 0: uniform
+    importance_exponent: float = 0.6  # of 1 / probability in the weight of its loss; 0: no weights
     n_step: int = 5  # rewards in a target before the value
     rescale: bool = False  # learn values on R2D2's scale sign(x) (sqrt(|x| + 1) - 1) + 0.001 x
     gradient_steps: int = 4  # minibatches of an update
@@ -202,6 +204,8 @@ def make_replay(config: Config):
         num_steps=config.num_steps,
         length=config.burn_in + config.sequence_length,
         prioritized=config.prioritized,
+        priority_exponent=config.priority_exponent,
+        importance_exponent=config.importance_exponent,
     )
 
 
@@ -329,7 +333,7 @@ def update(state, env):
         sample = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
         gradient = jax.grad(td_loss, has_aux=True)
         gradients, parts = gradient(state.params, state.target_params, network, config, sample)
-        buffer = replay.set_priorities(state.buffer, sample.indices, parts.pop("error"))
+        buffer = replay.set_priorities(state.buffer, sample, parts.pop("error"))
         state = state.replace(buffer=buffer)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)

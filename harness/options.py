@@ -69,6 +69,8 @@ BETWEEN_0_AND_1 = (
     "end_e",
     "exploration_fraction",
     "target_entropy_ratio",
+    "priority_exponent",
+    "importance_exponent",
 )
 ANY_SIGN = ("target_entropy",)
 
