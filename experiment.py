@@ -29,8 +29,10 @@ from harness.errors import Diverged, Options, RunError, UsageError
 from harness.metrics import (
     GREEDY,
     METRICS_FILE,
+    SAMPLED,
     Report,
     describe,
+    evaluated_policies,
     read_metrics,
     summarize,
     summarize_episodes,
@@ -102,6 +104,9 @@ def check_config(config, actions, bounded: bool = False) -> None:
       ValueError: names the field or environment, its value and what is valid.
     """
     check_sizes(config)
+    if jax.config.jax_enable_x64:
+        advice = 'call jax.config.update("jax_enable_x64", False) first'
+        raise ValueError(f"training is in 32 bits, and jax_enable_x64 is set: {advice}")
     env = config.make_env()
     space = env.action_space
     if bounded:
@@ -154,7 +159,14 @@ def run_updates(update, state, env, num_updates: int):
 
     The first call compiles `update`, and so does every call with another shape of state. The state
     passed in is used up (donated).
+
+    Raises:
+      UsageError: the state has a replay buffer that `warmup` has not filled.
     """
+    learning_starts = getattr(state.config, "learning_starts", 0)
+    if int(state.updates[0]) < learning_starts // state.config.steps_per_update:
+        reason = f"its replay buffer is to hold learning_starts ({learning_starts}) steps first"
+        raise UsageError(f"call warmup before train: {reason}")
     began = time.perf_counter()
     first = int(state.updates[0])
     state, sums, finite = jax.block_until_ready(compiled_updates(update, state, env, num_updates))
@@ -235,7 +247,7 @@ class Run:
             while num_steps := run.next_chunk(state):
                 state, _ = train(state, env, run.logger, num_steps)
                 if run.evaluation_is_due(state):
-                    run.save(state, evaluate(state, env, config.eval_episodes))
+                    run.evaluate(evaluate, state, env)
 
     Reports and evaluations happen after the same updates whether or not the run was interrupted.
     SIGTERM and Ctrl-C end the loop at the next report, after a checkpoint; a second Ctrl-C ends it
@@ -255,7 +267,7 @@ class Run:
         self.config = config
         self.signal = None  # the first signal that asked the run to stop
         self.handlers = {}  # signal handlers to restore
-        self.episodes = None  # of the last evaluation
+        self.evaluation = {}  # policy -> episodes of the last evaluation
         self.saved_step = None  # step of the last checkpoint
         self.dir, self.lock = open_run_dir(config)
         self.checkpoints = Checkpoints(self.dir, config.keep_checkpoints)
@@ -263,7 +275,8 @@ class Run:
         if config.resume and self.checkpoints.steps():
             self.state, self.saved_step, notes = self.checkpoints.restore(like)
         else:
-            evaluations = sum(GREEDY in record for record in read_metrics(self.dir / METRICS_FILE))
+            past = read_metrics(self.dir / METRICS_FILE)
+            evaluations = sum(GREEDY in record or SAMPLED in record for record in past)
             # A process may be killed after its first evaluation and before its first checkpoint.
             if config.resume and evaluations > 1:
                 lost = f"the checkpoints of {config.resume!r} are gone"
@@ -297,12 +310,18 @@ class Run:
         done = int(state.updates[0])
         return done % self.updates_per_evaluation == 0 or done == self.config.num_updates
 
-    def save(self, state, episodes) -> None:
-        """Report an evaluation and write a checkpoint."""
-        self.episodes = episodes
-        report = summarize_episodes(episodes)
+    def evaluate(self, evaluate, state, env) -> None:
+        """Evaluate the policies that `eval_policy` names, report that, and write a checkpoint.
+
+        The checkpoint's score is the mean return of the last of them: if both are evaluated, that
+        of the policy as it was trained, which draws its actions.
+        """
+        self.evaluation = evaluate_policies(evaluate, state, env)
+        report = {}
+        for policy, episodes in self.evaluation.items():
+            report |= summarize_episodes(episodes, policy)
         self.logger.log(report, environment_steps(state))
-        healthy = np.delete(report[GREEDY], list(self.logger.diverged))
+        healthy = np.delete(report[f"eval/{policy}_return"], list(self.logger.diverged))
         self._checkpoint(state, float(np.mean(healthy)))
 
     def _checkpoint(self, state, score=float("nan")):
@@ -364,10 +383,25 @@ class Run:
         if kind is None and not complete:
             sys.exit(128 + self.signal)
         if kind is None:
-            result = "the run was complete"
-            if self.episodes:
-                result = describe(self.episodes, self.logger.diverged)
-            print(f"{result}\nsaved to {self.dir}")
+            for policy, episodes in self.evaluation.items():
+                print(describe(episodes, self.logger.diverged, policy))
+            if not self.evaluation:
+                print("the run was complete")
+            print(f"saved to {self.dir}")
+
+
+def evaluate_as(policy: str, evaluate, state, env, episodes: int, **options):
+    """What a script's `evaluate` returns for one of the policies, "greedy" or "sampled"."""
+    if hasattr(state.config, "eval_policy"):  # the others have the greedy policy only
+        options["greedy"] = policy == "greedy"
+    return evaluate(state, env, episodes, **options)
+
+
+def evaluate_policies(evaluate, state, env) -> dict:
+    """Policy -> its episodes (S, eval_episodes), for the policies that the config names."""
+    episodes = state.config.eval_episodes
+    policies = evaluated_policies(state.config)
+    return {policy: evaluate_as(policy, evaluate, state, env, episodes) for policy in policies}
 
 
 def show(config, env, init, evaluate) -> None:
@@ -382,11 +416,12 @@ def show(config, env, init, evaluate) -> None:
     like = jax.eval_shape(lambda: init(config, seed_keys(config)))
     state, step, notes = Checkpoints(config.evaluate).restore(like, config.best)
     diverged = dict(notes["diverged"])
-    episodes = evaluate(state, env, config.eval_episodes)
-    print(f"checkpoint of step {step:,}: {describe(episodes, diverged)}")
+    for policy, episodes in evaluate_policies(evaluate, state, env).items():
+        print(f"checkpoint of step {step:,}: {describe(episodes, diverged, policy)}")
     if config.video:
         seed = min(set(range(config.num_seeds)) - set(diverged))
-        episode = jax.tree.map(lambda x: x[seed], evaluate(state, env, 1, play=record))
+        recordings = evaluate_as(policy, evaluate, state, env, 1, play=record)
+        episode = jax.tree.map(lambda x: x[seed], recordings)
         try:
             write_gif(config.video, env, episode)
         except OSError as error:

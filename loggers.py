@@ -31,7 +31,16 @@ from typing import Protocol
 import numpy as np
 
 from harness.errors import Diverged, UsageError
-from harness.metrics import GREEDY, METRICS_FILE, RETURN, Report, read_metrics, scalars
+from harness.metrics import (
+    GREEDY,
+    METRICS_FILE,
+    RETURN,
+    SAMPLED,
+    Report,
+    evaluated_policies,
+    read_metrics,
+    scalars,
+)
 from harness.run_dir import CONFIG_FILE
 
 
@@ -198,13 +207,15 @@ class Console:
         "td loss": ("losses/td_loss", "{:.2g}"),
         "q value": ("losses/q_values", "{:.2f}"),
         "greedy return": (GREEDY, "{:.2f}"),
+        "sampled return": (SAMPLED, "{:.2f}"),
     }
-    # The columns are those that the first report has, and these.
-    ALWAYS = (RETURN, "charts/episodic_length", GREEDY)
+    # The columns are those that the first report has, these, and those of evaluations.
+    ALWAYS = (RETURN, "charts/episodic_length")
 
     def __init__(self, config, final_step):
         self.final_step = final_step
         self.width = 14 if config.num_seeds == 1 else 19
+        self.evaluated = [f"eval/{policy}_return" for policy in evaluated_policies(config)]
         self.columns = {}
 
     def log(self, metrics, step):
@@ -212,7 +223,7 @@ class Console:
             print(f"compiled in {metrics['charts/compile_seconds']:.1f} s", flush=True)
         shown = {name for name, _ in self.COLUMNS.values()}
         if not self.columns and shown & metrics.keys():
-            present = {*self.ALWAYS, *metrics}
+            present = {*self.ALWAYS, *self.evaluated, *metrics}
             self.columns = {
                 heading: (name, form)
                 for heading, (name, form) in self.COLUMNS.items()

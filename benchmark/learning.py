@@ -22,6 +22,7 @@ import numpy as np
 import results
 
 from harness.dashboard import load
+from harness.metrics import GREEDY
 from memory_cells import CELLS
 
 ROOT = Path(__file__).parent.parent
@@ -182,8 +183,7 @@ def records_of(command):
 
 def evaluations(command):
     """Steps (E,) and greedy returns (E, seeds) of a run's evaluations; nan for a diverged seed."""
-    metric = "eval/episodic_return"
-    points = [(r["step"], r[metric]) for r in records_of(command) if metric in r]
+    points = [(r["step"], r[GREEDY]) for r in records_of(command) if GREEDY in r]
     steps, returns = zip(*points, strict=True)
     return np.array(steps), np.array(returns, float)
 

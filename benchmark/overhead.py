@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 import results
 
+from harness.metrics import GREEDY
+
 LOGGERS = {
     "none": (),
     "console file tensorboard": ("console", "file", "tensorboard"),
@@ -35,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 RECORD = {
     "time": 0.0,
     "charts/episodic_return": [1.0],
-    "eval/episodic_return": [1.0],
+    GREEDY: [1.0],
     "charts/SPS": 1.0,
 }
 PAST = "".join(json.dumps({"step": step} | RECORD) + "\n" for step in range(1000))

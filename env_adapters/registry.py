@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 
 from env_adapters import brax, craftax, gxm, gymnax, mujoco, navix, popgym_arcade, popjaxrl
-from env_adapters.environment import Environment, Normalized
+from env_adapters.environment import Environment, Preprocessed
 from env_adapters.task import Task
 from env_adapters.wrappers import DEFAULTS, check_options, common_options, mask_observation, wrap
 from harness.errors import did_you_mean
@@ -42,7 +42,7 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
         every task
           sticky_actions, noise, mask_probability, flicker, delay, frame_stack, time_limit,
             rescale_actions: wrappers.py describes them and their order;
-          normalize_obs, normalize_reward: running normalisation, see `Normalized`;
+          normalize_obs, normalize_reward: running normalisation, see `Preprocessed`;
           reward_gamma: the discount of normalize_reward.
 
     Raises:
@@ -84,8 +84,8 @@ def _make(id, mask, options):
     if mask:
         task = mask_observation(id, task, mask)
     task = wrap(task, id, {name: common[name] for name in DEFAULTS})
-    if common["normalize_obs"] or common["normalize_reward"]:
-        return Normalized(
+    if task.clip_reward or common["normalize_obs"] or common["normalize_reward"]:
+        return Preprocessed(
             id=id,
             task=task,
             observations=common["normalize_obs"],

@@ -13,7 +13,7 @@ They are applied in this order, the first one closest to the task:
   time_limit        n: truncates episodes after n steps
   rescale_actions   True: continuous actions lie in [-1, 1], whatever the bounds of the task
   normalize_obs, normalize_reward, reward_gamma
-                    running normalisation, see `envs.Normalized`
+                    running normalisation, see `envs.Preprocessed`
 
 A wrapper is a function from a `Task` to a `Task`. Its randomness comes from the keys of reset and
 step. What it has to remember (the last action, past observations) is part of the task's state and

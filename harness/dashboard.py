@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from harness.errors import UsageError
-from harness.metrics import GREEDY, METRICS_FILE, RETURN, interval, iqm, read_metrics
+from harness.metrics import GREEDY, METRICS_FILE, RETURN, SAMPLED, interval, iqm, read_metrics
 from harness.options import Experiment
 from harness.run_dir import CONFIG_FILE, is_running
 
@@ -167,6 +167,7 @@ def draw(history: History):
     for row in [
         *curve_rows(history, "return", RETURN),
         *curve_rows(history, "greedy return", GREEDY),
+        *curve_rows(history, "sampled return", SAMPLED),
     ]:
         curves.add_row(*row)
 

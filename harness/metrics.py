@@ -8,7 +8,10 @@ import numpy as np
 
 METRICS_FILE = "metrics.jsonl"
 RETURN = "charts/episodic_return"
-GREEDY = "eval/episodic_return"
+GREEDY = "eval/greedy_return"  # of the most likely actions
+SAMPLED = "eval/sampled_return"  # of actions drawn from the policy
+GREEDY_LENGTH = "eval/greedy_length"
+SAMPLED_LENGTH = "eval/sampled_length"
 
 
 class Report(dict):
@@ -49,11 +52,17 @@ def summarize(sums: dict, finite: dict, first: int, count: int, steps_per_update
     return Report(means, (first + count) * steps_per_update, first_nonfinite)
 
 
-def summarize_episodes(episodes) -> dict:
+def evaluated_policies(config) -> tuple[str, ...]:
+    """The policies that evaluations of a run follow; the last one chooses the best checkpoint."""
+    choices = {"greedy": ("greedy",), "sample": ("sampled",), "both": ("greedy", "sampled")}
+    return choices[getattr(config, "eval_policy", "greedy")]
+
+
+def summarize_episodes(episodes, policy: str = "greedy") -> dict:
     """The means of an evaluation: `episodes.returns` and `.lengths` are (S, episodes)."""
     return {
-        GREEDY: np.asarray(episodes.returns).mean(axis=1),
-        "eval/episodic_length": np.asarray(episodes.lengths).mean(axis=1),
+        f"eval/{policy}_return": np.asarray(episodes.returns).mean(axis=1),
+        f"eval/{policy}_length": np.asarray(episodes.lengths).mean(axis=1),
     }
 
 
@@ -85,7 +94,7 @@ def scalars(metrics: dict) -> dict[str, float]:
             flat[name] = float(finite.mean())
         if value.size > 1:
             flat |= {f"{name}/seed_{i}": float(x) for i, x in enumerate(value) if math.isfinite(x)}
-            if finite.size > 1 and name in (RETURN, GREEDY):
+            if finite.size > 1 and name in (RETURN, GREEDY, SAMPLED):
                 low, high = interval(finite)
                 flat |= {
                     f"{name}/iqm": float(iqm(finite)),
@@ -95,17 +104,36 @@ def scalars(metrics: dict) -> dict[str, float]:
     return flat
 
 
-def describe(episodes, diverged=()) -> str:
-    """One line about evaluation episodes, returns (S, episodes), without the `diverged` seeds."""
-    returns = np.delete(np.asarray(episodes.returns), list(diverged), axis=0)
-    text = f"greedy return over {returns.shape[1]} episodes: "
-    if len(returns) == 1:
-        low, high = interval(returns[0], lambda draws: draws.mean(axis=-1))
-        return text + f"{returns.mean():.2f} (95 % interval {low:.2f} to {high:.2f})"
+def statistics(episodes, diverged=()) -> dict:
+    """Statistics of evaluation episodes, returns (S, episodes), without the `diverged` seeds.
+
+    One seed: the mean of its episodes, with its interval. Several: the means of the seeds, their
+    median, and their interquartile mean, with its interval.
+    """
+    returns = np.delete(np.asarray(episodes.returns, float), list(diverged), axis=0)
     means = returns.mean(axis=1)
-    low, high = interval(means)
-    text += f"median of {len(means)} seeds {np.median(means):.2f}, "
-    text += f"IQM {iqm(means):.2f} (95 % interval {low:.2f} to {high:.2f}); "
+    if len(means) == 1:
+        bounds = interval(returns[0], lambda draws: draws.mean(axis=-1))
+        return {"mean": float(means[0]), "interval": bounds}
+    return {
+        "means": means.tolist(),
+        "median": float(np.median(means)),
+        "iqm": float(iqm(means)),
+        "interval": interval(means),
+    }
+
+
+def describe(episodes, diverged=(), policy: str = "greedy") -> str:
+    """One line about evaluation episodes, returns (S, episodes), without the `diverged` seeds."""
+    result = statistics(episodes, diverged)
+    low, high = result["interval"]
+    bounds = f"(95 % interval {low:.2f} to {high:.2f})"
+    text = f"{policy} return over {episodes.returns.shape[1]} episodes: "
+    if "mean" in result:
+        return text + f"{result['mean']:.2f} {bounds}"
+    means = result["means"]
+    text += f"median of {len(means)} seeds {result['median']:.2f}, "
+    text += f"IQM {result['iqm']:.2f} {bounds}; "
     text += "the seeds: " + " ".join(f"{mean:.2f}" for mean in means)
     return text + (f" ({len(diverged)} diverged)" if diverged else "")
 

@@ -36,7 +36,7 @@ class Experiment:
     run_dir: str = ""  # directory for this run, must be new; empty: one under runs/
     resume: str = ""  # directory of a run to continue, bit for bit; its config is taken from there
     eval_every: int = 50_000  # environment steps between two evaluations; a checkpoint follows each
-    eval_episodes: EvalEpisodes = 100  # episodes of a greedy evaluation
+    eval_episodes: EvalEpisodes = 100  # episodes of an evaluation, of each policy
     num_eval_envs: int = 100  # parallel environments of an evaluation
     keep_checkpoints: int = 2  # last checkpoints to keep, besides the one with the best evaluation
     evaluate: str = ""  # directory of a run: evaluate its last checkpoint instead of training
@@ -47,6 +47,15 @@ class Experiment:
     @property
     def num_updates(self) -> int:
         return self.total_steps // self.steps_per_update
+
+    def progress(self, updates):
+        """How much of the run so many updates are, from 0 to 1 (float32).
+
+        All schedules follow it. Steps are not counted here, as int32 holds too few of them.
+        """
+        import jax.numpy as jnp
+
+        return jnp.clip(jnp.asarray(updates, jnp.float32) / self.num_updates, 0.0, 1.0)
 
 
 # Config fields whose valid range is not "greater than 0".
@@ -60,6 +69,8 @@ BETWEEN_0_AND_1 = (
     "end_e",
     "exploration_fraction",
     "target_entropy_ratio",
+    "priority_exponent",
+    "importance_exponent",
 )
 ANY_SIGN = ("target_entropy",)
 
@@ -73,6 +84,7 @@ def launch(main, config_class):
     # Tracing makes many objects and no garbage: collecting it is a sixth of the start. `Run`
     # enables it again.
     gc.disable()
+    keep_32_bits()
     try:
         if not issubclass(config_class, Experiment):
             return main(tyro.cli(config_class))
@@ -111,6 +123,12 @@ def parse(config_class):
     config = tyro.cli(config_class, default=default)
     merged = {name: value | getattr(config, name) for name, value in options.items()}
     return dataclasses.replace(config, **merged)
+
+
+def keep_32_bits() -> None:
+    """Ignore JAX_ENABLE_X64: with it libraries change the types and results of environments."""
+    if jax := sys.modules.get("jax"):
+        jax.config.update("jax_enable_x64", False)
 
 
 def use_compilation_cache(folder: str) -> None:

@@ -169,6 +169,7 @@ SMALL = {
     "gradient_steps": 2,
     "sequence_length": 4,
     "burn_in": 2,
+    "eval_policy": "greedy",  # one program instead of two
 }
 
 
@@ -268,6 +269,11 @@ def network_of(script, config):
 
 def one_seed(state):
     return jax.tree.map(lambda x: x[0], state)
+
+
+def replayed_steps(buffer):
+    """All the steps that a replay buffer keeps, of a state or of shapes."""
+    return buffer.chunks.experience.steps if hasattr(buffer, "chunks") else buffer.experience
 
 
 def copy(state):

@@ -119,7 +119,7 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path):
     run_dir = tmp_path / "run"
     open_run_dir(replace(config, run_dir=str(run_dir)))[1].release()
     # Killed after it had logged its first evaluation, before it had written its first checkpoint.
-    logged = '{"step": 32, "time": 1, "eval/episodic_return": [1]}\n{"st'
+    logged = '{"step": 32, "time": 1, "eval/greedy_return": [1]}\n{"st'
     (run_dir / "metrics.jsonl").write_text(logged)
     main_in(tmp_path, ppo, config, resume="run")
     assert [line["step"] for line in records(run_dir)] == [32, 32, 64, 64]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import disk
 
-from harness.metrics import read_metrics
+from harness.metrics import GREEDY, read_metrics
 from loggers import Background, Logger, make_logger
 
 
@@ -36,7 +36,7 @@ def log_twice(names, run_dir):
     (run_dir / "config.json").write_text(json.dumps(about))
     with make_logger(Config(names), run_dir) as logger:
         logger.log(METRICS, step=500)
-        logger.log({"eval/episodic_return": np.array([1.0, 2.0, 3.0])}, step=1000)
+        logger.log({GREEDY: np.array([1.0, 2.0, 3.0])}, step=1000)
 
 
 # --- File ----------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_tensorboard_reads_the_events(tmp_path):
     events, values = tensorboard_scalars(tmp_path)
     assert values["charts/episodic_return"] == [(500, 30.0)]
     assert values["charts/episodic_return/seed_2"] == [(500, 40.0)]
-    assert values["eval/episodic_return"] == values["eval/episodic_return/iqm"] == [(1000, 2.0)]
+    assert values[GREEDY] == values[f"{GREEDY}/iqm"] == [(1000, 2.0)]
     assert "charts/episodic_return/seed_1" not in values  # nan is absent
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert b"CartPole-v1" in text and b"1a2b3c4d" in text
@@ -153,7 +153,7 @@ def test_wandb_offline(tmp_path):
     assert rows[0]["charts/episodic_return"] == 30.0
     assert rows[0]["charts/episodic_return/seed_2"] == 40.0
     assert "charts/episodic_return/seed_1" not in rows[0]
-    assert rows[1]["eval/episodic_return/iqm_low"] >= 1.0
+    assert rows[1][f"{GREEDY}/iqm_low"] >= 1.0
     run = json.loads(wandb_inspect("--summary", folder))
     assert run["run_id"] == "1a2b3c4d" and run["state"] == "finished"
     assert run["config"]["env"] == "gymnax::CartPole-v1"
@@ -176,7 +176,7 @@ def test_neptune_offline(tmp_path):
             assigned[name] = operation["value"]
     assert logged["charts/episodic_return/mean"] == [(500, 30.0)]
     assert logged["charts/episodic_return/seed_2"] == [(500, 40.0)]
-    assert logged["eval/episodic_return/iqm"] == [(1000, 2.0)]
+    assert logged[f"{GREEDY}/iqm"] == [(1000, 2.0)]
     assert assigned["config/env"] == "gymnax::CartPole-v1"
     assert assigned["about/git/commit"] == "abc"
 

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import importlib
+import inspect
 import io
 import json
 import re
@@ -15,6 +16,8 @@ import tomllib
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import (
     ALGORITHMS,
@@ -23,6 +26,7 @@ from helpers import (
     SCRIPTS,
     as_command,
     command_line,
+    is_continuous,
     run_script,
     tiny,
     words,
@@ -194,6 +198,47 @@ def test_the_replay_buffer_is_never_copied(script):
     assert buffers and not buffers & set(copied)
 
 
+# Deviation of the draws of a fresh policy, whose head gives nearly 0: of three equally likely
+# actions; of a standard normal; of tanh of a normal of deviation exp(-1.5), in units of the bounds.
+DRAWS = dict.fromkeys(("ppo", "rppo", "sacd", "rsacd"), 0.816)
+DRAWS |= {"ppo_continuous": 1.0, "rppo_continuous": 1.0, "sac": 0.21, "rsac": 0.21}
+
+
+def drawn_actions(env, policy, initialize, key, num_envs, episodes):
+    """Takes the place of `play`: the actions for one observation under many keys."""
+    obs = jnp.zeros((1, *env.observation_space.shape), env.observation_space.dtype)
+    space = env.action_space
+    before = jnp.zeros((1, *space.shape), space.dtype), jnp.zeros(1)
+
+    def act(key):
+        return policy(initialize(1), obs, jnp.ones(1, bool), *before, key)[1]
+
+    return jax.vmap(act)(jax.random.split(key, episodes))
+
+
+@pytest.mark.parametrize("script", DRAWS)
+def test_evaluations_act_greedily_or_as_the_policy_draws(script):
+    module = importlib.import_module(f"algorithms.{script}")
+    config = tiny(module)
+    state, env = module.init(config, seed_keys(config)), config.make_env()
+    greedy = module.evaluate(state, env, 1000, play=drawn_actions)
+    assert (greedy == greedy[:, :1]).all()
+    drawn = module.evaluate(state, env, 1000, greedy=False, play=drawn_actions)
+    space = env.action_space
+    unit = 0.5 * (space.high - space.low) if "sac" in script and "sacd" not in script else 1.0
+    deviation = (drawn / unit).std(axis=1)
+    np.testing.assert_allclose(deviation, DRAWS[script], rtol=0.1)
+    if is_continuous(module):
+        np.testing.assert_allclose((drawn / unit).mean(axis=1), greedy[:, 0] / unit, atol=0.1)
+
+
+def test_the_other_scripts_have_no_policy_to_draw_from():
+    for script in set(SCRIPTS) - set(DRAWS):
+        module = importlib.import_module(f"algorithms.{script}")
+        assert not hasattr(module.Config, "eval_policy")
+        assert "greedy" not in inspect.signature(module.evaluate).parameters
+
+
 # --- The command line -----------------------------------------------------------------------------
 
 
@@ -234,6 +279,7 @@ def run_here(tmp_path, monkeypatch, capsys):
 
 
 IN_OWN_PROCESS = ("ppo", "drqn")  # one with and one without replay and memory
+BOTH_POLICIES = ("ppo", "rsac")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -242,14 +288,18 @@ def test_a_run_from_the_command_line(script, tmp_path, run_here):
     run = functools.partial(run_script, cwd=tmp_path) if script in IN_OWN_PROCESS else run_here
     run_dir = tmp_path / "run"
     sizes = ("--total-steps", "200", "--log-every", "2", "--eval-every", "96", "--num-seeds", "2")
-    result = run(script, *command_line(script), *sizes, "--run-dir", str(run_dir))
+    policies = ["greedy", "sampled"] if script in BOTH_POLICIES else ["greedy"]
+    options = ("--eval-policy", "both") if script in BOTH_POLICIES else ()
+    result = run(script, *command_line(script), *sizes, *options, "--run-dir", str(run_dir))
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     if script in REPLAY:
         assert re.fullmatch(r"replay buffer: [\d.]+ MiB", lines.pop(0))
-    compiled, *table, evaluation, saved = lines
+    compiled, *lines, saved = lines
+    table, evaluations = lines[: -len(policies)], lines[-len(policies) :]
     assert compiled.startswith("compiled in ") and saved == f"saved to {run_dir}"
-    assert evaluation.startswith("greedy return over 4 episodes: median of 2 seeds ")
+    for policy, line in zip(policies, evaluations, strict=True):
+        assert line.startswith(f"{policy} return over 4 episodes: median of 2 seeds ")
     # A heading, reports at updates 2, 3, 5 and 6, evaluations at 3 and 6. With replay, the steps
     # of the first update are collected before it, as learning_starts says.
     assert len(table) == 1 + 4 - (script in REPLAY) + 2
@@ -263,8 +313,8 @@ def test_a_run_from_the_command_line(script, tmp_path, run_here):
 
     again = run(script, "--evaluate", str(run_dir), "--video", "agent.gif")
     assert again.returncode == 0, again.stderr
-    shown, filmed = again.stdout.splitlines()
-    assert shown == f"checkpoint of step 192: {evaluation}"
+    *shown, filmed = again.stdout.splitlines()
+    assert shown == [f"checkpoint of step 192: {line}" for line in evaluations]
     assert re.fullmatch(r"video of \d+ steps: agent.gif", filmed)
     film = Image.open(tmp_path / "agent.gif")
     assert film.size in ((300, 200), (300, 300)) and film.n_frames > 3

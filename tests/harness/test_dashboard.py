@@ -14,7 +14,7 @@ from helpers import ROOT
 from PIL import Image
 
 from harness.dashboard import draw, load, sparkline
-from harness.metrics import RETURN
+from harness.metrics import GREEDY, RETURN
 
 
 def make_run(path, seeds=3, reports=30, script="rppo", cell="gru", level=100.0, total=3000):
@@ -33,7 +33,7 @@ def make_run(path, seeds=3, reports=30, script="rppo", cell="gru", level=100.0, 
                 "charts/SPS": 5000.0,
                 "losses/value_loss": returns,
                 "charts/episodic_return": [*returns[:-1], None],
-                "eval/episodic_return": returns,
+                GREEDY: returns,
                 "system/memory_mb": 512.0,
             }
             file.write(json.dumps(record) + "\n")

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from harness.metrics import describe, interval, iqm, scalars, summarize, summarize_episodes
+from harness.metrics import (
+    SAMPLED,
+    SAMPLED_LENGTH,
+    describe,
+    interval,
+    iqm,
+    scalars,
+    summarize,
+    summarize_episodes,
+)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 11])
@@ -24,17 +33,17 @@ def test_the_interval_is_scipys_percentile_bootstrap(rng):
 
 def test_scalars():
     metrics = {
-        "eval/episodic_return": np.array([1.0, np.nan, 3.0]),
+        "eval/greedy_return": np.array([1.0, np.nan, 3.0]),
         "x": np.array(2.0),
         "y": np.array([np.nan]),
     }
     assert scalars(metrics) == {
-        "eval/episodic_return": 2.0,
-        "eval/episodic_return/seed_0": 1.0,
-        "eval/episodic_return/seed_2": 3.0,
-        "eval/episodic_return/iqm": 2.0,
-        "eval/episodic_return/iqm_low": 1.0,
-        "eval/episodic_return/iqm_high": 3.0,
+        "eval/greedy_return": 2.0,
+        "eval/greedy_return/seed_0": 1.0,
+        "eval/greedy_return/seed_2": 3.0,
+        "eval/greedy_return/iqm": 2.0,
+        "eval/greedy_return/iqm_low": 1.0,
+        "eval/greedy_return/iqm_high": 3.0,
         "x": 2.0,
     }
 
@@ -70,7 +79,7 @@ def test_a_report_knows_the_update_in_which_a_loss_was_first_not_finite():
 def test_evaluation_in_words_and_numbers():
     returns = np.array([[1.0, 3.0], [5.0, 7.0], [0.0, 0.0]])
     episodes = SimpleNamespace(returns=returns, lengths=np.ones((3, 2)))
-    means = summarize_episodes(episodes)["eval/episodic_return"]
+    means = summarize_episodes(episodes)["eval/greedy_return"]
     np.testing.assert_array_equal(means, [2.0, 6.0, 0.0])
     beginning = "greedy return over 2 episodes: "
     text = "median of 3 seeds 2.00, IQM 2.67 (95 % interval 0.00 to 6.00)"
@@ -80,3 +89,5 @@ def test_evaluation_in_words_and_numbers():
     assert describe(episodes, {2: "story"}) == healthy
     single = SimpleNamespace(returns=np.array([[4.0, 4.0]]), lengths=np.ones((1, 2)))
     assert describe(single) == beginning + "4.00 (95 % interval 4.00 to 4.00)"
+    assert describe(single, policy="sampled").startswith("sampled return over 2 episodes: 4.00 ")
+    assert summarize_episodes(single, "sampled").keys() == {SAMPLED, SAMPLED_LENGTH}
