@@ -147,7 +147,8 @@ def compiled_updates(update, state, env, num_updates):
         return state, sums, finite
 
     metrics = jax.eval_shape(update_seeds, state)[1]
-    zeros = jax.tree.map(jnp.zeros_like, metrics)
+    # Sums of whole numbers, too, are floats: the steps of many episodes do not fit into int32.
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), metrics)
     counts = jax.tree.map(lambda x: jnp.zeros(x.shape, int), metrics)
     # The number of updates is not known when this compiles: a last, shorter chunk does not compile
     # again.
