@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import shlex
 
 Options = dict[str, int | float | bool | str]  # on the command line: name value name value ...
 
@@ -55,7 +56,7 @@ def import_optional(module: str, owner: str, package: str | None = None):
         # A library that is here may lack another one.
         wanted = (package or library) if missing == library else missing
         reason = f"{owner} needs {missing}, which is not installed"
-        raise UsageError(f"{reason}: pip install {wanted}") from None
+        raise UsageError(f"{reason}: pip install {shlex.quote(wanted)}") from None
 
 
 def check_options(owner: str, options: Options, defaults: dict) -> None:
