@@ -38,15 +38,17 @@ class Matrices:
             carry = (carry,)
         if method == "read":
             return *carry, args[0], args[0]
-        values = jnp.stack(
-            [jnp.concatenate(args, axis=-1) @ critic for critic in weights["critic"]]
-        )
-        if "actor" not in weights:
-            return *carry, values[0]
-        policy = args[0] @ weights["actor"]
-        if weights["critic"].ndim == 2:  # the values of one action, and a distribution of many
-            policy = policy[..., :2], 0.1 * policy[..., 2:]
-        return {"policy": policy, "values": values, None: (policy, values)}[method]
+        if method == "policy":
+            policy = args[0] @ weights["actor"]
+            is_discrete = weights["critic"].ndim == 3
+            return policy if is_discrete else (policy[..., :2], 0.1 * policy[..., 2:])
+        inputs = jnp.concatenate(args, axis=-1)  # observations, and actions if these are continuous
+        values = jnp.stack([inputs @ critic for critic in weights["critic"]])
+        if method == "values":
+            return values
+        if "actor" in weights:
+            return args[0] @ weights["actor"], values
+        return (*carry, values[0]) if carry else values[0]
 
 
 def random_params(script, rng):
