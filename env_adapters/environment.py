@@ -216,7 +216,11 @@ class Moments(NamedTuple):
 
     @classmethod
     def init(cls, shape):
-        return cls(mean=jnp.zeros(shape), var=jnp.ones(shape), count=jnp.float32(1e-4))
+        return cls(
+            mean=jnp.zeros(shape, jnp.float32),
+            var=jnp.ones(shape, jnp.float32),
+            count=jnp.float32(1e-4),
+        )
 
     def update(self, x):
         """Take in x, or the x of all environments that are vmapped with axis_name="envs"."""

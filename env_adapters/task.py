@@ -60,8 +60,6 @@ class Task:
         they are, and episodes' returns are sums of these.
       costly_reset: True if a reset costs about as much as a step or more. `Environment` then
         computes resets only for environments whose episode has ended (`branch_where`).
-      clip_reward: True if the agent learns from rewards clipped to [-1, 1], as in Atari games.
-        `step` returns the rewards of the task, and returns of episodes are sums of these.
     """
 
     reset: Callable
@@ -73,7 +71,6 @@ class Task:
     masks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     clip_reward: bool = False
     costly_reset: bool = False
-    clip_reward: bool = False
 
 
 def cast(obs, space: Box):
