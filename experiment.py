@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +25,18 @@ import numpy as np
 
 from env_adapters.episodes import check_drawable, record, write_gif
 from env_adapters.task import Box, Discrete
-from harness.checkpoints import Checkpoints
+from harness.checkpoints import Checkpoints, named_leaves
 from harness.errors import Diverged, Options, RunError, UsageError
 from harness.metrics import (
     GREEDY,
     METRICS_FILE,
     SAMPLED,
     Report,
+    as_json,
     describe,
     evaluated_policies,
     read_metrics,
+    statistics,
     summarize,
     summarize_episodes,
 )
@@ -41,9 +44,13 @@ from harness.options import Experiment, check_sizes, launch
 from harness.run_dir import (
     MAY_DIFFER_ON_EVALUATE,
     check_same,
+    extend,
     forget_after,
     load_config,
     open_run_dir,
+    provenance,
+    save_evaluation,
+    script_of,
 )
 from loggers import check_keys, make_logger
 
@@ -92,6 +99,22 @@ def vmap_seeds(function):
 # -------------------------------------------------------------------------------------------------
 # Checks
 
+# script: one like it for the other kind of actions
+OTHER_ACTIONS = {
+    "ppo": "ppo_continuous",
+    "rppo": "rppo_continuous",
+    "ppo_continuous": "ppo",
+    "rppo_continuous": "rppo",
+    "sac": "sacd",
+    "rsac": "rsacd",
+    "sacd": "sac",
+    "rsacd": "rsac",
+    "dqn": "sac",
+    "drqn": "rsac",
+    "pqn": "ppo_continuous",
+    "rpqn": "rppo_continuous",
+}
+
 
 def check_config(config, actions, bounded: bool = False) -> None:
     """Refuse a config with impossible sizes, or with an environment that the script cannot act in.
@@ -106,13 +129,19 @@ def check_config(config, actions, bounded: bool = False) -> None:
     check_sizes(config)
     env = config.make_env()
     space = env.action_space
-    if bounded:
-        if not isinstance(space, Box) or not np.isfinite([space.low, space.high]).all():
-            needed = "this script needs continuous actions with bounds"
-            raise ValueError(f"{needed}, those of {env.id} are not")
-    elif not isinstance(space, actions):
+    other = OTHER_ACTIONS.get(script_of(config).stem)
+    advice = f"; {other}.py has them" if other else ""
+    if not isinstance(space, actions):
         kinds = ("discrete", "continuous") if actions is Discrete else ("continuous", "discrete")
-        raise ValueError(f"this script needs {kinds[0]} actions, those of {env.id} are {kinds[1]}")
+        needed = f"this script needs {kinds[0]} actions{' with bounds' if bounded else ''}"
+        raise ValueError(f"{needed}, those of {env.id} are {kinds[1]}{advice}")
+    if actions is Box and len(space.shape) != 1:
+        needed = "this script needs actions that are vectors"
+        raise ValueError(f"{needed}, those of {env.id} have the shape {space.shape}")
+    if bounded and not np.isfinite([space.low, space.high]).all():
+        advice = "; ppo_continuous.py needs none"
+        needed = "this script needs continuous actions with bounds"
+        raise ValueError(f"{needed}, those of {env.id} have none{advice}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -212,21 +241,176 @@ def environment_steps(state) -> int:
 # Runs
 
 
-def check_buffer(config, buffer) -> None:
-    """Print the size of a replay buffer that is still to be made, from shapes and dtypes.
-
-    Raises:
-      UsageError: it is larger than the free memory.
-    """
+def free_memory() -> int:
+    """Bytes that the device has left; the machine, where the device is its CPU."""
     import psutil
 
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffer))
-    memory = jax.devices()[0].memory_stats() or {"bytes_limit": psutil.virtual_memory().available}
-    if size > memory["bytes_limit"]:
-        taken = f"takes {size / 2**30:,.1f} GiB, there are {memory['bytes_limit'] / 2**30:,.1f} GiB"
-        raise UsageError(f"a replay buffer of buffer_size {config.buffer_size} {taken}")
-    if "console" in config.log:
-        print(f"replay buffer: {size / 2**20:,.1f} MiB", flush=True)
+    device = jax.devices()[0].memory_stats()
+    if device:
+        return device["bytes_limit"] - device.get("bytes_in_use", 0)
+    return psutil.virtual_memory().available
+
+
+def num_bytes(tree) -> int:
+    """The size of a pytree of arrays, or of their shapes and dtypes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def plan(config, init):
+    """The shapes and dtypes of a run's state, `jax.eval_shape` of `init`, once it is sure to fit.
+
+    Counted are the state and what a rollout, a minibatch and an evaluation keep of it. Activations
+    and gradients come on top.
+
+    Raises:
+      UsageError: this takes more than the free memory, before anything of it is made.
+    """
+    # Some memories compute their first parameters outside of jax, even for shapes only.
+    check_parts(config, {"a matrix of hidden_size": 4 * config.num_seeds * config.hidden_size**2})
+    like = jax.eval_shape(lambda: init(config, seed_keys(config)))
+    inputs = like.obs if hasattr(like, "obs") else like.inputs
+    playing = num_bytes((like.env_state, inputs, getattr(like, "carry", ())))
+    learning = (like.params, getattr(like, "target_params", ()), like.opt_state)
+    eval_envs = min(config.num_eval_envs, config.eval_episodes)
+    parts = {
+        "a network of hidden_size": num_bytes(learning),
+        "a batch of num_envs": playing,
+        "an evaluation in num_eval_envs": playing * eval_envs // config.num_envs,
+    }
+    if hasattr(like, "buffer"):
+        buffer = num_bytes(like.buffer)
+        length = getattr(config, "burn_in", 0) + getattr(config, "sequence_length", 1)
+        drawn = config.batch_size * length  # steps
+        parts["a replay buffer of buffer_size"] = buffer
+        parts["a minibatch of batch_size"] = buffer * drawn // config.buffer_size
+    else:
+        parts["a rollout of num_steps"] = num_bytes(inputs) * config.num_steps
+    check_parts(config, parts)
+    return like
+
+
+def check_parts(config, parts: dict) -> None:
+    """Refuse a run whose parts, name -> bytes, are together larger than the free memory.
+
+    Raises:
+      UsageError: names the option that the largest part comes from.
+    """
+    largest = max(parts, key=parts.get)
+    free = free_memory()
+    if sum(parts.values()) <= free:
+        return
+    field = largest.split()[-1]
+    what = f"{largest} {getattr(config, field)}"
+    if field == "num_steps":
+        what += f" with num_envs {config.num_envs}"
+    if config.num_seeds > 1:
+        what += f" for num_seeds {config.num_seeds}"
+    sizes = (parts[largest], sum(parts.values()), free)
+    needed, whole, there = (f"{size / 2**30:,.1f} GiB" for size in sizes)
+    raise UsageError(f"{what} takes {needed}, the run at least {whole}; there are {there}")
+
+
+FRESH = 2**31 - 2  # the stream of --evaluate, which training and its evaluations do not use
+
+
+def check_not_lost(run_dir, purpose: str) -> None:
+    """Refuse a run without checkpoints whose record says that it has written some.
+
+    Raises:
+      UsageError: they are gone.
+    """
+    past = read_metrics(Path(run_dir) / METRICS_FILE)
+    evaluations = sum(GREEDY in record or SAMPLED in record for record in past)
+    # A process may be killed after its first evaluation and before its first checkpoint.
+    if evaluations > 1:
+        lost = f"the checkpoints of {str(run_dir)!r} are gone"
+        raise UsageError(f"{lost}, there is nothing to {purpose}")
+
+
+def restore(run_dir: str, like, best: bool, purpose: str):
+    """A checkpoint of a run, as `Checkpoints.restore` returns it.
+
+    Raises:
+      UsageError: there is none, or it does not fit `like`.
+    """
+    checkpoints = Checkpoints(run_dir)
+    if not checkpoints.steps():
+        check_not_lost(run_dir, purpose)
+    return checkpoints.restore(like, best)
+
+
+def first_difference(ours, theirs) -> str:
+    """Where two pytrees first differ in names or shapes of their leaves, or ""."""
+    ours, theirs = named_leaves(ours), named_leaves(theirs)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in theirs:
+            return f"{name} was not there in training"
+        if name not in ours:
+            return f"{name} was there in training"
+        if ours[name].shape != theirs[name].shape:
+            return f"{name} has the shape {ours[name].shape}, in training {theirs[name].shape}"
+    return ""
+
+
+def parameters(state) -> dict:
+    """What learning has made of a state: its parameters, by the names of their fields."""
+    names = ("params", "target_params")
+    return {name: getattr(state, name) for name in names if hasattr(state, name)}
+
+
+def load_trained(config, init, like):
+    """The state of the run that --init-from names, once it is sure to fit the state `like`.
+
+    Raises:
+      UsageError: it does not fit: other shapes, another number of seeds, or no statistics for
+        observations that it was trained to read normalised.
+    """
+    run = config.init_from
+    source = load_config(run, type(config))
+    theirs = jax.eval_shape(lambda: init(source, seed_keys(source)))
+    if source.num_seeds not in (1, config.num_seeds):
+        seeds = f"has {source.num_seeds} seeds, this run {config.num_seeds}"
+        raise UsageError(f"init_from {run!r} does not fit: it {seeds}; give it as many, or one")
+    one_seed = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+    ours = one_seed(parameters(like))
+    if difference := first_difference(ours, one_seed(parameters(theirs))):
+        raise UsageError(f"init_from {run!r} does not fit: {difference}")
+    if observation_moments(theirs) and not observation_moments(like):
+        needed = "it reads normalised observations; add normalize_obs True to env_kwargs"
+        raise UsageError(f"init_from {run!r} does not fit: {needed}")
+    state, _, notes = restore(run, theirs, config.best, "begin with")
+    if notes["diverged"]:
+        seeds = ", ".join(f"seed_{seed}" for seed, _ in notes["diverged"])
+        raise UsageError(f"init_from {run!r} cannot be used: {seeds} diverged")
+    return state
+
+
+def observation_moments(state):
+    """The statistics that an environment normalises observations with, or None."""
+    return getattr(state.env_state.statistics, "obs", None)
+
+
+def begin_with(trained, state):
+    """A fresh state with the parameters and the normalisation statistics of a trained one.
+
+    Its optimizer, environments, schedules and keys are those of a new run.
+    """
+
+    def spread(old, new):
+        return jnp.broadcast_to(old, new.shape).astype(new.dtype)
+
+    def spread_moments(old, new):
+        return spread(old.mean(axis=1, keepdims=True), new)  # the environments share them
+
+    changes = jax.tree.map(spread, parameters(trained), parameters(state))
+    statistics = state.env_state.statistics
+    for name in ("obs", "returns"):
+        old = getattr(trained.env_state.statistics, name, None)
+        new = getattr(statistics, name, None)
+        if old is not None and new is not None and first_difference(old.mean[0], new.mean[0]) == "":
+            statistics = statistics._replace(**{name: jax.tree.map(spread_moments, old, new)})
+    env_state = state.env_state._replace(statistics=statistics)
+    return state.replace(env_state=env_state, **changes)
 
 
 class Run:
@@ -249,11 +433,10 @@ class Run:
 
     def __init__(self, config, init):
         check_keys(config)
-        has_buffer = hasattr(config, "buffer_size")
-        if has_buffer or config.resume:
-            like = jax.eval_shape(lambda: init(config, seed_keys(config)))
-        if has_buffer:
-            check_buffer(config, like.buffer)
+        like = plan(config, init)
+        trained = None
+        if config.init_from and not (config.resume and Checkpoints(config.resume).steps()):
+            trained = load_trained(config, init, like)
         self.config = config
         self.signal = None  # the first signal that asked the run to stop
         self.handlers = {}  # signal handlers to restore
@@ -265,15 +448,27 @@ class Run:
         if config.resume and self.checkpoints.steps():
             self.state, self.saved_step, notes = self.checkpoints.restore(like)
         else:
-            past = read_metrics(self.dir / METRICS_FILE)
-            evaluations = sum(GREEDY in record or SAMPLED in record for record in past)
-            # A process may be killed after its first evaluation and before its first checkpoint.
-            if config.resume and evaluations > 1:
-                lost = f"the checkpoints of {config.resume!r} are gone"
-                raise UsageError(f"{lost}, there is nothing to continue from")
+            check_not_lost(self.dir, "continue from")
             self.state = init(config, seed_keys(config))
+            if trained:
+                self.state = begin_with(trained, self.state)
+        if config.resume:
+            extend(self.dir, config, self.saved_step or 0)
+        self._announce(like)
         forget_after(self.dir / METRICS_FILE, notes["metrics_bytes"])
         self.logger = make_logger(config, self.dir, notes["diverged"])
+
+    def _announce(self, like):
+        """What a user might not expect of this run."""
+        config = self.config
+        if "console" not in config.log:
+            return
+        if hasattr(like, "buffer"):
+            print(f"replay buffer: {num_bytes(like.buffer) / 2**20:,.1f} MiB", flush=True)
+        trained = config.num_updates * config.steps_per_update
+        if trained != config.total_steps:
+            updates = f"whole updates of {config.steps_per_update:,}"
+            print(f"--total-steps {config.total_steps:,} trains {trained:,}: {updates}", flush=True)
 
     def __enter__(self):
         return self
@@ -311,15 +506,20 @@ class Run:
         for policy, episodes in self.evaluation.items():
             report |= summarize_episodes(episodes, policy)
         self.logger.log(report, environment_steps(state))
-        healthy = np.delete(report[f"eval/{policy}_return"], list(self.logger.diverged))
-        self._checkpoint(state, float(np.mean(healthy)))
+        diverged = list(self.logger.diverged)
+        returns = {
+            policy: float(np.mean(np.delete(report[f"eval/{policy}_return"], diverged)))
+            for policy in self.evaluation
+        }
+        self._checkpoint(state, returns[policy], returns)
 
-    def _checkpoint(self, state, score=float("nan")):
+    def _checkpoint(self, state, score=float("nan"), returns=None):
         metrics = self.dir / METRICS_FILE
         step = environment_steps(state)
         notes = {
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             "diverged": list(self.logger.diverged.items()),
+            "returns": returns or {},  # policy -> mean return, if it was just evaluated
         }
         try:
             self.checkpoints.save(state, step, score, **notes)
@@ -395,20 +595,60 @@ def evaluate_policies(evaluate, state, env) -> dict:
 
 
 def show(config, env, init, evaluate) -> None:
-    """What --evaluate does: print the greedy return of a trained agent, or film it (--video).
+    """What --evaluate does: play fresh episodes with a trained agent, and film one (--video).
+
+    The episodes are others than those that chose the best checkpoint: their keys are made from
+    --seed. The result is printed, and written to evaluations/ in the run's directory.
 
     Raises:
       UsageError: there is no such run or checkpoint, or the environment cannot be drawn.
     """
-    check_same(config, load_config(config.evaluate, type(config)), MAY_DIFFER_ON_EVALUATE)
+    saved = load_config(config.evaluate, type(config))
+    check_same(config, saved, MAY_DIFFER_ON_EVALUATE)
     if config.video:
         check_drawable(env)
-    like = jax.eval_shape(lambda: init(config, seed_keys(config)))
-    state, step, notes = Checkpoints(config.evaluate).restore(like, config.best)
+    like = plan(config, init)
+    if config.env_kwargs != saved.env_kwargs:
+        trained = jax.eval_shape(lambda: init(saved, seed_keys(saved)))
+        if difference := first_difference(like, trained):
+            other = f"with env_kwargs {config.env_kwargs}, trained with {saved.env_kwargs}"
+            raise UsageError(f"{config.evaluate!r} cannot be evaluated {other}: {difference}")
+    state, step, notes = restore(config.evaluate, like, config.best, "evaluate")
     diverged = dict(notes["diverged"])
-    for policy, episodes in evaluate_policies(evaluate, state, env).items():
-        print(f"checkpoint of step {step:,}: {describe(episodes, diverged, policy)}")
+    fresh = jax.vmap(partial(jax.random.fold_in, data=FRESH))(seed_keys(config))
+    results = evaluate_policies(evaluate, state.replace(key=fresh), env)
+
+    chooser = evaluated_policies(saved)[-1]
+    which = f" (the best {chooser} return)" if config.best else ""
+    for policy, episodes in results.items():
+        print(f"checkpoint of step {step:,}{which}: {describe(episodes, diverged, policy)}")
+    contents = {
+        "checkpoint": {
+            "step": step,
+            "chosen_by": f"best {chooser} return" if config.best else "last",
+            "returns_in_training": notes.get("returns", {}),
+        },
+        "seed": config.seed,
+        "env": config.env,
+        "env_kwargs": config.env_kwargs,
+        "mask": config.mask,
+        "diverged_seeds": list(diverged),
+        "policies": {
+            policy: as_json(statistics(episodes, diverged) | episodes._asdict())
+            for policy, episodes in results.items()
+        },
+    }
+    about = provenance(script_of(config))
+    contents |= {name: about[name] for name in ("started", "command", "git", "python", "machine")}
+    try:
+        path = save_evaluation(Path(config.evaluate), contents)
+        print(f"saved to {path}")
+    except OSError as error:
+        reason = f"the evaluation was not saved: {error.strerror}"
+        print(f"warning: {reason}", file=sys.stderr)
+
     if config.video:
+        policy = list(results)[-1]
         seed = min(set(range(config.num_seeds)) - set(diverged))
         recordings = evaluate_as(policy, evaluate, state, env, 1, play=record)
         episode = jax.tree.map(lambda x: x[seed], recordings)
