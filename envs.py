@@ -22,7 +22,7 @@ From the command line:
     python envs.py gymnax::CartPole-v1 --steps 1000    # random actions in an environment
 """
 
-from env_adapters.environment import Environment, EnvState, Normalized
+from env_adapters.environment import Environment, EnvState, Preprocessed
 from env_adapters.episodes import Episodes, Recording, play, record, write_gif
 from env_adapters.registry import NAMESPACES, full_id, known_ids, make
 from env_adapters.task import Box, Discrete, Task
@@ -34,7 +34,7 @@ __all__ = [
     "EnvState",
     "Environment",
     "Episodes",
-    "Normalized",
+    "Preprocessed",
     "Recording",
     "Task",
     "full_id",

@@ -127,6 +127,9 @@ def check_config(config, actions, bounded: bool = False) -> None:
       ValueError: names the field or environment, its value and what is valid.
     """
     check_sizes(config)
+    if jax.config.jax_enable_x64:
+        advice = 'call jax.config.update("jax_enable_x64", False) first'
+        raise ValueError(f"training is in 32 bits, and jax_enable_x64 is set: {advice}")
     env = config.make_env()
     space = env.action_space
     other = OTHER_ACTIONS.get(script_of(config).stem)
@@ -173,7 +176,8 @@ def compiled_updates(update, state, env, num_updates):
         return state, sums, finite
 
     metrics = jax.eval_shape(update_seeds, state)[1]
-    zeros = jax.tree.map(jnp.zeros_like, metrics)
+    # Sums of whole numbers, too, are floats: the steps of many episodes do not fit into int32.
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), metrics)
     counts = jax.tree.map(lambda x: jnp.zeros(x.shape, int), metrics)
     # The number of updates is not known when this compiles: a last, shorter chunk does not compile
     # again.
@@ -185,7 +189,14 @@ def run_updates(update, state, env, num_updates: int):
 
     The first call compiles `update`, and so does every call with another shape of state. The state
     passed in is used up (donated).
+
+    Raises:
+      UsageError: the state has a replay buffer that `warmup` has not filled.
     """
+    learning_starts = getattr(state.config, "learning_starts", 0)
+    if int(state.updates[0]) < learning_starts // state.config.steps_per_update:
+        reason = f"its replay buffer is to hold learning_starts ({learning_starts}) steps first"
+        raise UsageError(f"call warmup before train: {reason}")
     began = time.perf_counter()
     first = int(state.updates[0])
     state, sums, finite = jax.block_until_ready(compiled_updates(update, state, env, num_updates))

@@ -14,7 +14,7 @@ A row of SequenceReplay's buffer is a chunk: the T steps that an environment mak
 updates, and the carry that its memory had before them. A sampled sequence consists of as many
 consecutive chunks of one environment as hold `length` steps.
   - It begins with a chunk, where the carry is known. Two sequences may overlap, by multiples of T.
-  - It never runs from the newest chunk on to the oldest.
+  - It never runs from the newest chunk on to the oldest, nor into what was never written.
   - Episodes may begin and end within it.
 """
 
@@ -35,6 +35,22 @@ def add_in_place(replay, buffer, items):
     return jax.lax.optimization_barrier(replay.add(buffer, items))
 
 
+def num_written(buffer):
+    """How much of flashbax's buffer was written, along its axis of time."""
+    size = jax.tree.leaves(buffer.experience)[0].shape[1]
+    return jnp.where(buffer.is_full, size, buffer.current_index)
+
+
+def check_written(written, needed: int, unit: str) -> None:
+    """Refuse to sample what was never written; within a compiled program there is no telling.
+
+    Raises:
+      ValueError: says how much is there and how much is needed.
+    """
+    if not isinstance(written, jax.core.Tracer) and written < needed:
+        raise ValueError(f"the buffer holds {written} {unit}, sampling needs at least {needed}")
+
+
 # --- Single steps --------------------------------------------------------------------------------
 
 
@@ -50,7 +66,7 @@ class ItemReplay:
         return fbx.make_item_buffer(
             max_length=self.buffer_size,
             min_length=1,
-            sample_batch_size=self.batch_size,
+            sample_batch_size=1,  # flashbax's own `sample` is not used
             add_sequences=True,
             add_batches=True,
         )
@@ -69,8 +85,9 @@ class ItemReplay:
         All n items are equally likely, up to a relative difference of n / 2^32. flashbax's own
         `sample` draws twice as many random bits; SAC trains 1.07 times as fast with this one.
         """
-        size = jnp.where(buffer.is_full, self.buffer_size, buffer.current_index).astype(jnp.uint32)
-        rows = jax.random.bits(key, (self.batch_size,), jnp.uint32) % size
+        size = num_written(buffer)
+        check_written(size, 1, "items")
+        rows = jax.random.bits(key, (self.batch_size,), jnp.uint32) % size.astype(jnp.uint32)
         return jax.tree.map(lambda x: x[0, rows], buffer.experience)
 
 
@@ -96,6 +113,14 @@ class Chunk(NamedTuple):
     steps: Transition  # (T, ...)
 
 
+class Buffer(NamedTuple):
+    """Chunks of N environments, each in a slot, and how likely a sequence begins with them."""
+
+    chunks: Any  # flashbax's: leaves (N, slots, ...) of a Chunk, and where the next one goes
+    priorities: Any  # (N, slots) float32, raised to their exponent; None unless `prioritized`
+    greatest: Any  # () float32, the greatest of them so far, 0 at first; None unless `prioritized`
+
+
 class Sequence(NamedTuple):
     """Observations in the order they were seen, rows (length + 1, B); `as_seen` draws an example.
 
@@ -117,7 +142,7 @@ class Sample(NamedTuple):
     carry: Any  # (B, ...), the memory before the first row
     batch: Sequence  # (length + 1, B, ...)
     weight: jax.Array  # (B,) float32, corrects for prioritized sampling; 1 without it
-    indices: Any  # for set_priorities; None without it
+    indices: Any  # (B,) environment and (B,) slot of the first chunk
 
 
 @dataclass(frozen=True)
@@ -130,6 +155,8 @@ class SequenceReplay:
     batch_size: int  # B, sequences
     length: int  # steps of a sequence
     prioritized: bool = False
+    priority_exponent: float = 0.9  # 0: all sequences are equally likely
+    importance_exponent: float = 0.6  # 0: all weights are 1
 
     @property
     def _chunks(self):
@@ -137,76 +164,130 @@ class SequenceReplay:
         return -(-self.length // self.num_steps)
 
     @property
+    def _slots(self):
+        """Chunks of an environment that the buffer has room for."""
+        return self.buffer_size // (self.num_envs * self.num_steps)
+
+    @property
     def _buffer(self):
-        if self.prioritized:
-            make = fbx.make_prioritised_trajectory_buffer
-        else:
-            make = fbx.make_trajectory_buffer
-        return make(
+        return fbx.make_trajectory_buffer(
             add_batch_size=self.num_envs,
-            sample_batch_size=self.batch_size,
+            sample_batch_size=1,  # flashbax's own `sample` is not used
             sample_sequence_length=self._chunks,
             period=1,
             min_length_time_axis=self._chunks,
-            max_length_time_axis=self.buffer_size // (self.num_envs * self.num_steps),
+            max_length_time_axis=self._slots,
         )
 
-    def init(self, carry, transition: Transition):
+    def init(self, carry, transition: Transition) -> Buffer:
         """An empty buffer for carries and transitions (N, ...) with these shapes and dtypes."""
 
         def repeat(x):
             return jnp.broadcast_to(x[0], (self.num_steps, *x.shape[1:]))
 
         steps = jax.tree.map(repeat, transition)
-        return self._buffer.init(Chunk(jax.tree.map(lambda x: x[0], carry), steps))
+        chunks = self._buffer.init(Chunk(jax.tree.map(lambda x: x[0], carry), steps))
+        if not self.prioritized:
+            return Buffer(chunks, None, None)
+        priorities = jnp.zeros((self.num_envs, self._slots), jnp.float32)
+        return Buffer(chunks, priorities, jnp.float32(0.0))
 
-    def add(self, buffer, carry, transitions: Transition):
+    def add(self, buffer: Buffer, carry, transitions: Transition) -> Buffer:
         """The buffer with one more chunk of every environment.
+
+        The sequences that it completes get the greatest priority so far: all are drawn soon.
 
         Args:
           carry: the memories before the chunk, (N, ...).
           transitions: its steps, (T, N, ...).
         """
         chunk = Chunk(carry, jax.tree.map(lambda x: x.swapaxes(0, 1), transitions))
-        return add_in_place(self._buffer, buffer, jax.tree.map(lambda x: x[:, None], chunk))
+        items = jax.tree.map(lambda x: x[:, None], chunk)
+        chunks = add_in_place(self._buffer, buffer.chunks, items)
+        if not self.prioritized:
+            return buffer._replace(chunks=chunks)
+        # With too few chunks for a sequence this slot is beyond them, and set again before its use.
+        first = (buffer.chunks.current_index - self._chunks + 1) % self._slots
+        priority = jnp.where(buffer.greatest > 0.0, buffer.greatest, 1.0)
+        return buffer._replace(
+            chunks=chunks,
+            priorities=buffer.priorities.at[:, first].set(priority),
+        )
 
-    def sample(self, buffer, key) -> Sample:
-        """A minibatch; the buffer must hold `length` steps of every environment.
+    def sample(self, buffer: Buffer, key) -> Sample:
+        """A minibatch, drawn with replacement; the buffer must hold `length` steps of every env.
 
-        With `prioritized`, weights are those of importance sampling with the exponent 0.6 of R2D2
-        (Kapturowski et al. 2019), divided by the greatest of the minibatch.
+        With `prioritized`, the probability of a sequence is P = p^a / sum(p^a), where p is its
+        priority and a `priority_exponent`. Its weight is P^-b, where b is `importance_exponent`,
+        divided by the greatest of the minibatch (Schaul et al. 2016, arXiv 1511.05952).
         """
-        sample = self._buffer.sample(buffer, key)
-        weight = jnp.ones(self.batch_size)
-        indices = None
+        written = num_written(buffer.chunks)
+        check_written(written, self._chunks, "chunks of every environment")
+        oldest = jnp.where(buffer.chunks.is_full, buffer.chunks.current_index, 0)
+        num_starts = written - self._chunks + 1  # of every environment, from the oldest slot on
         if self.prioritized:
-            weight = sample.probabilities**-0.6
-            indices = sample.indices
-            weight /= weight.max()
+            age = (jnp.arange(self._slots) - oldest) % self._slots
+            lots = as_lots(buffer.priorities, age < num_starts).reshape(-1)
+            ends = lots.cumsum(dtype=jnp.uint32)
+            lot = jax.random.randint(key, (self.batch_size,), 0, ends[-1], jnp.uint32)
+            row = jnp.searchsorted(ends, lot, side="right")
+            env, slot = row // self._slots, row % self._slots
+            drawn = lots[row].astype(jnp.float32)
+            weight = (drawn / drawn.min()) ** -self.importance_exponent
+        else:
+            env_key, slot_key = jax.random.split(key)
+            env = jax.random.randint(env_key, (self.batch_size,), 0, self.num_envs)
+            start = jax.random.randint(slot_key, (self.batch_size,), 0, num_starts)
+            slot = (oldest + start) % self._slots
+            weight = jnp.ones(self.batch_size, jnp.float32)
+        weight = jnp.where(num_starts > 0, weight, 0.0)  # nothing is learned of what is not there
 
         def join_chunks(x):
             """(B, chunks, T, ...) -> (length, B, ...)."""
             return x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1)[: self.length]
 
-        carry, steps = sample.experience
-        carry = jax.tree.map(lambda x: x[:, 0], carry)
-        steps = jax.tree.map(join_chunks, steps)
-        return Sample(carry, as_seen(steps), weight, indices)
+        following = (slot[:, None] + jnp.arange(self._chunks)) % self._slots
+        carry, steps = buffer.chunks.experience
+        carry = jax.tree.map(lambda x: x[env, slot], carry)
+        steps = jax.tree.map(lambda x: join_chunks(x[env[:, None], following]), steps)
+        return Sample(carry, as_seen(steps), weight, (env, slot))
 
-    def set_priorities(self, buffer, indices, error):
+    def set_priorities(self, buffer: Buffer, sample: Sample, error) -> Buffer:
         """The buffer with new priorities of sampled sequences; unchanged if not `prioritized`.
 
         The priority of a sequence is 0.9 of its greatest and 0.1 of its mean error (R2D2,
-        section 2.3).
+        section 2.3). It stays as it was if there is none, or if an error is not finite.
 
         Args:
-          indices: `Sample.indices`.
-          error: absolute errors (L, B) of L steps of every sequence.
+          error: absolute errors (L, B) of the last rows of `sample`, without the very last.
+            Those of final rows do not count.
         """
         if not self.prioritized:
             return buffer
-        priorities = 0.9 * error.max(axis=0) + 0.1 * error.mean(axis=0)
-        return self._buffer.set_priorities(buffer, indices, priorities)
+        is_step = ~sample.batch.final[-1 - len(error) : -1]
+        greatest = error.max(axis=0, where=is_step, initial=0.0)
+        mean = error.mean(axis=0, where=is_step)
+        priority = (0.9 * greatest + 0.1 * mean) ** self.priority_exponent
+        is_known = jnp.isfinite(priority)
+        priority = jnp.where(is_known, priority, buffer.priorities[sample.indices])
+        return buffer._replace(
+            priorities=buffer.priorities.at[sample.indices].set(priority),
+            greatest=jnp.maximum(buffer.greatest, priority.max(where=is_known, initial=0.0)),
+        )
+
+
+def as_lots(priorities, is_valid):
+    """Whole numbers, uint32, in proportion to the valid priorities; their sum is about 2^30.
+
+    Sums of whole numbers are exact, those of floats are not: a number below the sum, drawn at
+    random, never falls to a priority of 0. If all valid priorities are 0, they count as equal.
+    """
+    priorities = jnp.where(is_valid, jnp.minimum(priorities, 1e30), 0.0)  # finite sums
+    smallest = jnp.finfo(jnp.float32).tiny
+    any_share = priorities.sum() >= smallest
+    priorities = jnp.where(any_share, priorities, is_valid.astype(jnp.float32))
+    shares = priorities / jnp.maximum(priorities.sum(), smallest)
+    return jnp.ceil(shares * 2**30).astype(jnp.uint32)
 
 
 def as_seen(steps: Transition) -> Sequence:
@@ -261,3 +342,8 @@ def as_seen(steps: Transition) -> Sequence:
     order = jnp.argsort(~exists, axis=0, stable=True)[: len(steps.done) + 1]
     select = jax.vmap(lambda x, order: x[order], in_axes=1, out_axes=1)
     return jax.tree.map(lambda a, b: select(in_turn(a, b), order), step_rows, final_rows)
+
+
+def mean_of_steps(x, is_step):
+    """The mean of x (L, B) over the rows in which a step begins, is_step; 0 if there is none."""
+    return x.sum(where=is_step) / jnp.maximum(1, is_step.sum())

@@ -127,12 +127,9 @@ def make_network(config: Config, env):
 
 
 def make_optimizer(config: Config):
-    learning_rate = config.learning_rate
-    if config.anneal_lr:
-        gradient_steps = config.num_updates * config.gradient_steps
-        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, gradient_steps)
     clip = optax.clip_by_global_norm(config.max_grad_norm)
-    return flatten_small(optax.chain(clip, optax.adam(learning_rate, eps=1e-5)))
+    adam = optax.scale_by_adam(eps=1e-5)  # `update` applies the learning rate
+    return flatten_small(optax.chain(clip, adam))
 
 
 # --- State ---------------------------------------------------------------------------------------
@@ -170,8 +167,7 @@ def make_replay(config: Config):
 # --- Mathematics ---------------------------------------------------------------------------------
 def epsilon(updates, config):
     """The probability of a random action after so many updates, linear in environment steps."""
-    steps = updates * config.steps_per_update
-    progress = steps / max(1, config.exploration_fraction * config.total_steps)
+    progress = config.progress(updates) / max(1e-9, config.exploration_fraction)
     return config.start_e + (config.end_e - config.start_e) * jnp.minimum(progress, 1.0)
 
 
@@ -209,11 +205,11 @@ def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and their metrics."""
     config = state.config
     apply = make_network(config, env).apply
-    step_envs = jax.vmap(env.step, axis_name="envs")  # they share normalisation statistics
+    step_envs = jax.vmap(env.raw.step, axis_name="envs")  # they share normalisation statistics
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
-        q_values = apply(state.params, state.obs)
+        q_values = apply(state.params, env.preprocess_obs(state.env_state, state.obs))
         action = epsilon_greedy(action_key, q_values, epsilon(state.updates, config))
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
@@ -246,17 +242,18 @@ def update(state, env):
     optimizer = make_optimizer(config)
     replay = make_replay(config)
     first_step = state.updates * config.gradient_steps
-    progress = config.anneal_lr * state.updates / config.num_updates
+    progress = config.progress(state.updates)
+    learning_rate = config.learning_rate * (1.0 - config.anneal_lr * progress)
     state, metrics = rollout(state, env)
 
     def gradient_step(state, step):
         key, sample_key = jax.random.split(state.key)
-        sample = replay.sample(state.buffer, sample_key)
+        sample = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
         gradient = jax.grad(td_loss, has_aux=True)
         gradients, parts = gradient(state.params, state.target_params, network, config, sample)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, changes)
+        params = optax.apply_updates(state.params, optax.tree.scale(-learning_rate, changes))
         target_params = optax.periodic_update(
             optax.incremental_update(params, state.target_params, config.tau),
             state.target_params,
@@ -269,7 +266,7 @@ def update(state, env):
     steps = first_step + 1 + jnp.arange(config.gradient_steps)
     state, parts = jax.lax.scan(gradient_step, state, steps)
     metrics |= jax.tree.map(jnp.mean, parts)
-    metrics["charts/learning_rate"] = config.learning_rate * (1.0 - progress)
+    metrics["charts/learning_rate"] = learning_rate
     return state, metrics
 
 
@@ -283,7 +280,7 @@ def init(config: Config, key) -> State:
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
         reset_keys = jax.random.split(reset_key, config.num_envs)
-        obs, env_state = jax.vmap(env.reset, axis_name="envs")(reset_keys)
+        obs, env_state = jax.vmap(env.raw.reset, axis_name="envs")(reset_keys)
         no_action = jnp.zeros((config.num_envs, *env.action_space.shape), env.action_space.dtype)
         no_reward = jnp.zeros(config.num_envs)
         params = network.init(network_key, obs)

@@ -50,7 +50,7 @@ from experiment import (
 )
 from fast import Conv, Dense, flatten_small
 from memory_cells import CELLS, MaskedRNN, make_cell
-from replay import SequenceReplay, Transition
+from replay import SequenceReplay, Transition, mean_of_steps
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -84,6 +84,8 @@ class Config(Experiment):
     sequence_length: int = 32  # L, steps of a sequence that are learned from
     burn_in: int = 16  # steps before these that bring the memory up to date
     prioritized: bool = False  # prefer sequences with large errors (R2D2, section 2.3)
+    priority_exponent: float = 0.9  # of the priority in the probability of a sequence; 0: uniform
+    importance_exponent: float = 0.6  # of 1 / probability in the weight of its loss; 0: no weights
     n_step: int = 5  # rewards in a target before the value
     rescale: bool = False  # learn values on R2D2's scale sign(x) (sqrt(|x| + 1) - 1) + 0.001 x
     gradient_steps: int = 4  # minibatches of an update
@@ -172,12 +174,9 @@ def make_network(config: Config, env):
 
 
 def make_optimizer(config: Config):
-    learning_rate = config.learning_rate
-    if config.anneal_lr:
-        gradient_steps = config.num_updates * config.gradient_steps
-        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, gradient_steps)
     clip = optax.clip_by_global_norm(config.max_grad_norm)
-    return flatten_small(optax.chain(clip, optax.adam(learning_rate, eps=1e-5)))
+    adam = optax.scale_by_adam(eps=1e-5)  # `update` applies the learning rate
+    return flatten_small(optax.chain(clip, adam))
 
 
 # --- State ---------------------------------------------------------------------------------------
@@ -205,14 +204,15 @@ def make_replay(config: Config):
         num_steps=config.num_steps,
         length=config.burn_in + config.sequence_length,
         prioritized=config.prioritized,
+        priority_exponent=config.priority_exponent,
+        importance_exponent=config.importance_exponent,
     )
 
 
 # --- Mathematics ---------------------------------------------------------------------------------
 def epsilon(updates, config):
     """The probability of a random action after so many updates, linear in environment steps."""
-    steps = updates * config.steps_per_update
-    progress = steps / max(1, config.exploration_fraction * config.total_steps)
+    progress = config.progress(updates) / max(1e-9, config.exploration_fraction)
     return config.start_e + (config.end_e - config.start_e) * jnp.minimum(progress, 1.0)
 
 
@@ -268,10 +268,10 @@ def td_loss(params, target_params, network, config, sample):
     q_value = jnp.take_along_axis(q_values[:-1], rows.action[..., None], axis=-1)[..., 0]
     is_step = ~rows.final
     error = jnp.where(is_step, q_value - targets, 0.0)
-    loss = 0.5 * (sample.weight * error**2).sum() / is_step.sum()
+    loss = mean_of_steps(0.5 * sample.weight * error**2, is_step)
     return loss, {
         "losses/td_loss": loss,
-        "losses/q_values": q_value.mean(where=is_step),
+        "losses/q_values": mean_of_steps(q_value, is_step),
         "error": jnp.abs(error),
     }
 
@@ -281,12 +281,13 @@ def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and their metrics."""
     config = state.config
     apply = partial(make_network(config, env).apply, method="step")
-    step_envs = jax.vmap(env.step, axis_name="envs")  # they share normalisation statistics
+    step_envs = jax.vmap(env.raw.step, axis_name="envs")  # they share normalisation statistics
     first_carry = state.carry
 
     def env_step(state, _):
         key, action_key, step_key = jax.random.split(state.key, 3)
-        carry, q_values = apply(state.params, state.carry, state.inputs, state.start)
+        inputs = env.preprocess(state.env_state, state.inputs)
+        carry, q_values = apply(state.params, state.carry, inputs, state.start)
         action = epsilon_greedy(action_key, q_values, epsilon(state.updates, config))
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
@@ -323,19 +324,20 @@ def update(state, env):
     optimizer = make_optimizer(config)
     replay = make_replay(config)
     first_step = state.updates * config.gradient_steps
-    progress = config.anneal_lr * state.updates / config.num_updates
+    progress = config.progress(state.updates)
+    learning_rate = config.learning_rate * (1.0 - config.anneal_lr * progress)
     state, metrics = rollout(state, env)
 
     def gradient_step(state, step):
         key, sample_key = jax.random.split(state.key)
-        sample = replay.sample(state.buffer, sample_key)
+        sample = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
         gradient = jax.grad(td_loss, has_aux=True)
         gradients, parts = gradient(state.params, state.target_params, network, config, sample)
-        buffer = replay.set_priorities(state.buffer, sample.indices, parts.pop("error"))
+        buffer = replay.set_priorities(state.buffer, sample, parts.pop("error"))
         state = state.replace(buffer=buffer)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, changes)
+        params = optax.apply_updates(state.params, optax.tree.scale(-learning_rate, changes))
         target_params = optax.periodic_update(
             optax.incremental_update(params, state.target_params, config.tau),
             state.target_params,
@@ -348,7 +350,7 @@ def update(state, env):
     steps = first_step + 1 + jnp.arange(config.gradient_steps)
     state, parts = jax.lax.scan(gradient_step, state, steps)
     metrics |= jax.tree.map(jnp.mean, parts)
-    metrics["charts/learning_rate"] = config.learning_rate * (1.0 - progress)
+    metrics["charts/learning_rate"] = learning_rate
     return state, metrics
 
 
@@ -362,7 +364,7 @@ def init(config: Config, key) -> State:
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
         reset_keys = jax.random.split(reset_key, config.num_envs)
-        obs, env_state = jax.vmap(env.reset, axis_name="envs")(reset_keys)
+        obs, env_state = jax.vmap(env.raw.reset, axis_name="envs")(reset_keys)
         no_action = jnp.zeros((config.num_envs, *env.action_space.shape), env.action_space.dtype)
         no_reward = jnp.zeros(config.num_envs)
         inputs = Inputs(obs, no_action, no_reward)

@@ -152,12 +152,9 @@ def make_network(config: Config, env):
 
 
 def make_optimizer(config: Config):
-    learning_rate = config.learning_rate
-    if config.anneal_lr:
-        gradient_steps = config.num_updates * config.update_epochs * config.num_minibatches
-        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, gradient_steps)
     clip = optax.clip_by_global_norm(config.max_grad_norm)
-    return flatten_small(optax.chain(clip, optax.adam(learning_rate, eps=1e-5)))
+    adam = optax.scale_by_adam(eps=1e-5)  # `update` applies the learning rate
+    return flatten_small(optax.chain(clip, adam))
 
 
 # --- State ---------------------------------------------------------------------------------------
@@ -221,7 +218,7 @@ def ppo_loss(params, network, config, batch, advantage, returns):
     log_prob = norm.logpdf(batch.action, mean, std).sum(axis=-1)
     log_ratio = log_prob - batch.log_prob
     ratio = jnp.exp(log_ratio)
-    if config.normalize_advantage:
+    if config.normalize_advantage and advantage.size > 1:  # one alone would become 0
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     clipped_ratio = jnp.clip(ratio, 1.0 - config.clip_coef, 1.0 + config.clip_coef)
     policy_loss = -jnp.minimum(ratio * advantage, clipped_ratio * advantage).mean()
@@ -287,6 +284,8 @@ def update(state, env):
     config = state.config
     network = make_network(config, env)
     optimizer = make_optimizer(config)
+    progress = config.progress(state.updates)
+    learning_rate = config.learning_rate * (1.0 - config.anneal_lr * progress)
     state, batch = rollout(state, env)
     steps = (batch.reward, batch.value, batch.next_value, batch.terminated, batch.done)
     advantages, returns = gae(*steps, config)
@@ -301,7 +300,7 @@ def update(state, env):
         gradients, parts = gradient(params, network, config, *minibatch)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, changes)
+        params = optax.apply_updates(params, optax.tree.scale(-learning_rate, changes))
         return (params, opt_state), parts
 
     def epoch(learner, key):
@@ -316,13 +315,12 @@ def update(state, env):
     learner = (state.params, state.opt_state)
     (params, opt_state), parts = jax.lax.scan(epoch, learner, epoch_keys)
 
-    progress = config.anneal_lr * state.updates / config.num_updates
     metrics = jax.tree.map(jnp.mean, parts) | {
         # The first minibatch is evaluated with the parameters that collected it: a ratio other
         # than 1 is a bug.
         "losses/first_ratio_error": parts["losses/first_ratio_error"][0, 0],
         "losses/explained_variance": 1.0 - (returns - batch.value).var() / (returns.var() + 1e-8),
-        "charts/learning_rate": config.learning_rate * (1.0 - progress),
+        "charts/learning_rate": learning_rate,
         "charts/episodic_return": batch.episode_return.sum(where=batch.done),
         "charts/episodic_length": batch.episode_length.sum(where=batch.done),
         "charts/episodes": batch.done.sum(),

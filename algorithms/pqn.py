@@ -119,12 +119,9 @@ def make_network(config: Config, env):
 
 
 def make_optimizer(config: Config):
-    learning_rate = config.learning_rate
-    if config.anneal_lr:
-        gradient_steps = config.num_updates * config.update_epochs * config.num_minibatches
-        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, gradient_steps)
     clip = optax.clip_by_global_norm(config.max_grad_norm)
-    return flatten_small(optax.chain(clip, optax.radam(learning_rate)))
+    adam = optax.scale_by_adam(eps=1e-5)  # `update` applies the learning rate
+    return flatten_small(optax.chain(clip, adam))
 
 
 # --- State ---------------------------------------------------------------------------------------
@@ -160,8 +157,7 @@ class Transition(NamedTuple):
 # --- Mathematics ---------------------------------------------------------------------------------
 def epsilon(updates, config):
     """The probability of a random action after so many updates, linear in environment steps."""
-    steps = updates * config.steps_per_update
-    progress = steps / max(1, config.exploration_fraction * config.total_steps)
+    progress = config.progress(updates) / max(1e-9, config.exploration_fraction)
     return config.start_e + (config.end_e - config.start_e) * jnp.minimum(progress, 1.0)
 
 
@@ -247,6 +243,8 @@ def update(state, env):
     config = state.config
     network = make_network(config, env)
     optimizer = make_optimizer(config)
+    progress = config.progress(state.updates)
+    learning_rate = config.learning_rate * (1.0 - config.anneal_lr * progress)
     state, batch = rollout(state, env)
     steps = (batch.reward, batch.next_q, batch.terminated, batch.done)
     targets = q_lambda_targets(*steps, config)
@@ -261,7 +259,7 @@ def update(state, env):
         gradients, parts = gradient(params, network, *minibatch)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, changes)
+        params = optax.apply_updates(params, optax.tree.scale(-learning_rate, changes))
         return (params, opt_state), parts
 
     def epoch(learner, key):
@@ -276,13 +274,12 @@ def update(state, env):
     learner = (state.params, state.opt_state)
     (params, opt_state), parts = jax.lax.scan(epoch, learner, epoch_keys)
 
-    progress = config.anneal_lr * state.updates / config.num_updates
     metrics = jax.tree.map(jnp.mean, parts) | {
         # The first minibatch is evaluated with the parameters that collected it: other values than
         # those of the rollout are a bug.
         "losses/first_q_error": parts["losses/first_q_error"][0, 0],
         "charts/epsilon": epsilon(state.updates, config),
-        "charts/learning_rate": config.learning_rate * (1.0 - progress),
+        "charts/learning_rate": learning_rate,
         "charts/episodic_return": batch.episode_return.sum(where=batch.done),
         "charts/episodic_length": batch.episode_length.sum(where=batch.done),
         "charts/episodes": batch.done.sum(),

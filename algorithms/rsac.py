@@ -52,7 +52,7 @@ from experiment import (
 )
 from fast import Conv, Dense, flatten_small
 from memory_cells import CELLS, MaskedRNN, make_cell
-from replay import SequenceReplay, Transition
+from replay import SequenceReplay, Transition, mean_of_steps
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -216,11 +216,7 @@ def make_network(config: Config, env):
 
 
 def make_optimizer(config: Config):
-    learning_rate = config.learning_rate
-    if config.anneal_lr:
-        gradient_steps = config.num_updates * config.gradient_steps
-        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, gradient_steps)
-    return flatten_small(optax.adam(learning_rate, eps=1e-5))
+    return flatten_small(optax.scale_by_adam(eps=1e-5))  # `update` applies the learning rate
 
 
 # --- State ---------------------------------------------------------------------------------------
@@ -287,26 +283,27 @@ def sac_loss(params, target_params, network, sample, key):
     next_value = jax.lax.stop_gradient(next_q - alpha * log_prob)[1:]
     targets = rows.reward + config.gamma * jnp.where(rows.terminated, 0.0, next_value)
     q_values = network.apply(params, features[:-1], rows.action, method="values")
-    td_loss = 0.5 * ((q_values - targets) ** 2).sum(axis=0).mean(where=is_step)
+    td_loss = mean_of_steps(0.5 * ((q_values - targets) ** 2).sum(axis=0), is_step)
 
     # L_pi
     features = jax.lax.stop_gradient(features)
     actor_q = network.apply(constant, features, action, method="values").min(axis=0)
-    actor_loss = (alpha * log_prob - actor_q)[:-1].mean(where=is_step)
+    actor_loss = mean_of_steps((alpha * log_prob - actor_q)[:-1], is_step)
 
     # L_alpha; the target entropy is that of actions in the bounds of the environment
-    entropy = -jax.lax.stop_gradient(log_prob)[:-1].mean(where=is_step)
+    entropy = -jax.lax.stop_gradient(log_prob)[:-1]
     log_scale = np.log(0.5 * (space.high - space.low)) * np.ones(space.shape)
     target_entropy = np.sum(config.target_entropy + log_scale)
-    alpha_loss = config.autotune * params["params"]["log_alpha"] * (entropy - target_entropy)
+    excess = mean_of_steps(entropy - target_entropy, is_step)
+    alpha_loss = config.autotune * params["params"]["log_alpha"] * excess
 
     return td_loss + actor_loss + alpha_loss, {
         "losses/td_loss": td_loss,
         "losses/actor_loss": actor_loss,
         "losses/alpha_loss": alpha_loss,
         "losses/alpha": alpha,
-        "losses/entropy": entropy,
-        "losses/q_values": q_values.mean(where=is_step),
+        "losses/entropy": mean_of_steps(entropy, is_step),
+        "losses/q_values": mean_of_steps(q_values.mean(axis=0), is_step),
     }
 
 
@@ -315,13 +312,14 @@ def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and their metrics."""
     config = state.config
     apply = make_network(config, env).apply
-    step_envs = jax.vmap(env.step, axis_name="envs")  # they share normalisation statistics
+    step_envs = jax.vmap(env.raw.step, axis_name="envs")  # they share normalisation statistics
     first_carry = state.carry
     num_random_updates = config.learning_starts // config.steps_per_update
 
     def env_step(state, _):
         key, noise_key, random_key, step_key = jax.random.split(state.key, 4)
-        carry, policy, _ = apply(state.params, state.carry, state.inputs, state.start)
+        inputs = env.preprocess(state.env_state, state.inputs)
+        carry, policy, _ = apply(state.params, state.carry, inputs, state.start)
         noise = jax.random.normal(noise_key, policy[0].shape)
         action, _ = squashed_normal(noise, policy, env.action_space)
         random_keys = jax.random.split(random_key, config.num_envs)
@@ -360,24 +358,25 @@ def update(state, env):
     network = make_network(config, env)
     optimizer = make_optimizer(config)
     replay = make_replay(config)
-    progress = config.anneal_lr * state.updates / config.num_updates
+    progress = config.progress(state.updates)
+    learning_rate = config.learning_rate * (1.0 - config.anneal_lr * progress)
     state, metrics = rollout(state, env)
 
     def gradient_step(state, _):
         key, sample_key, loss_key = jax.random.split(state.key, 3)
-        sample = replay.sample(state.buffer, sample_key)
+        sample = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
         gradient = jax.grad(sac_loss, has_aux=True)
         gradients, parts = gradient(state.params, state.target_params, network, sample, loss_key)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, changes)
+        params = optax.apply_updates(state.params, optax.tree.scale(-learning_rate, changes))
         target_params = optax.incremental_update(params, state.target_params, config.tau)
         state = state.replace(params=params, target_params=target_params, opt_state=opt_state)
         return state.replace(key=key), parts
 
     state, parts = jax.lax.scan(gradient_step, state, length=config.gradient_steps)
     metrics |= jax.tree.map(jnp.mean, parts)
-    metrics["charts/learning_rate"] = config.learning_rate * (1.0 - progress)
+    metrics["charts/learning_rate"] = learning_rate
     return state, metrics
 
 
@@ -391,7 +390,7 @@ def init(config: Config, key) -> State:
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
         reset_keys = jax.random.split(reset_key, config.num_envs)
-        obs, env_state = jax.vmap(env.reset, axis_name="envs")(reset_keys)
+        obs, env_state = jax.vmap(env.raw.reset, axis_name="envs")(reset_keys)
         no_action = jnp.zeros((config.num_envs, *env.action_space.shape), env.action_space.dtype)
         no_reward = jnp.zeros(config.num_envs)
         inputs = Inputs(obs, no_action, no_reward)

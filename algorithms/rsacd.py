@@ -52,7 +52,7 @@ from experiment import (
 )
 from fast import Conv, Dense, flatten_small
 from memory_cells import CELLS, MaskedRNN, make_cell
-from replay import SequenceReplay, Transition
+from replay import SequenceReplay, Transition, mean_of_steps
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -215,11 +215,7 @@ def make_network(config: Config, env):
 
 
 def make_optimizer(config: Config):
-    learning_rate = config.learning_rate
-    if config.anneal_lr:
-        gradient_steps = config.num_updates * config.gradient_steps
-        learning_rate = optax.linear_schedule(config.learning_rate, 0.0, gradient_steps)
-    return flatten_small(optax.adam(learning_rate, eps=1e-5))
+    return flatten_small(optax.scale_by_adam(eps=1e-5))  # `update` applies the learning rate
 
 
 # --- State ---------------------------------------------------------------------------------------
@@ -273,26 +269,26 @@ def sacd_loss(params, target_params, network, sample):
     targets = rows.reward + config.gamma * jnp.where(rows.terminated, 0.0, next_value)
     action = batch.action[None, ..., None]
     q_value = jnp.take_along_axis(q_values, action, axis=-1)[:, :-1, :, 0]
-    td_loss = 0.5 * ((q_value - targets) ** 2).sum(axis=0).mean(where=is_step)
+    td_loss = mean_of_steps(0.5 * ((q_value - targets) ** 2).sum(axis=0), is_step)
 
     # L_pi
     actor_q = jax.lax.stop_gradient(q_values).min(axis=0)
     actor_loss = (policy * (alpha * log_policy - actor_q)).sum(axis=-1)
-    actor_loss = actor_loss[:-1].mean(where=is_step)
+    actor_loss = mean_of_steps(actor_loss[:-1], is_step)
 
     # L_alpha
-    entropy = -jax.lax.stop_gradient(policy * log_policy).sum(axis=-1)
-    entropy = entropy[:-1].mean(where=is_step)
+    entropy = -jax.lax.stop_gradient(policy * log_policy).sum(axis=-1)[:-1]
     target_entropy = config.target_entropy_ratio * np.log(logits.shape[-1])
-    alpha_loss = config.autotune * params["params"]["log_alpha"] * (entropy - target_entropy)
+    excess = mean_of_steps(entropy - target_entropy, is_step)
+    alpha_loss = config.autotune * params["params"]["log_alpha"] * excess
 
     return td_loss + actor_loss + alpha_loss, {
         "losses/td_loss": td_loss,
         "losses/actor_loss": actor_loss,
         "losses/alpha_loss": alpha_loss,
         "losses/alpha": alpha,
-        "losses/entropy": entropy,
-        "losses/q_values": q_value.mean(where=is_step),
+        "losses/entropy": mean_of_steps(entropy, is_step),
+        "losses/q_values": mean_of_steps(q_value.mean(axis=0), is_step),
     }
 
 
@@ -301,13 +297,14 @@ def rollout(state, env):
     """T steps of N environments, kept for replay: the state after them, and their metrics."""
     config = state.config
     apply = make_network(config, env).apply
-    step_envs = jax.vmap(env.step, axis_name="envs")  # they share normalisation statistics
+    step_envs = jax.vmap(env.raw.step, axis_name="envs")  # they share normalisation statistics
     first_carry = state.carry
     num_random_updates = config.learning_starts // config.steps_per_update
 
     def env_step(state, _):
         key, action_key, random_key, step_key = jax.random.split(state.key, 4)
-        carry, logits, _ = apply(state.params, state.carry, state.inputs, state.start)
+        inputs = env.preprocess(state.env_state, state.inputs)
+        carry, logits, _ = apply(state.params, state.carry, inputs, state.start)
         action = jax.random.categorical(action_key, logits)
         random_keys = jax.random.split(random_key, config.num_envs)
         random_action = jax.vmap(env.action_space.sample)(random_keys)
@@ -345,24 +342,25 @@ def update(state, env):
     network = make_network(config, env)
     optimizer = make_optimizer(config)
     replay = make_replay(config)
-    progress = config.anneal_lr * state.updates / config.num_updates
+    progress = config.progress(state.updates)
+    learning_rate = config.learning_rate * (1.0 - config.anneal_lr * progress)
     state, metrics = rollout(state, env)
 
     def gradient_step(state, _):
         key, sample_key = jax.random.split(state.key)
-        sample = replay.sample(state.buffer, sample_key)
+        sample = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
         gradient = jax.grad(sacd_loss, has_aux=True)
         gradients, parts = gradient(state.params, state.target_params, network, sample)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, changes)
+        params = optax.apply_updates(state.params, optax.tree.scale(-learning_rate, changes))
         target_params = optax.incremental_update(params, state.target_params, config.tau)
         state = state.replace(params=params, target_params=target_params, opt_state=opt_state)
         return state.replace(key=key), parts
 
     state, parts = jax.lax.scan(gradient_step, state, length=config.gradient_steps)
     metrics |= jax.tree.map(jnp.mean, parts)
-    metrics["charts/learning_rate"] = config.learning_rate * (1.0 - progress)
+    metrics["charts/learning_rate"] = learning_rate
     return state, metrics
 
 
@@ -376,7 +374,7 @@ def init(config: Config, key) -> State:
     def init_seed(key):
         key, network_key, reset_key = jax.random.split(key, 3)
         reset_keys = jax.random.split(reset_key, config.num_envs)
-        obs, env_state = jax.vmap(env.reset, axis_name="envs")(reset_keys)
+        obs, env_state = jax.vmap(env.raw.reset, axis_name="envs")(reset_keys)
         no_action = jnp.zeros((config.num_envs, *env.action_space.shape), env.action_space.dtype)
         no_reward = jnp.zeros(config.num_envs)
         inputs = Inputs(obs, no_action, no_reward)

@@ -1,4 +1,4 @@
-"""From a `Task` to an `Environment`: casting, auto-reset, episode bookkeeping and normalisation.
+"""From a `Task` to an `Environment`: casting, auto-reset, episode bookkeeping and preprocessing.
 
 All libraries share this code, so an adapter has to supply the bare task only.
 """
@@ -20,7 +20,7 @@ class EnvState(NamedTuple):
     task: Any  # the library's own state
     time: jax.Array  # () int32, steps since the episode began
     episode_return: jax.Array  # () float32, sum of rewards since the episode began
-    statistics: Any = ()  # what `Normalized` keeps across episodes
+    statistics: Any = ()  # what `Preprocessed` keeps across episodes
 
 
 class Environment:
@@ -30,7 +30,8 @@ class Environment:
       final_obs: the true next observation; `obs` differs from it only in a step that ends an
         episode, where it is the first observation of the next episode;
       episode_done: () bool, terminated or truncated;
-      episode_return: () float32, sum of the episode's rewards, this step included;
+      episode_return: () float32, sum of the episode's rewards as the task gives them, this step
+        included;
       episode_length: () int32, number of the episode's steps, this one included.
 
     Attributes:
@@ -39,6 +40,8 @@ class Environment:
       action_space: a `Box` or `Discrete`; actions outside a `Box` are clipped to it.
       max_steps: an upper bound of an episode's length.
       render: `EnvState.task` -> uint8 image (height, width, 3), outside of JAX; or None.
+      raw: the environment for replay buffers: its observations and rewards are those of the task,
+        and `preprocess` makes of them what a learner reads. Here it is this environment.
     """
 
     def __init__(self, id: str, task: Task):
@@ -47,6 +50,7 @@ class Environment:
         self.action_space = task.action_space
         self.max_steps = task.max_steps
         self.render = task.render
+        self.raw = self
         self._task = task
         self._state_avals = jax.eval_shape(task.reset, jax.random.key(0))[1]
 
@@ -89,13 +93,21 @@ class Environment:
             "episode_length": state.time,
         }
         select = branch_where if self._task.costly_reset else where
-        reset = functools.partial(Environment.reset, self)  # not that of `Normalized`
+        reset = functools.partial(Environment.reset, self)  # not that of `Preprocessed`
         obs, state = select(done, reset, reset_key, (final_obs, state))
         return obs, state, reward, terminated, truncated, info
 
     def frozen(self, env_state):
         """The environment to evaluate in: this one, as it has no statistics to freeze."""
         return self
+
+    def preprocess(self, env_state, steps):
+        """Steps of `raw` as a learner reads them: here as they are."""
+        return steps
+
+    def preprocess_obs(self, env_state, obs):
+        """Observations of `raw` as a learner reads them: here as they are."""
+        return obs
 
     def _cast_action(self, action):
         space = self.action_space
@@ -189,7 +201,7 @@ def branch_where(condition, function, key, otherwise):
     return branch(condition, key, otherwise)
 
 
-# --- Normalisation -------------------------------------------------------------------------------
+# --- Preprocessing -------------------------------------------------------------------------------
 
 
 class Moments(NamedTuple):
@@ -204,7 +216,11 @@ class Moments(NamedTuple):
 
     @classmethod
     def init(cls, shape):
-        return cls(mean=jnp.zeros(shape), var=jnp.ones(shape), count=jnp.float32(1e-4))
+        return cls(
+            mean=jnp.zeros(shape, jnp.float32),
+            var=jnp.ones(shape, jnp.float32),
+            count=jnp.float32(1e-4),
+        )
 
     def update(self, x):
         """Take in x, or the x of all environments that are vmapped with axis_name="envs"."""
@@ -231,13 +247,14 @@ class Statistics(NamedTuple):
     discounted: jax.Array  # () float32, sum of the episode's past rewards, older ones discounted
 
 
-class Normalized(Environment):
-    """An environment whose observations, rewards or both are scaled to a variance of about 1.
+class Preprocessed(Environment):
+    """An environment whose observations or rewards are scaled or clipped for the learner.
 
-      observation: (obs - mean) / sqrt(var + 1e-8), with the mean and variance of all observations
+      `Task.clip_reward`: rewards are clipped to [-1, 1];
+      observations: (obs - mean) / sqrt(var + 1e-8), with the mean and variance of all observations
         returned so far, this one included;
-      reward: reward / sqrt(var + 1e-8), with the variance of g, the discounted sum of past rewards:
-        g <- gamma * g + reward;
+      rewards: reward / sqrt(var + 1e-8), with the variance of g, the discounted sum of past
+        rewards: g <- gamma * g + reward;
     both clipped to [-10, 10], as in CleanRL and Engstrom et al. 2020, arXiv 2005.12729.
 
     The statistics are part of the state and outlive episodes. Environments under
@@ -246,6 +263,10 @@ class Normalized(Environment):
 
     `info["final_obs"]` is normalised with the statistics of its step, but it does not count towards
     them, as no action follows it. `info["episode_return"]` sums the rewards of the task.
+
+    `step` uses the statistics of that step. What is replayed later was scaled with statistics of
+    long ago, so a replay buffer keeps what `raw` returns, and `preprocess` scales it with those of
+    today. `raw` collects the same statistics.
 
     This is what gymnasium's NormalizeObservation and NormalizeReward for vectors do, with one
     difference: g restarts where an episode ends. Gymnasium restarts g one step early at a
@@ -260,8 +281,9 @@ class Normalized(Environment):
         rewards: bool,
         gamma: float,
         statistics: Statistics | None = None,
+        raw: bool = False,
     ):
-        """Statistics are fixed if they are given, and collected otherwise.
+        """Statistics are fixed if they are given, and collected otherwise; `raw`: only collected.
 
         Raises:
           ValueError: `observations` are to be normalised and they are images.
@@ -271,23 +293,28 @@ class Normalized(Environment):
         self._rewards = rewards
         self._gamma = gamma
         self._fixed = statistics
+        self._is_raw = raw
         if observations:
             if task.observation_space.dtype == np.uint8:
                 reason = "the networks divide them by 255"
                 raise ValueError(f"normalize_obs is not for images, which {id} has: {reason}")
-            self.observation_space = Box(-10.0, 10.0, task.observation_space.shape)
+            if not raw:
+                self.observation_space = Box(-10.0, 10.0, task.observation_space.shape)
+        if not raw and not statistics:
+            self.raw = Preprocessed(id, task, observations, rewards, gamma, raw=True)
 
     def reset(self, key):
         obs, state = super().reset(key)
         if self._fixed:
-            return self._normalize(obs, self._fixed), state
+            return self._scale_obs(obs, self._fixed), state
         statistics = Statistics(
             obs=Moments.init(self.observation_space.shape) if self._observations else None,
             returns=Moments.init(()) if self._rewards else None,
             discounted=jnp.float32(0.0),
         )
         statistics = self._count_obs(statistics, obs)
-        return self._normalize(obs, statistics), state._replace(statistics=statistics)
+        state = state._replace(statistics=statistics)
+        return obs if self._is_raw else self._scale_obs(obs, statistics), state
 
     def step(self, key, state, action):
         statistics = state.statistics
@@ -299,10 +326,10 @@ class Normalized(Environment):
             statistics = self._count_obs(statistics, obs)
             statistics = self._count_reward(statistics, reward, info["episode_done"])
             state = state._replace(statistics=statistics)
-        if self._rewards:
-            reward = jnp.clip(reward / jnp.sqrt(statistics.returns.var + 1e-8), -10.0, 10.0)
-        info |= {"final_obs": self._normalize(info["final_obs"], statistics)}
-        obs = self._normalize(obs, statistics)
+        if not self._is_raw:
+            obs = self._scale_obs(obs, statistics)
+            reward = self._scale_reward(reward, statistics)
+            info |= {"final_obs": self._scale_obs(info["final_obs"], statistics)}
         return obs, state, reward, terminated, truncated, info
 
     def frozen(self, env_state):
@@ -312,17 +339,38 @@ class Normalized(Environment):
         `info["episode_return"]` is the raw return.
 
         Args:
-          env_state: states of vmapped environments, (N, ...). Their statistics are averaged over
-            N, which changes nothing where the environments share them.
+          env_state: states of vmapped environments, (N, ...).
         """
-        return Normalized(
+        return Preprocessed(
             id=self.id,
             task=self._task,
             observations=self._observations,
             rewards=self._rewards,
             gamma=self._gamma,
-            statistics=jax.tree.map(lambda x: x.mean(axis=0), env_state.statistics),
+            statistics=mean_over_envs(env_state.statistics),
         )
+
+    def preprocess(self, env_state, steps):
+        """Steps of `raw` as a learner reads them, scaled with the statistics of `env_state`.
+
+        Args:
+          env_state: states of vmapped environments, (N, ...).
+          steps: any pytree of named tuples. Their fields `obs`, `next_obs` and `reward` are scaled,
+            with any leading axes; everything else stays as it is.
+        """
+        statistics = mean_over_envs(env_state.statistics)
+
+        def scale(path, x):
+            field = getattr(path[-1], "name", None)
+            if field in ("obs", "next_obs"):
+                return self._scale_obs(x, statistics)
+            return self._scale_reward(x, statistics) if field == "reward" else x
+
+        return jax.tree.map_with_path(scale, steps)
+
+    def preprocess_obs(self, env_state, obs):
+        """Observations of `raw`, with any leading axes, as a learner reads them."""
+        return self._scale_obs(obs, mean_over_envs(env_state.statistics))
 
     def _count_obs(self, statistics, obs):
         if not self._observations:
@@ -330,13 +378,27 @@ class Normalized(Environment):
         return statistics._replace(obs=statistics.obs.update(obs))
 
     def _count_reward(self, statistics, reward, done):
-        discounted = self._gamma * statistics.discounted + reward
+        discounted = self._gamma * statistics.discounted + self._clip_reward(reward)
         returns = statistics.returns.update(discounted) if self._rewards else None
         discounted = jnp.where(done, 0.0, discounted)
         return Statistics(statistics.obs, returns, discounted)
 
-    def _normalize(self, obs, statistics):
+    def _scale_obs(self, obs, statistics):
         if not self._observations:
             return obs
         centred = obs - statistics.obs.mean
         return jnp.clip(centred / jnp.sqrt(statistics.obs.var + 1e-8), -10.0, 10.0)
+
+    def _clip_reward(self, reward):
+        return jnp.clip(reward, -1.0, 1.0) if self._task.clip_reward else reward
+
+    def _scale_reward(self, reward, statistics):
+        reward = self._clip_reward(reward)
+        if not self._rewards:
+            return reward
+        return jnp.clip(reward / jnp.sqrt(statistics.returns.var + 1e-8), -10.0, 10.0)
+
+
+def mean_over_envs(statistics: Statistics) -> Statistics:
+    """The mean over the leading axis, which changes nothing where environments share statistics."""
+    return jax.tree.map(lambda x: x.mean(axis=0), statistics)

@@ -141,9 +141,17 @@ def record(
         done = info["episode_done"]
         return (key, memory, obs, done, action, reward, next_state), (env_state.task, done)
 
-    carry = (key, initialize(1), obs, jnp.ones(1, bool), action, jnp.zeros(1), env_state)
+    carry = (
+        key,
+        initialize(1),
+        obs,
+        jnp.ones(1, bool),
+        action,
+        jnp.zeros(1, jnp.float32),
+        env_state,
+    )
     _, (states, done) = jax.lax.scan(step, carry, length=min(env.max_steps, MAX_RECORDED))
-    length = jnp.where(done.any(), done.argmax() + 1, len(done))
+    length = jnp.where(done.any(), done.argmax() + 1, len(done)).astype(jnp.int32)
     return Recording(jax.tree.map(lambda x: x[:, 0], states), length)
 
 

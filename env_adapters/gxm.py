@@ -6,19 +6,24 @@ truncation, and the one for Gymnasium ignores the key and hides the state of its
 """
 
 import contextlib
+import dataclasses
 import importlib
-import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from env_adapters.library import import_silently, let_pygame_run_anywhere
+from env_adapters.library import import_silently, let_pygame_run_anywhere, refusing
+from env_adapters.physics import arguments_of, take_max_steps
 from env_adapters.task import Box, Discrete, Task
-from env_adapters.wrappers import check_options
+from env_adapters.wrappers import check_options, time_limit
+from harness.errors import did_you_mean
 
 # gxm's name for a library -> our namespace
 LIBRARIES = {"Gymnax": "gymnax", "Brax": "brax", "Craftax": "craftax", "Navix": "navix"}
+
+FROZEN_LAKES = ("4x4", "8x8")
+MAX_STEPS = 1000  # of tasks for which Gymnasium has no limit
 
 BOOL = jax.ShapeDtypeStruct((), bool)
 FLOAT32 = jax.ShapeDtypeStruct((), np.float32)
@@ -80,7 +85,7 @@ def make_task(env_id: str, **options) -> Task:
       ValueError: a library is missing, there is no such option, or its value is not valid.
     """
     spec = import_gymnasium().registry[env_id.partition("/")[2]]
-    make = atari_task if is_atari(spec) else pickled_task
+    make = atari_task if is_atari(spec) else small_task
     return make(f"gxm::{env_id}", spec, **options)
 
 
@@ -148,8 +153,6 @@ def atari_task(owner: str, spec, **options) -> Task:
             host.step, results, emulator, jnp.stack(held_actions), vmap_method="broadcast_all"
         )
         frames = jnp.concatenate([frames[..., 1:], frame[..., None]], axis=-1)
-        if options["reward_clipping"]:
-            reward = jnp.clip(reward, -1, 1)
         return frames, (emulator, frames, held), reward, terminated, truncated
 
     def render(state):
@@ -163,57 +166,68 @@ def atari_task(owner: str, spec, **options) -> Task:
         action_space=Discrete(host.actions),
         max_steps=-(-max_frames // frameskip),
         render=render,
+        clip_reward=options["reward_clipping"],
     )
 
 
 # --- Small tasks ---------------------------------------------------------------------------------
 
 
-def pickled_task(owner: str, spec, **options) -> Task:
-    """A small environment of Gymnasium, whose state is its pickle.
+def small_task(owner: str, spec, **options) -> Task:
+    """A small environment of Gymnasium.
 
     Args:
       **options: max_episode_steps, and the arguments of the environment's constructor.
 
     Raises:
-      ValueError: there is no such option, or its value has another type.
+      ValueError: there is no such option, or its value is not valid.
     """
     import gymnasium
 
-    from env_adapters.host_gymnasium import Pickled
+    from env_adapters.host_gymnasium import SmallTask
 
     constructor = gymnasium.envs.registration.load_env_creator(spec.entry_point)
-    arguments = {
-        argument.name: argument.default
-        for argument in inspect.signature(constructor).parameters.values()
-        if argument.default is not argument.empty
-    }
-    limit = {"max_episode_steps": spec.max_episode_steps or 1000}
-    defaults = limit | arguments | spec.kwargs
-    check_options(owner, options, defaults)
-    limit = {"max_episode_steps": defaults["max_episode_steps"]}
-    options = {"render_mode": "rgb_array"} | limit | options
-    env = gymnasium.make(spec, disable_env_checker=True, **options)
-    host = Pickled(env)
+    arguments = arguments_of(constructor)
+    del arguments["render_mode"]  # `Task.render` is the only way to draw
+    default = spec.max_episode_steps or MAX_STEPS
+    check_options(owner, options, {"max_episode_steps": default} | arguments | spec.kwargs)
+    max_steps = take_max_steps(owner, options, default, "max_episode_steps")
+    for name, value in options.items():
+        if name.endswith(("_rate", "_probability")) and not 0 <= value <= 1:
+            raise ValueError(f"option {name} of {owner} must be between 0 and 1, got {value}")
+    if "map_name" in options and options["map_name"] not in FROZEN_LAKES:
+        hint = did_you_mean(options["map_name"], FROZEN_LAKES)
+        valid = " or ".join(FROZEN_LAKES)
+        wrong = f"option map_name of {owner} must be {valid}"
+        raise ValueError(f"{wrong}, got {options['map_name']!r}{hint}")
+    with refusing(owner, options):
+        spec = dataclasses.replace(spec, max_episode_steps=None)
+        host = SmallTask(gymnasium.make(spec, render_mode="rgb_array", **options))
     obs = jax.ShapeDtypeStruct(
         shape=host.space.shape,
         dtype=np.uint8 if host.space.dtype == np.uint8 else np.float32,
     )
-    state = jax.ShapeDtypeStruct((host.state_size,), jnp.uint8)
+    state = jax.ShapeDtypeStruct((host.state_size,), jnp.uint32)
 
     def reset(key):
         seed = jax.random.bits(key, dtype=jnp.uint32)
         return jax.pure_callback(host.reset, (obs, state), seed, vmap_method="broadcast_all")
 
-    def step(key, pickled, action):
-        results = obs, state, FLOAT32, BOOL, BOOL
-        return jax.pure_callback(host.step, results, pickled, action, vmap_method="broadcast_all")
+    def step(key, state_before, action):
+        obs_after, state_after, reward, terminated = jax.pure_callback(
+            host.step,
+            (obs, state, FLOAT32, BOOL),
+            state_before,
+            action,
+            vmap_method="broadcast_all",
+        )
+        return obs_after, state_after, reward, terminated, False
 
     def render(state):
         let_pygame_run_anywhere()
         return host.picture(state)
 
-    return Task(
+    task = Task(
         reset=reset,
         step=step,
         observation_space=Box(
@@ -222,11 +236,12 @@ def pickled_task(owner: str, spec, **options) -> Task:
             shape=obs.shape,
             dtype=obs.dtype,
         ),
-        action_space=action_space_of(env),
-        max_steps=env.spec.max_episode_steps,
+        action_space=action_space_of(host.env),
+        max_steps=max_steps,
         render=render,
         costly_reset=True,
     )
+    return time_limit(task, max_steps)
 
 
 def action_space_of(env) -> Box | Discrete:

@@ -58,6 +58,22 @@ def import_silently(module: str, owner: str, package: str):
         raise ValueError(f"{missing}: pip install {package!r}") from None
 
 
+@contextlib.contextmanager
+def refusing(owner: str, options: dict):
+    """Inside the block, a library makes an environment, and may refuse the user's options.
+
+    Raises:
+      ValueError: it does, with an exception of whatever kind; names the options and the reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        given = " ".join(f"{name} {value}" for name, value in options.items())
+        reason = (str(error) or repr(error)).splitlines()[0]
+        what = f"with {given}" if given else "on this machine"
+        raise ValueError(f"{owner} cannot be made {what}: {reason}") from None
+
+
 def let_pygame_run_anywhere():
     """Let pygame draw on a machine without a screen or a sound card."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")

@@ -39,15 +39,15 @@ def arguments_of(constructor) -> dict:
     }
 
 
-def take_max_steps(owner: str, options: dict, default: int) -> int:
-    """Remove max_steps from the options and return it, or its default.
+def take_max_steps(owner: str, options: dict, default: int, name: str = "max_steps") -> int:
+    """Remove max_steps, or what it is called, from the options; return it, or its default.
 
     Raises:
       ValueError: it is less than 1.
     """
-    max_steps = options.pop("max_steps", default)
+    max_steps = options.pop(name, default)
     if max_steps < 1:
-        raise ValueError(f"option max_steps of {owner} must be at least 1, got {max_steps}")
+        raise ValueError(f"option {name} of {owner} must be at least 1, got {max_steps}")
     return max_steps
 
 

@@ -5,9 +5,17 @@ import functools
 from collections.abc import Callable
 
 from env_adapters import brax, craftax, gxm, gymnax, mujoco, navix, popgym_arcade, popjaxrl
-from env_adapters.environment import Environment, Normalized
+from env_adapters.environment import Environment, Preprocessed
 from env_adapters.task import Task
-from env_adapters.wrappers import DEFAULTS, check_options, common_options, mask_observation, wrap
+from env_adapters.wrappers import (
+    DEFAULTS,
+    check_options,
+    common_options,
+    enable_x64,
+    in_32_bits,
+    mask_observation,
+    wrap,
+)
 from harness.errors import did_you_mean
 
 # namespace -> (its ids, (id, **options) -> Task). Both import the library when they are called.
@@ -42,7 +50,7 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
         every task
           sticky_actions, noise, mask_probability, flicker, delay, frame_stack, time_limit,
             rescale_actions: wrappers.py describes them and their order;
-          normalize_obs, normalize_reward: running normalisation, see `Normalized`;
+          normalize_obs, normalize_reward: running normalisation, see `Preprocessed`;
           reward_gamma: the discount of normalize_reward.
 
     Raises:
@@ -80,12 +88,13 @@ def _make(id, mask, options):
     if not 0 <= gamma <= 1:
         raise ValueError(f"option reward_gamma of {id} must be between 0 and 1, got {gamma}")
 
-    task = make_task(env_id, **own)
-    if mask:
-        task = mask_observation(id, task, mask)
-    task = wrap(task, id, {name: common[name] for name in DEFAULTS})
-    if common["normalize_obs"] or common["normalize_reward"]:
-        return Normalized(
+    with enable_x64(False):
+        task = make_task(env_id, **own)
+        if mask:
+            task = mask_observation(id, task, mask)
+        task = in_32_bits(wrap(task, id, {name: common[name] for name in DEFAULTS}))
+    if task.clip_reward or common["normalize_obs"] or common["normalize_reward"]:
+        return Preprocessed(
             id=id,
             task=task,
             observations=common["normalize_obs"],

@@ -56,6 +56,8 @@ class Task:
       render: state -> uint8 image (height, width, 3), called with numpy arrays outside of JAX;
         None if the library cannot draw.
       masks: names for entries of a vector observation, as in {"velocity": (1, 3)}.
+      clip_reward: True if a learner should read rewards clipped to [-1, 1]; `step` gives them as
+        they are, and episodes' returns are sums of these.
       costly_reset: True if a reset costs about as much as a step or more. `Environment` then
         computes resets only for environments whose episode has ended (`branch_where`).
     """
@@ -67,6 +69,7 @@ class Task:
     max_steps: int
     render: Callable | None = None
     masks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    clip_reward: bool = False
     costly_reset: bool = False
 
 

@@ -13,7 +13,7 @@ They are applied in this order, the first one closest to the task:
   time_limit        n: truncates episodes after n steps
   rescale_actions   True: continuous actions lie in [-1, 1], whatever the bounds of the task
   normalize_obs, normalize_reward, reward_gamma
-                    running normalisation, see `envs.Normalized`
+                    running normalisation, see `envs.Preprocessed`
 
 A wrapper is a function from a `Task` to a `Task`. Its randomness comes from the keys of reset and
 step. What it has to remember (the last action, past observations) is part of the task's state and
@@ -254,6 +254,33 @@ def rescale_actions(task: Task, _) -> Task:
         return task.step(key, state, jnp.clip(action, space.low, space.high))
 
     return replace(task, step=step, action_space=Box(-1.0, 1.0, space.shape, space.dtype))
+
+
+# --- What every task gets ------------------------------------------------------------------------
+
+# Inside `enable_x64(False)` JAX makes numbers of 32 bits. Before JAX 0.8 it was experimental.
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
+
+def in_32_bits(task: Task) -> Task:
+    """The task with numbers of 32 bits, also where JAX_ENABLE_X64 is set.
+
+    The libraries are written for 32 bits: with 64, states change their dtypes from step to step.
+    """
+
+    def reset(key):
+        with enable_x64(False):
+            return jax.tree.map(jnp.asarray, task.reset(key))
+
+    def step(key, state, action):
+        with enable_x64(False):
+            return jax.tree.map(jnp.asarray, task.step(key, state, action))
+
+    def render(state):
+        with enable_x64(False):
+            return task.render(state)
+
+    return replace(task, reset=reset, step=step, render=task.render and render)
 
 
 # --- Options -------------------------------------------------------------------------------------

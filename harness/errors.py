@@ -1,6 +1,7 @@
-"""Errors that users see, and the checks of options that raise them."""
+"""Errors that users see, and the checks of options and libraries that raise them."""
 
 import difflib
+import importlib
 import math
 import types
 import typing
@@ -37,6 +38,27 @@ def did_you_mean(name: str, valid) -> str:
         return ""
     shown = valid[matches[0]] if isinstance(valid, dict) else matches[0]
     return f" (did you mean {shown!r}?)"
+
+
+def import_optional(module: str, owner: str, package: str | None = None):
+    """Import a module of a library that may be missing.
+
+    Args:
+      owner: what needs it, for the error.
+      package: what to pass to `pip install`, if it is not the name of the library.
+
+    Raises:
+      UsageError: the library, or another one that it needs, is not installed; says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        library = module.partition(".")[0]
+        missing = (error.name or library).partition(".")[0]
+        # A library that is here may lack another one.
+        wanted = (package or library) if missing == library else missing
+        reason = f"{owner} needs {missing}, which is not installed"
+        raise UsageError(f"{reason}: pip install {wanted}") from None
 
 
 def check_options(owner: str, options: Options, defaults: dict) -> None:

@@ -39,7 +39,7 @@ def summarize(sums: dict, finite: dict, first: int, count: int, steps_per_update
       sums: each metric summed over the updates, (S,).
       finite: for each metric the number of updates before its sum became nan or inf.
     """
-    episodes = np.asarray(sums["charts/episodes"])
+    episodes = np.asarray(sums["charts/episodes"]).astype(int)
     means = {"charts/episodes": episodes}
     for name, total in sums.items():
         if name.startswith("charts/episodic_") and episodes.any():

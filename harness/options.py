@@ -54,6 +54,15 @@ class Experiment:
     def num_updates(self) -> int:
         return self.total_steps // self.steps_per_update
 
+    def progress(self, updates):
+        """How much of the run so many updates are, from 0 to 1 (float32).
+
+        All schedules follow it. Steps are not counted here, as int32 holds too few of them.
+        """
+        import jax.numpy as jnp
+
+        return jnp.clip(jnp.asarray(updates, jnp.float32) / self.num_updates, 0.0, 1.0)
+
 
 # Options that --help shows first.
 COMMON = (
@@ -83,6 +92,8 @@ BETWEEN_0_AND_1 = (
     "end_e",
     "exploration_fraction",
     "target_entropy_ratio",
+    "priority_exponent",
+    "importance_exponent",
 )
 ANY_SIGN = ("target_entropy",)
 # Whole numbers that no compiled program counts in int32, or whose limit has a sentence of its own.
@@ -109,6 +120,7 @@ def launch(main, config_class):
     # Tracing makes many objects and no garbage: collecting it is a sixth of the start. `Run`
     # enables it again.
     gc.disable()
+    keep_32_bits()
     try:
         if not issubclass(config_class, Experiment):
             return main(tyro.cli(config_class))
@@ -306,6 +318,12 @@ def check_device() -> None:
 
 # -------------------------------------------------------------------------------------------------
 # The process
+
+
+def keep_32_bits() -> None:
+    """Ignore JAX_ENABLE_X64: with it libraries change the types and results of environments."""
+    if jax := sys.modules.get("jax"):
+        jax.config.update("jax_enable_x64", False)
 
 
 def use_compilation_cache(folder: str) -> None:

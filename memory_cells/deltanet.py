@@ -65,7 +65,7 @@ class DeltaNet(SequenceCell):
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
         width = self.features // self.num_heads
-        memory = jnp.zeros((*batch, self.num_heads, width, width))
+        memory = jnp.zeros((*batch, self.num_heads, width, width), jnp.float32)
         return memory, conv_buffer(self.conv_width, batch, 3 * self.features)
 
     @in_pieces

@@ -97,8 +97,8 @@ class MLSTM(SequenceCell):
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
         width = self.inner // self.num_heads
-        memory = jnp.zeros((*batch, self.num_heads, width, width + 1))
-        m = jnp.zeros((*batch, self.num_heads))
+        memory = jnp.zeros((*batch, self.num_heads, width, width + 1), jnp.float32)
+        m = jnp.zeros((*batch, self.num_heads), jnp.float32)
         return (memory, m), conv_buffer(self.conv_width, batch, self.inner)
 
     @partial(in_pieces, length=GATED_CHUNK)

@@ -20,6 +20,7 @@ Sequences: in chunks (see `parts/chunkwise.py`).
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from memory_cells.masked_rnn import SequenceCell
 from memory_cells.parts.carry import episode_steps
@@ -68,9 +69,10 @@ class RetNet(SequenceCell):
     def initialize_carry(self, rng, input_shape):
         *batch, inputs = input_shape
         width = self.features // self.num_heads
-        memory = jnp.zeros((*batch, self.num_heads, width, width))
+        memory = jnp.zeros((*batch, self.num_heads, width, width), jnp.float32)
         # The count is a float, so that the whole carry is differentiable.
-        return memory, jnp.zeros(batch), conv_buffer(self.conv_width, batch, inputs)
+        count = jnp.zeros(batch, jnp.float32)
+        return memory, count, conv_buffer(self.conv_width, batch, inputs)
 
     @in_pieces
     def sequence(self, carry, xs, starts):
@@ -82,8 +84,8 @@ class RetNet(SequenceCell):
         steps = episode_steps(count, starts)
         q = rotate(q, steps) / q.shape[-1] ** 0.5
         k = rotate(k, steps)
-        gamma = 1.0 - 2.0 ** (-5.0 - jnp.arange(self.num_heads))
-        log_decay = jnp.broadcast_to(jnp.log(gamma).astype(q.dtype), q.shape[:-1])
+        gamma = 1.0 - 2.0 ** (-5.0 - np.arange(self.num_heads))
+        log_decay = jnp.broadcast_to(np.log(gamma).astype(q.dtype), q.shape[:-1])
         memory, reads = linear_memory(memory, q, k, v, log_decay, starts, self.impl)
         ys = merge_heads(self.norm(reads)) * nn.silu(self.gate(us))
         return (memory, steps[-1] + 1, buffer), self.output(ys)
@@ -95,7 +97,8 @@ def rotate(x, steps):
     Channels j and j + d / 2 are a pair.
     """
     half = x.shape[-1] // 2
-    angles = (steps[..., None] * 10000.0 ** (-jnp.arange(half) / half))[..., None, :]
+    theta = 10000.0 ** (-np.arange(half) / half)
+    angles = (steps[..., None] * theta.astype(x.dtype))[..., None, :]
     cos = jnp.cos(angles)
     sin = jnp.sin(angles)
     a = x[..., :half]

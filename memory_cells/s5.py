@@ -116,7 +116,7 @@ class S5(SequenceCell):
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
-        return jnp.zeros((*input_shape[:-1], self.full_state_size // 2), complex)
+        return jnp.zeros((*input_shape[:-1], self.full_state_size // 2), jnp.complex64)
 
     def sequence(self, carry, xs, starts):
         if xs.shape[-1] != self.features:  # d * u needs as many inputs as features

@@ -271,6 +271,11 @@ def one_seed(state):
     return jax.tree.map(lambda x: x[0], state)
 
 
+def replayed_steps(buffer):
+    """All the steps that a replay buffer keeps, of a state or of shapes."""
+    return buffer.chunks.experience.steps if hasattr(buffer, "chunks") else buffer.experience
+
+
 def copy(state):
     """The public functions donate their state: keep one to compare with."""
     return jax.tree.map(jnp.copy, state)

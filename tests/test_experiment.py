@@ -82,14 +82,27 @@ def stop_after(monkeypatch, update):
 # --- Resuming ------------------------------------------------------------------------------------
 
 
+# What else must be continued exactly: priorities, and the statistics that replay is scaled with.
+NORMALIZED = {"terminal_every": 5, "normalize_obs": True, "normalize_reward": True}
+ALSO = {"drqn": {"prioritized": True, "env_kwargs": NORMALIZED}, "sac": {"env_kwargs": NORMALIZED}}
+ATARI = {"env": "gxm::Gymnasium/ALE/Breakout-v5", "env_kwargs": {"max_num_frames_per_episode": 40}}
+
+
 @pytest.mark.parametrize(
-    ("script", "update"),  # between two evaluations, or at one
-    [*((script, 5) for script in SCRIPTS), ("ppo", 3)],
+    ("script", "update", "changes"),  # between two evaluations, or at one
+    [
+        *((script, 5, ALSO.get(script, {})) for script in SCRIPTS),
+        ("ppo", 3, {}),
+        pytest.param("dqn", 5, ATARI, marks=pytest.mark.slow),
+    ],
 )
-def test_resuming_is_as_if_nothing_had_happened(script, update, tmp_path, monkeypatch, capsys):
+def test_resuming_is_as_if_nothing_had_happened(
+    script, update, changes, tmp_path, monkeypatch, capsys
+):
     """N updates + save + load + N updates equal 2 N updates bit for bit, and so do the logs."""
     module = importlib.import_module(f"algorithms.{script}")
-    config = in_updates(tiny(module, num_seeds=2, log=("file",), log_every=2), 6, 3)
+    config = tiny(module, num_seeds=2, log=("file",), log_every=2, **changes)
+    config = in_updates(config, 6, 3)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     main_in(whole, module, config)
 

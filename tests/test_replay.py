@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from replay import ItemReplay, SequenceReplay, Transition, as_seen
+from replay import ItemReplay, SequenceReplay, Transition, as_lots, as_seen
 
 
 class Inputs(NamedTuple):
@@ -67,7 +67,8 @@ def test_sampled_sequences_are_pieces_of_what_was_added(prioritized):
         buffer = add(buffer, steps.inputs.obs[0][:, None], steps)
     beginnings = set()
     for key in jax.random.split(jax.random.key(0), 5):
-        carry, batch, weight, indices = jax.jit(replay.sample)(buffer, key)
+        sample = jax.jit(replay.sample)(buffer, key)
+        carry, batch, weight, _ = sample
         assert batch.final.shape == (length + 1, 200) and weight.shape == (200,)
         for b in range(200):
             number, final = np.asarray(batch.inputs.obs[:, b]), np.asarray(batch.final[:, b])
@@ -78,8 +79,155 @@ def test_sampled_sequences_are_pieces_of_what_was_added(prioritized):
             assert len(set(number // 1000)) == 1  # of one environment
             beginnings.add(number[0])
         if prioritized:
-            buffer = replay.set_priorities(buffer, indices, jnp.ones((length, 200)))
+            buffer = replay.set_priorities(buffer, sample, jnp.ones((length, 200)))
     assert len(beginnings) == num_envs * (40 - 12) // num_steps + num_envs  # all there are
+
+
+def test_items_of_several_steps_and_environments_wrap_anywhere():
+    """Twelve at a time into a buffer of 27, and minibatches of more than it holds."""
+    replay = ItemReplay(buffer_size=27, batch_size=1000)
+    buffer, add = replay.init(jnp.zeros(3, jnp.int32)), jax.jit(replay.add)
+    for added in range(0, 84, 12):
+        buffer = add(buffer, added + jnp.arange(12).reshape(4, 3))
+    seen = np.asarray(jax.jit(replay.sample)(buffer, jax.random.key(0)))
+    assert set(seen) == set(range(84 - 27, 84))
+
+
+def test_nothing_is_sampled_before_it_is_written():
+    items = ItemReplay(buffer_size=8, batch_size=4)
+    with pytest.raises(ValueError, match="holds 0 items, sampling needs at least 1"):
+        items.sample(items.init(jnp.zeros(1)), jax.random.key(0))
+    for prioritized in (False, True):
+        replay, buffer, add = sequences(1, 4, 2, prioritized=prioritized)
+        message = "holds 1 chunks of every environment, sampling needs at least 2"
+        buffer = add(buffer, 0)
+        with pytest.raises(ValueError, match=message):
+            replay.sample(buffer, jax.random.key(0))
+        # A compiled program cannot refuse.
+        sample = jax.jit(replay.sample)
+        assert (sample(buffer, jax.random.key(0)).weight == 0.0).all()
+        assert (sample(add(buffer, 1), jax.random.key(0)).weight == 1.0).all()
+
+
+# --- Priorities ----------------------------------------------------------------------------------
+
+
+def sequences(num_envs, slots, chunks, **changes):
+    """A replay of chunks of two steps, its empty buffer, and what adds chunk number i of each."""
+    sizes = {"buffer_size": num_envs * (2 * slots + 1), "length": 2 * chunks - 1}
+    replay = SequenceReplay(num_envs, 2, **sizes, **{"batch_size": 500} | changes)
+    first = numbered(num_envs, 0, 1)
+    buffer = replay.init(jnp.zeros((num_envs, 1)), jax.tree.map(itemgetter(0), first))
+
+    @jax.jit
+    def add(buffer, i):
+        steps = numbered(num_envs, 2 * i, 2)
+        return replay.add(buffer, steps.inputs.obs[0][:, None], steps)
+
+    return replay, buffer, add
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "slots", "chunks", "added"),
+    [
+        (3, 7, 3, 5),  # with room left
+        (2, 5, 2, 5),  # full
+        (2, 5, 2, 6),  # just begun anew
+        (3, 7, 3, 25),  # filled three times and a half
+        (1, 4, 1, 9),  # one environment, sequences of one chunk
+        (2, 3, 3, 8),  # one sequence of every environment
+    ],
+)
+def test_probabilities_and_weights_are_those_of_the_priorities(num_envs, slots, chunks, added, rng):
+    """Against a table of all sequences, in numpy: some have priority 0, new ones the greatest."""
+    exponents = {"priority_exponent": 0.7, "importance_exponent": 0.4}
+    replay, buffer, add = sequences(num_envs, slots, chunks, prioritized=True, **exponents)
+    sample, set_priorities = jax.jit(replay.sample), jax.jit(replay.set_priorities)
+    errors = rng.exponential(3.737, size=(num_envs, added)).astype(np.float32)
+    errors *= rng.random(errors.shape) < 0.7
+    priorities, greatest = {}, 0.0
+    for i in range(added):
+        buffer = add(buffer, i)
+        first = i - chunks + 1
+        if first < 0:
+            continue
+        priorities |= {(env, first): greatest or 1.0 for env in range(num_envs)}
+        for env in range(num_envs):
+            priorities.pop((env, i - slots), None)  # what begins there was written over
+        counts = dict.fromkeys(priorities, 0)
+        for key in jax.random.split(jax.random.key(i), 10 if i == added - 1 else 1):
+            drawn = sample(buffer, key)
+            env, first = np.divmod(np.asarray(drawn.carry[:, 0]).astype(int), 1000)
+            first //= 2
+            for row in zip(env, first, strict=True):
+                counts[row] += 1  # a KeyError, were it not valid
+        p = np.array(list(priorities.values())) ** 0.7
+        expected = p / p.sum() if p.any() else np.full(len(p), 1 / len(p))
+        of = dict(zip(priorities, expected, strict=True))
+        weight = np.array([of[row] for row in zip(env, first, strict=True)]) ** -0.4
+        np.testing.assert_allclose(drawn.weight, weight / weight.max(), rtol=1e-4)
+        if i < added - 1:
+            buffer = set_priorities(buffer, drawn, errors[env, first] * jnp.ones((2, 1)))
+            rows = set(zip(env, first, strict=True))
+            priorities |= {row: errors[row] for row in rows}
+            greatest = max(greatest, *(errors[row] for row in rows))
+    shares = np.array(list(counts.values())) / 5000
+    assert (shares[expected == 0] == 0).all()
+    deviation = np.sqrt(expected * (1 - expected) / 5000)
+    assert (np.abs(shares - expected) <= 4.5 * deviation).all()
+
+
+def test_the_priority_is_of_errors_of_steps():
+    """0.9 of the greatest and 0.1 of the mean; final rows and errors without a number are left."""
+    replay, buffer, add = sequences(1, 12, 6, prioritized=True, priority_exponent=1.0)
+    for i in range(12):
+        buffer = add(buffer, i)
+    sample = replay.sample(buffer, jax.random.key(0))
+    final = np.asarray(sample.batch.final[2:-1])  # of rows that a burn-in of 2 leaves
+    assert final.any() and not final.all(axis=0).any()
+    error = np.where(final, 100.0, np.asarray(sample.batch.inputs.obs[2:-1]) % 7)
+    after = replay.set_priorities(buffer, sample, jnp.asarray(error))
+    steps = np.where(final, np.nan, error)
+    expected = 0.9 * np.nanmax(steps, axis=0) + 0.1 * np.nanmean(steps, axis=0)
+    np.testing.assert_allclose(after.priorities[sample.indices], expected, rtol=1e-6)
+    np.testing.assert_allclose(after.greatest, expected.max(), rtol=1e-6)
+    for bad in (np.nan, np.inf):
+        other = replay.set_priorities(after, sample, jnp.asarray(error * 2).at[3].set(bad))
+        hit = final[3]
+        kept = np.where(hit, 2 * expected, expected)
+        np.testing.assert_allclose(other.priorities[sample.indices], kept, rtol=1e-6)
+        assert np.isfinite(other.greatest)
+    none = sample._replace(batch=sample.batch._replace(final=jnp.ones_like(sample.batch.final)))
+    np.testing.assert_array_equal(
+        replay.set_priorities(after, none, jnp.asarray(error)).priorities, after.priorities
+    )
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-30, 1.0, 1e30, 3e38])
+def test_priorities_of_any_size_give_finite_weights(size):
+    replay, buffer, add = sequences(2, 8, 1, prioritized=True)
+    for i in range(8):
+        buffer = add(buffer, i)
+    spread = jnp.float32(size) * jnp.array([[1.0], [0.5]]) * jnp.ones(8)
+    sample = replay.sample(buffer._replace(priorities=spread), jax.random.key(0))
+    assert np.isfinite(sample.weight).all() and sample.weight.max() == 1.0
+    share = np.mean(np.asarray(sample.indices[0]) == 0)
+    # Those below 1e-38 count as 0, those above 1e30 as 1e30.
+    np.testing.assert_allclose(share, 2 / 3 if 1e-38 < size <= 1e30 else 0.5, atol=0.1)
+
+
+def test_lots_of_100_000_priorities(rng):
+    """What has priority 0 has no lot, what has a small one has at least one, the rest its share."""
+    priorities = rng.exponential(size=100_000).astype(np.float32) ** 4
+    priorities[::3] = 0.0
+    lots = np.asarray(as_lots(jnp.asarray(priorities), jnp.ones(100_000, bool))).astype(np.int64)
+    np.testing.assert_array_equal(lots > 0, priorities > 0)
+    assert 2**30 * 0.999 < lots.sum() < 2**30 * 1.001
+    expected = priorities.astype(float) / priorities.sum(dtype=float) * 2**30
+    np.testing.assert_allclose(lots, expected, rtol=1e-3, atol=1.01)
+
+
+# --- Episodes as they were seen -------------------------------------------------------------------
 
 
 def test_what_was_seen_is_put_back_in_order():

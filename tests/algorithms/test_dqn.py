@@ -12,6 +12,7 @@ from helpers import (
     final_returns,
     network_of,
     one_seed,
+    replayed_steps,
     small_off_policy,
     start,
 )
@@ -121,7 +122,7 @@ def test_dqn_keeps_the_true_next_observation():
     state = fill_buffer(dqn.rollout, state, env)
     steps = int(state.updates[0]) * config.steps_per_update
     assert steps == 200
-    seen = jax.tree.map(lambda x: x[0, 0, :steps], state.buffer.experience)
+    seen = jax.tree.map(lambda x: x[0, 0, :steps], replayed_steps(state.buffer))
     step = np.round(7 * np.asarray(seen.obs[:, 1]))
     # 1 at the end, not the 0 of a reset.
     np.testing.assert_allclose(seen.next_obs[:, 1], (step + 1) / 7, atol=1e-6)
@@ -137,7 +138,7 @@ SLOW_CELLS = [pytest.param(cell, marks=pytest.mark.slow) for cell in ("gtrxl", "
 def test_replayed_values_are_those_of_acting(cell):
     """From the stored carry, over ends and starts, with and without burn-in."""
     _, network, state, sample = filled(cell=cell)
-    steps = state.buffer.experience.steps
+    steps = replayed_steps(state.buffer)
     steps = jax.tree.map(lambda x: x[:, :12].reshape(4, 48, *x.shape[3:]).swapaxes(0, 1), steps)
     initial = network.initialize_carry(4)
     apply = jax.jit(network.apply, static_argnums=4)
@@ -258,8 +259,7 @@ def test_same_seed_same_run_alone_or_among_several(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_images_stay_bytes_in_replay(script):
     config = small(script, env="test::Picture")
-    buffer = jax.eval_shape(lambda: script.init(config, seed_keys(config))).buffer.experience
-    kept = buffer if script is dqn else buffer.steps
+    kept = replayed_steps(jax.eval_shape(lambda: script.init(config, seed_keys(config))).buffer)
     obs = kept.obs if script is dqn else kept.inputs.obs
     assert obs.dtype == kept.next_obs.dtype == jnp.uint8
     env, state = start(config, script)

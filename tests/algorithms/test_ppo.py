@@ -100,6 +100,23 @@ def test_the_loss_is_the_formula_of_the_docstring(script, rng):
     np.testing.assert_allclose(parts["losses/approx_kl"], approx_kl, rtol=1e-4)
 
 
+@pytest.mark.parametrize("script", SCRIPTS + CONTINUOUS)
+def test_a_single_advantage_is_learned_from(script):
+    """Minus its own mean it would be 0."""
+    one = jnp.ones(1)
+    discrete = script in SCRIPTS
+    given = {"action": jnp.zeros(1, int) if discrete else jnp.zeros((1, 1))}
+    given |= {"log_prob": 0.0 * one, "value": one}
+    batch = script.Transition(**dict.fromkeys(script.Transition._fields) | given)
+    policy = (jnp.zeros((1, 2)),) if discrete else (jnp.zeros((1, 1)), jnp.ones((1, 1)))
+    outputs, carry = (*policy, one), ()
+    if script in (rppo, rppo_continuous):
+        outputs, carry = ((), *outputs), ((),)
+    config = small(script, normalize_advantage=True, clip_coef=0.9)
+    _, parts = script.ppo_loss(outputs, Table(), config, *carry, batch, 3.0 * one, one)
+    assert parts["losses/policy_loss"] < -0.1
+
+
 @pytest.mark.parametrize(
     ("script", "gae_lambda"),
     [*itertools.product(SCRIPTS, (0.0, 1.0)), (ppo_continuous, 0.0), (rppo_continuous, 1.0)],

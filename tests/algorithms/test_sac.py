@@ -13,6 +13,7 @@ from helpers import (
     final_returns,
     network_of,
     one_seed,
+    replayed_steps,
     small_off_policy,
     start,
 )
@@ -191,7 +192,7 @@ def test_every_loss_trains_its_own_parameters_only(script, changes):
 def test_replayed_features_are_those_of_acting(script, shared_torso):
     """From the stored carries, over ends and starts: what both memories see is what they saw."""
     config, network, state, sample = filled(script, shared_torso=shared_torso)
-    steps = state.buffer.experience.steps
+    steps = replayed_steps(state.buffer)
     steps = jax.tree.map(lambda x: x[:, :12].reshape(4, 48, *x.shape[3:]).swapaxes(0, 1), steps)
 
     def read(*args):
@@ -296,7 +297,7 @@ def test_candidate_actions_are_no_history():
 @pytest.mark.parametrize("script", [sac, sacd])
 def test_the_true_next_observation_is_kept(script):
     config, _, state, _ = filled(script)
-    seen = jax.tree.map(lambda x: x[0, :200], state.buffer.experience)
+    seen = jax.tree.map(lambda x: x[0, :200], replayed_steps(state.buffer))
     step = np.round(7 * np.asarray(seen.obs[:, 1]))
     # 1 at the end, not the 0 of a reset.
     np.testing.assert_allclose(seen.next_obs[:, 1], (step + 1) / 7, atol=1e-6)
@@ -308,13 +309,13 @@ def test_the_true_next_observation_is_kept(script):
 def test_actions_are_uniform_until_learning_starts(script):
     """Then they are those of the policy, at first near the middle of test::Steering's -3 to 2."""
     config, _, state, _ = filled(script)
-    steps = state.buffer.experience.steps if script in RECURRENT else state.buffer.experience
+    steps = replayed_steps(state.buffer)
     action = np.asarray(steps.action).reshape(-1, 2)
     action = action[(action != 0).all(axis=1)]
     np.testing.assert_allclose(action.mean(), -0.5, atol=0.4)
     np.testing.assert_allclose(action.std(), 5 / 12**0.5, atol=0.2)
-    after = script.rollout(state, config.make_env())[0].buffer.experience
-    after = np.asarray((after.steps if script in RECURRENT else after).action).reshape(-1, 2)
+    after = replayed_steps(script.rollout(state, config.make_env())[0].buffer)
+    after = np.asarray(after.action).reshape(-1, 2)
     before = np.asarray(steps.action).reshape(-1, 2)
     new = after[(after != before).any(axis=1)]
     assert len(new) == config.steps_per_update and np.abs(new + 0.5).max() < 2.0

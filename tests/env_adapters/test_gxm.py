@@ -1,5 +1,6 @@
 """gxm against Atari's vector environment and Gymnasium, from whatever state."""
 
+import ale_py
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,45 @@ def test_atari_actions_stick():
         boards.append(steps[2])
     np.testing.assert_array_equal(boards[0], boards[1])
     assert (boards[0] != boards[2]).any()
+
+
+@pytest.mark.parametrize(("game", "steps"), [("MsPacman", 150), ("Breakout", 300), ("Pong", 300)])
+def test_returns_are_the_score_of_the_game(game, steps):
+    """The emulator's own counter, with the same idle frames and actions; rewards are clipped."""
+    env = make(f"gxm::Gymnasium/ALE/{game}-v5")
+    key, keys = jax.random.key(5), jax.random.split(jax.random.key(0), steps)
+    actions = jax.random.randint(jax.random.key(2), (steps,), 0, env.action_space.n)
+
+    def step(carry, inputs):
+        _, state, reward, *ends, info = env.step(inputs[0], carry, inputs[1])
+        return state, (reward, info["episode_return"], info["episode_done"])
+
+    state = env.reset(key)[1]
+    _, (reward, score, done) = jax.jit(lambda s: jax.lax.scan(step, s, (keys, actions)))(state)
+    sticks = jax.vmap(lambda key: jax.random.bernoulli(jax.random.split(key)[0], 0.25, (4,)))(keys)
+
+    ale = ale_py.ALEInterface()
+    ale.setInt("random_seed", 0)
+    ale.setFloat("repeat_action_probability", 0.0)
+    ale.loadROM(ale_py.roms.get_rom_path({"MsPacman": "ms_pacman"}.get(game, game.lower())))
+    held = ale_py.Action.NOOP
+    if ale_py.Action.FIRE in ale.getMinimalActionSet():
+        ale.act(ale_py.Action.FIRE)
+    for _ in range(jax.random.randint(key, (), 0, 30)):
+        ale.act(held)
+    rewards = []
+    for row, action in zip(np.asarray(sticks), np.asarray(actions), strict=True):
+        rewards.append(0)
+        for stick in row:
+            held = held if stick else ale.getMinimalActionSet()[action]
+            rewards[-1] += ale.act(held)
+        if ale.game_over():
+            break
+    length = len(rewards)
+    assert np.any(rewards) and done[: length - 1].sum() == 0
+    np.testing.assert_array_equal(score[:length], np.cumsum(rewards))
+    np.testing.assert_array_equal(reward[:length], np.clip(rewards, -1, 1))
+    assert game != "MsPacman" or score[length - 1] > 5 * reward[:length].sum()
 
 
 # --- The rest of Gymnasium -----------------------------------------------------------------------

@@ -1,0 +1,155 @@
+"""Gymnasium's simulators on the host: exact, and harmless whatever their states contain."""
+
+import os
+import pickle
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from env_adapters import gxm
+from env_adapters.host_gymnasium import Atari, SmallTask
+from env_adapters.library import let_pygame_run_anywhere
+from envs import make
+
+SMALL = [env_id.partition("/")[2] for env_id in gxm.ids() if "/ALE/" not in env_id]
+OTHERS = [
+    ("CartPole-v1", {"sutton_barto_reward": True}),
+    ("Pendulum-v1", {"g": 3.0}),
+    ("MountainCarContinuous-v0", {"goal_velocity": 1}),
+    ("Blackjack-v1", {"natural": True}),
+    ("Blackjack-v1", {"sab": True}),
+    ("FrozenLake-v1", {"map_name": "8x8", "is_slippery": False}),
+    ("FrozenLake-v1", {"success_rate": 0.9}),
+    ("CliffWalking-v1", {"is_slippery": True}),
+    ("Taxi-v4", {"is_rainy": True, "rainy_probability": 0.5}),
+    ("Taxi-v4", {"fickle_passenger": True, "fickle_probability": 1.0}),
+]
+
+
+def library(env_id, **options):
+    return gymnasium.make(env_id, render_mode="rgb_array", disable_env_checker=True, **options)
+
+
+def plain(env):
+    """The attributes of an environment that are numbers, texts, or made of these."""
+    kinds = (int, float, str, list, tuple, np.generic, np.ndarray, type(None))
+    return {name: value for name, value in vars(env).items() if isinstance(value, kinds)}
+
+
+@pytest.mark.parametrize(("env_id", "options"), [(env_id, {}) for env_id in SMALL] + OTHERS)
+def test_small_tasks_are_those_of_gymnasium(env_id, options):
+    """To the last bit, in two episodes at a time; a state contains everything that changes."""
+    host = SmallTask(library(env_id, **options))
+    theirs = [library(env_id, **options).unwrapped for _ in range(2)]
+    rng = np.random.default_rng(0)
+    for seeds in ([0, 1], [2, 3], [4, 5]):
+        obs, state = host.reset(seeds)
+        expected = [env.reset(seed=seed)[0] for env, seed in zip(theirs, seeds, strict=True)]
+        running = np.ones(2, bool)
+        for t in range(25):
+            for row in np.flatnonzero(running):
+                np.testing.assert_array_equal(obs[row], host._obs(expected[row]))
+                if t < 4 or t == 24:
+                    assert_in_state(host, state[row], theirs[row])
+            if host.env.action_space.shape == ():
+                actions = rng.integers(host.env.action_space.n, size=2).astype(np.int32)
+            else:
+                actions = rng.uniform(-1, 1, (2, 1)).astype(np.float32)
+            obs, state, reward, terminated = host.step(state, actions)
+            for row in np.flatnonzero(running):
+                expected[row], *rest = theirs[row].step(actions[row])
+                assert [reward[row], terminated[row]] == [np.float32(rest[0]), rest[1]]
+            running &= ~terminated
+
+
+def assert_in_state(host, state, env):
+    """Another environment that is set to the state is like `env` in everything."""
+    host._write_state(state)
+    any_seed = {"_np_random_seed": None}
+    np.testing.assert_equal(plain(host.env) | any_seed, plain(env) | any_seed)
+    random = env.np_random.bit_generator.state
+    assert host.env.np_random.bit_generator.state == random
+
+
+class Bomb:
+    """Unpickled, it runs a command."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def crafted(state, content: bytes):
+    """A state whose simulator has this content, as far as it goes."""
+
+    def craft(leaf):
+        leaf = np.array(leaf)
+        if leaf.nbytes >= 80:
+            room = leaf.reshape(-1).view(np.uint8)
+            room[:] = np.frombuffer(content.ljust(len(room), b"\0")[: len(room)], np.uint8)
+        return jnp.asarray(leaf)
+
+    return jax.tree.map(craft, state)
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Taxi-v4"])
+def test_a_strangers_state_runs_nothing(env_id, tmp_path):
+    """A state that is a pickle with a command in it is stepped and drawn like any other."""
+    env = make(f"gxm::Gymnasium/{env_id}")
+    step = jax.jit(env.step)
+    _, state = jax.jit(env.reset)(jax.random.key(0))
+    content = pickle.dumps(Bomb(f"touch {tmp_path / 'ran'}"), protocol=0)
+    stranger = state._replace(task=crafted(state.task, content))
+    assert any(
+        (x != y).any() for x, y in zip(*map(jax.tree.leaves, (state, stranger)), strict=True)
+    )
+    obs, after, reward, *_ = step(jax.random.key(1), stranger, 0)
+    assert env.render(jax.device_get(stranger.task)).dtype == np.uint8
+    assert obs.shape == env.observation_space.shape and np.isfinite(reward)
+    assert not list(tmp_path.iterdir())
+    one, same = (step(jax.random.key(1), state, 0) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one, same)  # it has left no traces
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("env_id", SMALL)
+def test_any_bits_are_a_state(env_id, rng):
+    """Numbers that no task can have, nan and infinity among them: it neither fails nor hangs."""
+    host = SmallTask(library(env_id))
+    rows = rng.integers(2**32, size=(50, host.state_size), dtype=np.uint32)
+    rows[20:30] = 0
+    rows[30:40] = np.frombuffer(np.float64(np.nan).tobytes(), np.uint32)[1]
+    rows[40:50, 12:].view(np.float64)[:] = rng.normal(size=(10, host.state_size // 2 - 6)) * 1e7
+    rows[:5] = 2**32 - 1
+    actions = np.zeros((50, *host.env.action_space.shape), host.env.action_space.dtype)
+    let_pygame_run_anywhere()
+    pictures = [host.picture(row) for row in rows[[0, 5, 20, 30, 40, 41]]]
+    assert all(picture.dtype == np.uint8 for picture in pictures)
+    for _ in range(3):
+        obs, rows, reward, _ = host.step(rows, actions)
+        assert np.isfinite(obs).all() and np.isfinite(reward).all()
+
+
+def test_a_state_that_the_emulator_cannot_load_begins_anew(tmp_path, rng):
+    """It runs nothing, and the states that are stepped with it and after it are none the worse."""
+    host = Atari("pong", 4, False, 400)
+    _, states = host.starts(2, True)
+    actions = np.zeros((2, 4), np.int32)
+    good = host.step(states, actions)
+    bad = np.zeros((3, host.state_size), np.uint8)
+    payload = pickle.dumps(Bomb(f"touch {tmp_path / 'ran'}"), protocol=0)
+    bad[0, : len(payload)] = np.frombuffer(payload, np.uint8)
+    bad[1] = rng.integers(256, size=host.state_size)
+    bad[2, :1000] = states[0, :1000]
+    rows = np.concatenate([bad, states])
+    mixed = host.step(rows, np.zeros((5, 4), np.int32))
+    for x, y in zip(good, mixed, strict=True):
+        np.testing.assert_array_equal(x, y[3:])
+    again = host.step(states, actions)
+    jax.tree.map(np.testing.assert_array_equal, good, again)
+    assert host.picture(bad[0]).shape[-1] == 3 and not list(tmp_path.iterdir())
