@@ -25,17 +25,14 @@ import numpy as np
 
 from env_adapters.episodes import check_drawable, record, write_gif
 from env_adapters.task import Box, Discrete
-from harness.checkpoints import Checkpoints, named_leaves
+from harness.checkpoints import Checkpoints
 from harness.errors import Diverged, Options, RunError, UsageError
 from harness.metrics import (
-    GREEDY,
     METRICS_FILE,
-    SAMPLED,
     Report,
     as_json,
     describe,
     evaluated_policies,
-    read_metrics,
     statistics,
     summarize,
     summarize_episodes,
@@ -52,6 +49,8 @@ from harness.run_dir import (
     save_evaluation,
     script_of,
 )
+from harness.sizes import check_memory, num_bytes
+from harness.trained import begin_with, check_not_lost, first_difference, load_trained, restore
 from loggers import check_keys, make_logger
 
 __all__ = [
@@ -252,176 +251,12 @@ def environment_steps(state) -> int:
 # Runs
 
 
-def free_memory() -> int:
-    """Bytes that the device has left; the machine, where the device is its CPU."""
-    import psutil
-
-    device = jax.devices()[0].memory_stats()
-    if device:
-        return device["bytes_limit"] - device.get("bytes_in_use", 0)
-    return psutil.virtual_memory().available
-
-
-def num_bytes(tree) -> int:
-    """The size of a pytree of arrays, or of their shapes and dtypes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def plan(config, init):
-    """The shapes and dtypes of a run's state, `jax.eval_shape` of `init`, once it is sure to fit.
-
-    Counted are the state and what a rollout, a minibatch and an evaluation keep of it. Activations
-    and gradients come on top.
-
-    Raises:
-      UsageError: this takes more than the free memory, before anything of it is made.
-    """
-    # Some memories compute their first parameters outside of jax, even for shapes only.
-    check_parts(config, {"a matrix of hidden_size": 4 * config.num_seeds * config.hidden_size**2})
-    like = jax.eval_shape(lambda: init(config, seed_keys(config)))
-    inputs = like.obs if hasattr(like, "obs") else like.inputs
-    playing = num_bytes((like.env_state, inputs, getattr(like, "carry", ())))
-    learning = (like.params, getattr(like, "target_params", ()), like.opt_state)
-    eval_envs = min(config.num_eval_envs, config.eval_episodes)
-    parts = {
-        "a network of hidden_size": num_bytes(learning),
-        "a batch of num_envs": playing,
-        "an evaluation in num_eval_envs": playing * eval_envs // config.num_envs,
-    }
-    if hasattr(like, "buffer"):
-        buffer = num_bytes(like.buffer)
-        length = getattr(config, "burn_in", 0) + getattr(config, "sequence_length", 1)
-        drawn = config.batch_size * length  # steps
-        parts["a replay buffer of buffer_size"] = buffer
-        parts["a minibatch of batch_size"] = buffer * drawn // config.buffer_size
-    else:
-        parts["a rollout of num_steps"] = num_bytes(inputs) * config.num_steps
-    check_parts(config, parts)
-    return like
-
-
-def check_parts(config, parts: dict) -> None:
-    """Refuse a run whose parts, name -> bytes, are together larger than the free memory.
-
-    Raises:
-      UsageError: names the option that the largest part comes from.
-    """
-    largest = max(parts, key=parts.get)
-    free = free_memory()
-    if sum(parts.values()) <= free:
-        return
-    field = largest.split()[-1]
-    what = f"{largest} {getattr(config, field)}"
-    if field == "num_steps":
-        what += f" with num_envs {config.num_envs}"
-    if config.num_seeds > 1:
-        what += f" for num_seeds {config.num_seeds}"
-    sizes = (parts[largest], sum(parts.values()), free)
-    needed, whole, there = (f"{size / 2**30:,.1f} GiB" for size in sizes)
-    raise UsageError(f"{what} takes {needed}, the run at least {whole}; there are {there}")
-
-
 FRESH = 2**31 - 2  # the stream of --evaluate, which training and its evaluations do not use
 
 
-def check_not_lost(run_dir, purpose: str) -> None:
-    """Refuse a run without checkpoints whose record says that it has written some.
-
-    Raises:
-      UsageError: they are gone.
-    """
-    past = read_metrics(Path(run_dir) / METRICS_FILE)
-    evaluations = sum(GREEDY in record or SAMPLED in record for record in past)
-    # A process may be killed after its first evaluation and before its first checkpoint.
-    if evaluations > 1:
-        lost = f"the checkpoints of {str(run_dir)!r} are gone"
-        raise UsageError(f"{lost}, there is nothing to {purpose}")
-
-
-def restore(run_dir: str, like, best: bool, purpose: str):
-    """A checkpoint of a run, as `Checkpoints.restore` returns it.
-
-    Raises:
-      UsageError: there is none, or it does not fit `like`.
-    """
-    checkpoints = Checkpoints(run_dir)
-    if not checkpoints.steps():
-        check_not_lost(run_dir, purpose)
-    return checkpoints.restore(like, best)
-
-
-def first_difference(ours, theirs) -> str:
-    """Where two pytrees first differ in names or shapes of their leaves, or ""."""
-    ours, theirs = named_leaves(ours), named_leaves(theirs)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name not in theirs:
-            return f"{name} was not there in training"
-        if name not in ours:
-            return f"{name} was there in training"
-        if ours[name].shape != theirs[name].shape:
-            return f"{name} has the shape {ours[name].shape}, in training {theirs[name].shape}"
-    return ""
-
-
-def parameters(state) -> dict:
-    """What learning has made of a state: its parameters, by the names of their fields."""
-    names = ("params", "target_params")
-    return {name: getattr(state, name) for name in names if hasattr(state, name)}
-
-
-def load_trained(config, init, like):
-    """The state of the run that --init-from names, once it is sure to fit the state `like`.
-
-    Raises:
-      UsageError: it does not fit: other shapes, another number of seeds, or no statistics for
-        observations that it was trained to read normalised.
-    """
-    run = config.init_from
-    source = load_config(run, type(config))
-    theirs = jax.eval_shape(lambda: init(source, seed_keys(source)))
-    if source.num_seeds not in (1, config.num_seeds):
-        seeds = f"has {source.num_seeds} seeds, this run {config.num_seeds}"
-        raise UsageError(f"init_from {run!r} does not fit: it {seeds}; give it as many, or one")
-    one_seed = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
-    ours = one_seed(parameters(like))
-    if difference := first_difference(ours, one_seed(parameters(theirs))):
-        raise UsageError(f"init_from {run!r} does not fit: {difference}")
-    if observation_moments(theirs) and not observation_moments(like):
-        needed = "it reads normalised observations; add normalize_obs True to env_kwargs"
-        raise UsageError(f"init_from {run!r} does not fit: {needed}")
-    state, _, notes = restore(run, theirs, config.best, "begin with")
-    if notes["diverged"]:
-        seeds = ", ".join(f"seed_{seed}" for seed, _ in notes["diverged"])
-        raise UsageError(f"init_from {run!r} cannot be used: {seeds} diverged")
-    return state
-
-
-def observation_moments(state):
-    """The statistics that an environment normalises observations with, or None."""
-    return getattr(state.env_state.statistics, "obs", None)
-
-
-def begin_with(trained, state):
-    """A fresh state with the parameters and the normalisation statistics of a trained one.
-
-    Its optimizer, environments, schedules and keys are those of a new run.
-    """
-
-    def spread(old, new):
-        return jnp.broadcast_to(old, new.shape).astype(new.dtype)
-
-    def spread_moments(old, new):
-        return spread(old.mean(axis=1, keepdims=True), new)  # the environments share them
-
-    changes = jax.tree.map(spread, parameters(trained), parameters(state))
-    statistics = state.env_state.statistics
-    for name in ("obs", "returns"):
-        old = getattr(trained.env_state.statistics, name, None)
-        new = getattr(statistics, name, None)
-        if old is not None and new is not None and first_difference(old.mean[0], new.mean[0]) == "":
-            statistics = statistics._replace(**{name: jax.tree.map(spread_moments, old, new)})
-    env_state = state.env_state._replace(statistics=statistics)
-    return state.replace(env_state=env_state, **changes)
+def shapes(config, init):
+    """The shapes and dtypes of the state of a run, as a pytree like it."""
+    return jax.eval_shape(lambda: init(config, seed_keys(config)))
 
 
 class Run:
@@ -444,10 +279,10 @@ class Run:
 
     def __init__(self, config, init):
         check_keys(config)
-        like = plan(config, init)
+        like = check_memory(config, partial(shapes, config, init))
         trained = None
         if config.init_from and not (config.resume and Checkpoints(config.resume).steps()):
-            trained = load_trained(config, init, like)
+            trained = load_trained(config, partial(shapes, init=init), like)
         self.config = config
         self.signal = None  # the first signal that asked the run to stop
         self.handlers = {}  # signal handlers to restore
@@ -618,12 +453,13 @@ def show(config, env, init, evaluate) -> None:
     check_same(config, saved, MAY_DIFFER_ON_EVALUATE)
     if config.video:
         check_drawable(env)
-    like = plan(config, init)
+    like = check_memory(config, partial(shapes, config, init))
+    difference = ""
     if config.env_kwargs != saved.env_kwargs:
-        trained = jax.eval_shape(lambda: init(saved, seed_keys(saved)))
-        if difference := first_difference(like, trained):
-            other = f"with env_kwargs {config.env_kwargs}, trained with {saved.env_kwargs}"
-            raise UsageError(f"{config.evaluate!r} cannot be evaluated {other}: {difference}")
+        difference = first_difference(like, shapes(saved, init))
+    if difference:
+        other = f"with env_kwargs {config.env_kwargs}, trained with {saved.env_kwargs}"
+        raise UsageError(f"{config.evaluate!r} cannot be evaluated {other}: {difference}")
     state, step, notes = restore(config.evaluate, like, config.best, "evaluate")
     diverged = dict(notes["diverged"])
     fresh = jax.vmap(partial(jax.random.fold_in, data=FRESH))(seed_keys(config))

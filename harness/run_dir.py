@@ -256,6 +256,9 @@ def read_about(run_dir) -> dict:
         if type(about.get(part, kind())) is not kind:
             found = f"{part!r} is {about[part]!r}, not of type {kind.__name__}"
             raise UsageError(f"{path} is damaged: {found}")
+    if about["final_step"] <= 0:
+        found = f"'final_step' is {about['final_step']}, not greater than 0"
+        raise UsageError(f"{path} is damaged: {found}")
     return about
 
 

@@ -34,6 +34,7 @@ from helpers import (
 from PIL import Image
 
 from experiment import compiled_updates, seed_keys
+from harness.metrics import SAMPLED
 from harness.options import launch
 
 PAIRS = [  # most lines the second may remove from the first, and add to it
@@ -301,6 +302,7 @@ def test_a_run_from_the_command_line(script, tmp_path, run_here):
     lines = result.stdout.splitlines()
     if script in REPLAY:
         assert re.fullmatch(r"replay buffer: [\d.]+ MiB", lines.pop(0))
+    assert lines.pop(0) == "--total-steps 200 trains 192: whole updates of 32"
     compiled, *lines, saved = lines
     table, evaluations = lines[: -len(policies)], lines[-len(policies) :]
     assert compiled.startswith("compiled in ") and saved == f"saved to {run_dir}"
@@ -319,22 +321,29 @@ def test_a_run_from_the_command_line(script, tmp_path, run_here):
 
     again = run(script, "--evaluate", str(run_dir), "--video", "agent.gif")
     assert again.returncode == 0, again.stderr
-    *shown, filmed = again.stdout.splitlines()
-    assert shown == [f"checkpoint of step 192: {line}" for line in evaluations]
-    assert re.fullmatch(r"video of \d+ steps: agent.gif", filmed)
+    *shown, saved, filmed = again.stdout.splitlines()
+    for policy, line in zip(policies, shown, strict=True):
+        assert line.startswith(f"checkpoint of step 192: {policy} return over 4 episodes: ")
+    assert re.fullmatch(rf"saved to {run_dir}/evaluations/[\d-]+\.json", saved)
+    length = int(re.fullmatch(r"video of (\d+) steps: agent.gif", filmed)[1])
     film = Image.open(tmp_path / "agent.gif")
-    assert film.size in ((300, 200), (300, 300)) and film.n_frames > 3
+    assert film.size in ((300, 200), (300, 300))
+    assert 0.5 * length < film.n_frames <= length  # equal frames in succession become one
     if script == "ppo":  # the same code for all
-        evaluate_on_shorter_episodes(script, run_dir)
+        evaluate_on_shorter_episodes(script, run_dir, records)
         refuse_another_config(script, run_dir)
 
 
-def evaluate_on_shorter_episodes(script, run_dir):
+def evaluate_on_shorter_episodes(script, run_dir, records):
+    scores = {r["step"]: sum(r[SAMPLED]) for r in records if SAMPLED in r}
+    best_step = max(scores, key=lambda step: (scores[step], step))
     options = ("--best", "--episodes", "3", "--env-kwargs", "max_steps_in_episode", "9")
     best = run_script(script, "--evaluate", str(run_dir), *options)
     assert best.returncode == 0
-    assert re.match(r"checkpoint of step (96|192): greedy return over 3 episodes", best.stdout)
-    assert max(map(float, re.search(r"the seeds: (.*)", best.stdout)[1].split())) <= 9
+    for policy, line in zip(("greedy", "sampled"), best.stdout.splitlines(), strict=False):
+        chosen = f"checkpoint of step {best_step} (the best sampled return): "
+        assert line.startswith(f"{chosen}{policy} return over 3 episodes")
+        assert max(map(float, re.search(r"the seeds: (.*)", line)[1].split())) <= 9
 
 
 def refuse_another_config(script, run_dir):

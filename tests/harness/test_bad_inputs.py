@@ -4,13 +4,10 @@ import importlib
 import os
 
 import jax
-import numpy as np
-import psutil
 import pytest
-from helpers import as_command, run_script, tiny, words
+from helpers import as_command, run_script, words
 
-import experiment
-from algorithms import ppo
+from harness import sizes
 from harness.options import launch
 
 # The command line, and a part of the sentence.
@@ -142,7 +139,7 @@ BAD_SEQUENCES = [
     ("--burn-in 1e9", "learning_starts (1000) must be at least 16000000384, for sequences"),
     ("--sequence-length 0", "sequence_length must be greater than 0, got 0"),
     ("--n-step 0", "n_step must be greater than 0, got 0"),
-    ("--n-step 1e9", "n_step (1000000000) must be at most sequence_length (32)"),
+    ("--n-step 1e9", "n_step (1000000000) must be at most burn_in + sequence_length"),
     ("--batch-size 1e9", "batch_size (1000000000) must be at most the"),
     (
         "--learning-starts 100",
@@ -192,7 +189,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
 ):
     module = importlib.import_module(f"algorithms.{script}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiment, "free_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(sizes, "free_memory", lambda: 16 * 2**30)
     with as_command(script, *args.split()), pytest.raises(SystemExit) as ended:
         launch(module.main, module.Config)
     output = capsys.readouterr()
@@ -216,17 +213,3 @@ def test_bad_input_ends_the_process_without_a_traceback(platform, args, message,
     assert result.returncode == 2 and message in words(result.stderr), result.stderr
     assert len(result.stderr.splitlines()) == 1 and not result.stdout
     assert not list(tmp_path.iterdir())
-
-
-def test_the_free_memory_is_that_of_the_machine():
-    if jax.default_backend() == "cpu":
-        available = psutil.virtual_memory().available
-        assert 0.5 * available < experiment.free_memory() < 2 * available
-
-
-def test_sizes_are_those_of_what_is_made():
-    """The parts of a run that its shapes foretell are as large as the arrays are later."""
-    config = tiny(ppo)
-    state = ppo.init(config, experiment.seed_keys(config))
-    assert experiment.num_bytes(experiment.plan(config, ppo.init)) == experiment.num_bytes(state)
-    assert experiment.num_bytes({"x": np.zeros((3, 4), np.float32), "y": np.uint8(1)}) == 49
