@@ -21,7 +21,10 @@ import sys
 import time
 from pathlib import Path
 
+from harness.checkpoints import FOLDER
 from harness.errors import UsageError
+from harness.metrics import METRICS_FILE
+from harness.output import warn
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
@@ -124,6 +127,7 @@ def open_run_dir(config):
     script = script_of(config)
     path = Path(config.resume or config.run_dir or unused_name(config, script.stem))
     if config.resume:
+        refuse_links(path)
         check_same(config, load_config(config.resume, type(config)), MAY_DIFFER_ON_RESUME)
         check_versions(path, provenance(script))
 
@@ -236,17 +240,34 @@ def check_versions(run_dir: Path, here: dict) -> None:
             raise UsageError(f"{str(run_dir)!r} was begun with {name} {was}, not {now}: {advice}")
 
 
+def refuse_links(run_dir: Path) -> None:
+    """Refuse to continue a run whose files are links: what they lead to would be changed.
+
+    Raises:
+      UsageError: names the link.
+    """
+    names = (METRICS_FILE, LOCK_FILE, FOLDER, "wandb", ".neptune")
+    for path in (run_dir / name for name in names):
+        if path.is_symlink():
+            advice = "put there what it leads to"
+            raise UsageError(f"{str(path)!r} is a link, a run writes only its own files: {advice}")
+
+
 def forget_after(path: Path, size: int) -> None:
     """Cut a metrics file to its size at the checkpoint; what came after will be written again.
 
     Raises:
       UsageError: it cannot be written.
     """
-    if path.exists():
-        try:
-            os.truncate(path, min(size, path.stat().st_size))
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            lost = f"{found:,} of {size:,} bytes that it had at the checkpoint"
+            warn(f"{str(path)!r} has {lost}: reports are missing")
+        elif found > size:
+            os.truncate(path, size)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def is_running(run_dir: Path) -> bool:
