@@ -390,12 +390,21 @@ class TensorBoard:
         self.writer.close()
 
 
+def plain(value):
+    """The value with its text as UTF-8 can hold it; a path may be of bytes that are not."""
+    if isinstance(value, dict):
+        return {plain(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(entry) for entry in value)
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
 EVENT_FILES = "events.out.tfevents.*"
 
 
 def cell(value) -> str:
     """A value as the text of a cell in a table of TensorBoard's."""
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return str(plain(value)).replace("|", "\\|").replace("\n", " ")
 
 
 def event_steps(path: Path):
@@ -430,12 +439,12 @@ class WandB:
         wandb = library("wandb")
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "memory-rl"),
-            name=Path(run_dir).name,
+            name=plain(Path(run_dir).name),
             id=about["id"],
             resume="allow" if config.wandb_mode == "online" else None,
             dir=run_dir,
             mode=config.wandb_mode,
-            config=dataclasses.asdict(config) | {"about": about},
+            config=plain(dataclasses.asdict(config) | {"about": about}),
             settings=wandb.Settings(console="off", silent=True),
         )
 
@@ -462,7 +471,7 @@ class Neptune:
         logging.getLogger("neptune").setLevel(logging.ERROR)
         self.run = neptune.init_run(
             mode=config.neptune_mode,
-            name=Path(run_dir).name,
+            name=plain(Path(run_dir).name),
             custom_run_id=about["id"],
             source_files=[],
             capture_stdout=False,
@@ -470,8 +479,8 @@ class Neptune:
             capture_hardware_metrics=False,
             git_ref=False,
         )
-        self.run["config"] = stringify_unsupported(dataclasses.asdict(config))
-        self.run["about"] = stringify_unsupported(about)
+        self.run["config"] = stringify_unsupported(plain(dataclasses.asdict(config)))
+        self.run["about"] = stringify_unsupported(plain(about))
 
     def log(self, metrics, step):
         for name, value in scalars(metrics).items():

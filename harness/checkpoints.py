@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 
 from harness.errors import UsageError
+from harness.run_dir import CHECKPOINTS_FOLDER
 
-FOLDER = "checkpoints"
 NEW = "new"  # what is still written: "new" and "new-<step>"
 UNFINISHED = ".orbax-checkpoint-tmp"  # what orbax appends to the name of what it still writes
 
@@ -45,7 +45,7 @@ class Checkpoints:
     def __init__(self, run_dir, keep: int = 2):
         import orbax.checkpoint as ocp
 
-        self.folder = Path(run_dir).absolute() / FOLDER
+        self.folder = Path(run_dir).absolute() / CHECKPOINTS_FOLDER
         self.keep = keep
         self.damaged: set[int] = set()  # steps that `restore` has found damaged
         self.orbax = ocp.StandardCheckpointer()
@@ -290,7 +290,7 @@ def orbax_can_read(folder: Path):
             if not has_plain_path(folder):
                 place = next(filter(has_plain_path, (tempfile.gettempdir(), "/tmp")))
                 place = stack.enter_context(tempfile.TemporaryDirectory(dir=place))
-                link = Path(place) / FOLDER
+                link = Path(place) / CHECKPOINTS_FOLDER
                 link.symlink_to(folder)
                 folder = link
             yield folder

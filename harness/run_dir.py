@@ -21,13 +21,13 @@ import sys
 import time
 from pathlib import Path
 
-from harness.checkpoints import FOLDER
 from harness.errors import UsageError
 from harness.metrics import METRICS_FILE
 from harness.output import warn
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 # Fields that may be given beside --resume or --evaluate and differ from the run's own config.
 MAY_DIFFER_ON_RESUME = {
@@ -246,7 +246,7 @@ def refuse_links(run_dir: Path) -> None:
     Raises:
       UsageError: names the link.
     """
-    names = (METRICS_FILE, LOCK_FILE, FOLDER, "wandb", ".neptune")
+    names = (METRICS_FILE, LOCK_FILE, CHECKPOINTS_FOLDER, "wandb", ".neptune")
     for path in (run_dir / name for name in names):
         if path.is_symlink():
             advice = "put there what it leads to"

@@ -25,7 +25,7 @@ env_adapters: harness fast
 memory_cells: harness.errors
     | parts < masked_rnn < * < xlstm < __init__
 harness: fast
-    | errors, output, signals < metrics, checkpoints < run_dir < options < dashboard
+    | errors, output, signals < metrics < run_dir < checkpoints < options < dashboard
 fast: nothing
 replay: nothing
 """

@@ -101,14 +101,27 @@ def test_a_step_can_be_saved_again_and_leftovers_disappear(tmp_path):
     ]
 
 
-def test_a_step_is_replaced_only_when_its_new_checkpoint_is_complete(tmp_path, monkeypatch):
-    """Killed while it writes a step that it has written before, a run keeps the one it had."""
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save({"x": jnp.array(1.0)}, 5)
-    monkeypatch.setattr(checkpoints, "_check_readable", lambda *_: sys.exit("killed"))
-    with pytest.raises(SystemExit):
-        checkpoints.save({"x": jnp.array(2.0)}, 5)
-    assert Checkpoints(tmp_path).restore({"x": jax.ShapeDtypeStruct((), jnp.float32)})[0]["x"] == 1
+def test_a_kill_while_a_checkpoint_is_written_loses_no_other_one(tmp_path, monkeypatch):
+    """Also if it is of a step that has one: of a run that fell back, for example."""
+    like = {"x": jax.ShapeDtypeStruct((), jnp.int32)}
+    early = [(module.os, "rename"), (Checkpoints, "_check_readable")]  # the former by orbax
+    early += [(module, "checksums"), (Checkpoints, "_delete")]
+    late = [(Checkpoints, "_write_about"), (module.os, "replace")]
+    for owner, name in early + late:
+        (tmp_path / name).mkdir()
+        for step in (2, 3):
+            checkpoints = Checkpoints(tmp_path / name)
+            for saved in (1, 2):
+                checkpoints.save({"x": jnp.array(saved)}, saved)
+            with monkeypatch.context() as patches, pytest.raises(SystemExit):
+                patches.setattr(owner, name, lambda *_: sys.exit("killed"))
+                checkpoints.save({"x": jnp.array(9)}, step)
+            state, restored, _ = Checkpoints(tmp_path / name).restore(like)
+            # The old one is there until the new one is complete.
+            expected = 1 if step == 2 and (owner, name) in late else 2
+            assert state["x"] == restored == expected
+        checkpoints.save({"x": jnp.array(4)}, 4)
+        assert sorted(os.listdir(checkpoints.folder)) == ["2", "2.json", "4", "4.json"]
 
 
 @pytest.mark.parametrize("how", ["cut", "bit flipped", "deleted"])
