@@ -274,10 +274,11 @@ def is_running(run_dir: Path) -> bool:
     """Whether a process holds the lock of this run."""
     from filelock import FileLock, Timeout
 
-    if not (run_dir / LOCK_FILE).exists():
+    lock = run_dir / LOCK_FILE
+    if lock.is_symlink() or not lock.exists():  # older filelocks empty what a link leads to
         return False
     try:
-        with FileLock(run_dir / LOCK_FILE, blocking=False):
+        with FileLock(lock, blocking=False):
             return False
     except Timeout:
         return True
