@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import math
+import shlex
 import types
 import typing
 
@@ -58,7 +59,7 @@ def import_optional(module: str, owner: str, package: str | None = None):
         # A library that is here may lack another one.
         wanted = (package or library) if missing == library else missing
         reason = f"{owner} needs {missing}, which is not installed"
-        raise UsageError(f"{reason}: pip install {wanted}") from None
+        raise UsageError(f"{reason}: pip install {shlex.quote(wanted)}") from None
 
 
 def check_options(owner: str, options: Options, defaults: dict) -> None:

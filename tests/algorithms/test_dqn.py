@@ -211,18 +211,6 @@ def test_final_observations_are_no_steps():
     assert loss(sample) == loss(sample._replace(batch=sample.batch._replace(**changed)))
 
 
-def test_weights_of_prioritized_sequences():
-    config = small(drqn, prioritized=True)
-    env, state = start(config, drqn)
-    state = fill_buffer(drqn.rollout, state, env)
-    for _ in range(2):
-        state, report = drqn.train(state, env, Logger(), 10 * config.steps_per_update)
-    assert np.isfinite(report["losses/td_loss"]).all()
-    sample = drqn.make_replay(config).sample(one_seed(state.buffer), jax.random.key(0))
-    # Errors differ, and so do weights.
-    assert sample.weight.max() == 1.0 and 0.0 < sample.weight.min() < 0.9
-
-
 # --- Updates -------------------------------------------------------------------------------------
 
 
