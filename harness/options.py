@@ -278,7 +278,8 @@ def read_whole_numbers(info):
         # Not by way of float, which has too few digits: 1e23 would be another number.
         with contextlib.suppress(decimal.InvalidOperation):
             number = decimal.Decimal(text)
-            if "." not in text and number.is_finite() and number == number.to_integral_value():
+            has_exponent = "e" in text.lower()  # 5.0 is meant to be a number, 1.5e6 a whole one
+            if has_exponent and number.is_finite() and number == number.to_integral_value():
                 return int(number)
         raise ValueError(f"{text!r} is not a whole number")
 

@@ -57,6 +57,8 @@ BAD = [
     ("--env-kwargs gravity nan", "option gravity of gymnax::CartPole-v1 must be finite, got nan"),
     ("--total-steps 1.5e0", "'1.5e0' is not a whole number"),
     ("--total-steps 1e5.0", "'1e5.0' is not a whole number"),
+    ("--total-steps 5000.0", "'5000.0' is not a whole number"),
+    ("--total-steps 1.23e1", "'1.23e1' is not a whole number"),
     ("--total-steps 1e-1", "'1e-1' is not a whole number"),
     ("--total-steps inf", "'inf' is not a whole number"),
     ("--total-steps 1,000", "'1,000' is not a whole number"),
