@@ -8,11 +8,9 @@
 The parts are in `harness/`: options.py, run_dir.py, checkpoints.py, metrics.py.
 """
 
-import contextlib
 import gc
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -40,6 +38,7 @@ from harness.metrics import (
 )
 from harness.options import Experiment, check_sizes, launch
 from harness.run_dir import (
+    CONFIG_FILE,
     MAY_DIFFER_ON_EVALUATE,
     check_same,
     extend,
@@ -50,6 +49,7 @@ from harness.run_dir import (
     save_evaluation,
     script_of,
 )
+from harness.signals import answered, end_at_once, say
 from harness.sizes import check_memory, num_bytes
 from harness.trained import begin_with, check_not_lost, first_difference, load_trained, restore
 from loggers import check_keys, make_logger
@@ -277,8 +277,8 @@ class Run:
                     run.evaluate(evaluate, state, env)
 
     Reports and evaluations happen after the same updates whether or not the run was interrupted.
-    SIGTERM and Ctrl-C end the loop at the next report, after a checkpoint; a second Ctrl-C ends it
-    at once.
+    SIGTERM and Ctrl-C end the loop at the next report, after a checkpoint; a second one ends the
+    process at once. Before the first update the first one does: there is nothing to save.
 
     Raises:
       UsageError: the directory or a logger cannot be used.
@@ -292,10 +292,12 @@ class Run:
             trained = load_trained(config, partial(shapes, init=init), like)
         self.config = config
         self.signal = None  # the first signal that asked the run to stop
-        self.handlers = {}  # signal handlers to restore
+        self.signal_time = 0.0  # when it arrived
+        self.phase = "starting"  # then "training", then "closing"
         self.evaluation = {}  # policy -> episodes of the last evaluation
         self.saved_step = None  # step of the last checkpoint
         self.dir, self.lock = open_run_dir(config)
+        self.identity = os.stat(self.dir)
         self.checkpoints = Checkpoints(self.dir, config.keep_checkpoints)
         notes = {"metrics_bytes": 0, "diverged": ()}
         if config.resume and self.checkpoints.steps():
@@ -309,7 +311,7 @@ class Run:
             extend(self.dir, config, self.saved_step or 0)
         self._announce(like)
         forget_after(self.dir / METRICS_FILE, notes["metrics_bytes"])
-        self.logger = make_logger(config, self.dir, notes["diverged"])
+        self.logger = make_logger(config, self.dir, notes["diverged"], self.saved_step)
 
     def _announce(self, like):
         """What a user might not expect of this run."""
@@ -324,6 +326,8 @@ class Run:
             print(f"--total-steps {config.total_steps:,} trains {trained:,}: {updates}", flush=True)
 
     def __enter__(self):
+        self.signals = answered(self._answer)
+        self.signals.__enter__()
         return self
 
     @property
@@ -332,7 +336,9 @@ class Run:
 
     def next_chunk(self, state) -> int:
         """Steps to train until the next report; 0 if the run is complete or has been stopped."""
-        self._listen()
+        gc.enable()
+        self.phase = "training"
+        self._check_dir()
         config = self.config
         if self.signal and self.saved_step != environment_steps(state):
             self._checkpoint(state)
@@ -377,6 +383,7 @@ class Run:
         try:
             self.checkpoints.save(state, step, score, **notes)
         except OSError as error:
+            self._check_dir()
             free = shutil.disk_usage(self.dir).free / 2**20
             where = f"{self.checkpoints.folder} ({free:,.0f} MiB free)"
             reason = error.strerror or str(error).splitlines()[0]
@@ -390,36 +397,45 @@ class Run:
             return "there is no checkpoint yet"
         return f"the last checkpoint is of step {self.saved_step:,}, {advice} {self.dir}"
 
-    def _listen(self):
-        """Let signals wait for the next report. Before the first chunk there is nothing to save."""
-        gc.enable()
-        if self.handlers or threading.current_thread() is not threading.main_thread():
+    def _check_dir(self):
+        """Notice that the directory was deleted, or that another one has its name."""
+        try:
+            same = os.path.samestat(os.stat(self.dir), self.identity)
+            same = same and (self.dir / CONFIG_FILE).exists()
+        except (FileNotFoundError, NotADirectoryError):
+            same = False
+        except OSError:  # a network that is down, for example
             return
+        if not same:
+            gone = f"the run directory {str(self.dir)!r} was deleted or moved"
+            raise RunError(f"{gone}, the run cannot continue")
 
-        def stop(number, _):
-            if self.signal and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signal = number
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping at the next report; press Ctrl-C again to stop at once\n")
-
-        self.handlers = {
-            number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+    def _answer(self, number):
+        """What happens when a signal arrives; in a thread of its own, the main one may be busy."""
+        now = time.monotonic()
+        if self.signal is None and self.phase != "starting":
+            self.signal, self.signal_time = number, now
+            what = "stopping at the next report" if self.phase == "training" else "closing the logs"
+            say(f"{what}; press Ctrl-C again to stop at once")
+        elif now > self.signal_time + 0.1:  # `timeout`, for one, sends each signal twice
+            say(f"interrupted; {self._how_to_continue()}")
+            # What they hold is lost to a process that ends; they have a second to write it.
+            closing = threading.Thread(target=self.logger.close, daemon=True)
+            closing.start()
+            closing.join(1.0)
+            end_at_once(number)
 
     def __exit__(self, kind, error, _):
+        self.phase = "closing"
         complete = self.saved_step == self.config.num_updates * self.config.steps_per_update
-        if kind is KeyboardInterrupt:
-            print(f"interrupted; {self._how_to_continue()}", file=sys.stderr)
-        elif kind is None and not complete:
+        if kind is None and not complete:
             print(f"stopped; {self._how_to_continue()}", file=sys.stderr)
         try:
             self.logger.close()
             self.checkpoints.close()
         finally:
             self.lock.release()
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
+            self.signals.__exit__(None, None, None)
         if kind is Diverged:
             advice = self._how_to_continue("the last good one: look at it with --evaluate")
             raise RunError(f"{error}; {advice}") from None

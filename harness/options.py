@@ -19,7 +19,9 @@ from typing import Annotated, Literal
 import tyro
 
 from harness.errors import RunError, UsageError, check_types
+from harness.output import keep_output_open, lost_output
 from harness.run_dir import load_config, script_of
+from harness.signals import answered, end_at_once
 
 BackendName = Literal["console", "file", "tensorboard", "wandb", "neptune", "dashboard"]
 DEFAULT_LOG: tuple[BackendName, ...] = ("console", "file", "tensorboard")
@@ -120,21 +122,22 @@ def launch(main, config_class):
     # Tracing makes many objects and no garbage: collecting it is a sixth of the start. `Run`
     # enables it again.
     gc.disable()
+    keep_output_open()
     keep_32_bits()
     try:
         if not issubclass(config_class, Experiment):
-            return main(tyro.cli(config_class))
-        try:
-            config = parse(config_class)
-        except BrokenPipeError:  # --help | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+            main(tyro.cli(config_class))
+            return check_output()
+        config = parse(config_class)
         use_compilation_cache(config.compilation_cache)
 
         from fast import use_fast_random
 
         use_fast_random()
-        main(config)
+        with answered(end_at_once):
+            main(config)
+        if config.evaluate:
+            check_output()
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
@@ -145,6 +148,12 @@ def launch(main, config_class):
             raise
         print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(1)
+
+
+def check_output() -> None:
+    """Raise a RunError if what was printed did not arrive; a closed pipe is none."""
+    if error := lost_output():
+        raise RunError(f"the output cannot be written: {error.strerror}")
 
 
 # -------------------------------------------------------------------------------------------------
