@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from env_adapters.episodes import check_drawable, record, write_gif
+from env_adapters.registry import make
 from env_adapters.task import Box, Discrete
 from harness.checkpoints import Checkpoints
 from harness.errors import Diverged, Options, RunError, UsageError
@@ -129,7 +130,13 @@ def check_config(config, actions, bounded: bool = False) -> None:
     if jax.config.jax_enable_x64:
         advice = 'call jax.config.update("jax_enable_x64", False) first'
         raise ValueError(f"training is in 32 bits, and jax_enable_x64 is set: {advice}")
-    env = config.make_env()
+    try:
+        env = config.make_env()
+    except ValueError:
+        # Some scripts have actions rescaled, which discrete ones are not: ask without that.
+        env = make(config.env, **config.env_kwargs)
+        if isinstance(env.action_space, actions):
+            raise
     space = env.action_space
     other = OTHER_ACTIONS.get(script_of(config).stem)
     advice = f"; {other}.py has them" if other else ""

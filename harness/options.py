@@ -47,7 +47,7 @@ class Experiment:
     eval_episodes: EvalEpisodes = 100  # episodes of an evaluation, of each policy
     num_eval_envs: int = 100  # parallel environments of an evaluation
     keep_checkpoints: int = 2  # last checkpoints to keep, besides the one with the best evaluation
-    evaluate: str = ""  # directory of a run: play fresh episodes with its last checkpoint
+    evaluate: str = ""  # directory of a run that plays fresh episodes; --sample draws its actions
     best: bool = False  # with --evaluate, --init-from: take the checkpoint of the best evaluation
     video: str = ""  # with --evaluate: write an episode of the first seed to this .gif
     compilation_cache: str = "~/.cache/memory-rl"  # folder of compiled programs; empty: keep none
@@ -143,6 +143,11 @@ def launch(main, config_class):
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:  # of jax: a `check_memory` that counted too little
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(1)
 
 
 def check_output() -> None:
@@ -282,7 +287,8 @@ def read_whole_numbers(info):
         # Not by way of float, which has too few digits: 1e23 would be another number.
         with contextlib.suppress(decimal.InvalidOperation):
             number = decimal.Decimal(text)
-            if "." not in text and number.is_finite() and number == number.to_integral_value():
+            has_exponent = "e" in text.lower()  # 5.0 is meant to be a number, 1.5e6 a whole one
+            if has_exponent and number.is_finite() and number == number.to_integral_value():
                 return int(number)
         raise ValueError(f"{text!r} is not a whole number")
 

@@ -13,9 +13,10 @@ from helpers import as_command, assert_same, tiny, words
 
 from algorithms import dqn, ppo
 from env_adapters.environment import Statistics
+from env_adapters.episodes import Episodes
 from experiment import Run, UsageError, seed_keys
 from harness.checkpoints import Checkpoints
-from harness.metrics import SAMPLED
+from harness.metrics import GREEDY, GREEDY_LENGTH, SAMPLED, SAMPLED_LENGTH, read_metrics
 from harness.options import launch
 from harness.run_dir import open_run_dir
 
@@ -119,6 +120,39 @@ def test_an_evaluation_is_printed_and_saved_with_what_made_it(run_dir, capsys):
     assert saved["checkpoint"] == chosen | {"returns_in_training": {"sampled": 5.0}}
     assert (saved["seed"], saved["env"], saved["env_kwargs"]) == (3, "test::Coin", NORMALIZED)
     assert saved["command"][1:3] == ["--evaluate", str(run_dir)] and "commit" in saved["git"]
+
+
+@pytest.mark.parametrize(
+    ("eval_policy", "logged", "score"),
+    [
+        ("greedy", {GREEDY: [1.0], GREEDY_LENGTH: [7.0]}, 1.0),
+        ("sample", {SAMPLED: [2.0], SAMPLED_LENGTH: [8.0]}, 2.0),
+        (
+            "both",
+            {GREEDY: [1.0], GREEDY_LENGTH: [7.0], SAMPLED: [2.0], SAMPLED_LENGTH: [8.0]},
+            2.0,
+        ),
+    ],
+)
+def test_the_policy_that_was_trained_chooses_the_best_checkpoint(
+    eval_policy, logged, score, tmp_path
+):
+    def evaluate(state, env, episodes, greedy=True):
+        means = (1.0, 7.0) if greedy else (2.0, 8.0)
+        return Episodes(*(np.full((1, episodes), mean) for mean in means))
+
+    config = replace(CONFIG, eval_policy=eval_policy, run_dir=str(tmp_path / "run"))
+    run = Run(config, ppo.init)
+    run.evaluate(evaluate, run.state, config.make_env())
+    run.logger.close()
+    run.lock.release()
+    (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert {name: record[name] for name in record if name.startswith("eval/")} == logged
+    about = json.loads(json.loads((run.checkpoints.folder / "0.json").read_text())["about"])
+    means = {"greedy": 1.0, "sampled": 2.0}
+    means = {policy: mean for policy, mean in means.items() if f"eval/{policy}_return" in logged}
+    assert about["score"] == score and about["notes"]["returns"] == means
+    run.checkpoints.close()
 
 
 def test_the_last_checkpoint_is_evaluated_without_best(run_dir, capsys):
