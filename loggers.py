@@ -18,7 +18,6 @@ import dataclasses
 import errno
 import json
 import logging
-import math
 import os
 import queue
 import shutil
@@ -37,6 +36,7 @@ from harness.metrics import (
     RETURN,
     SAMPLED,
     Report,
+    as_json,
     evaluated_policies,
     read_metrics,
     scalars,
@@ -270,7 +270,7 @@ class File:
 
     def log(self, metrics, step):
         record = {"step": step, "time": round(time.perf_counter() - self.start, 3)}
-        record |= {name: _json(value.tolist()) for name, value in metrics.items()}
+        record |= {name: as_json(value) for name, value in metrics.items()}
         self.waiting += json.dumps(record).encode() + b"\n"
         try:
             self._write()
@@ -295,13 +295,6 @@ class File:
     def close(self):
         self._write()
         self.file.close()
-
-
-def _json(value):
-    """The value with None for nan and inf, which JSON does not have."""
-    if isinstance(value, list):
-        return [_json(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class TensorBoard:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from env_adapters.library import import_silently
+from env_adapters.library import import_silently, refusing
 from env_adapters.physics import (
     arguments_of,
     kinematic_masks,
@@ -66,7 +66,7 @@ def make_task(env_id: str, **options) -> Task:
         hint = did_you_mean(backend, BACKENDS)
         valid = ", ".join(BACKENDS)
         raise ValueError(f"unknown backend {backend!r} of {owner}{hint}; valid: {valid}")
-    with quiet():
+    with refusing(owner, options), quiet():
         env = brax.get_environment(env_id, **options)
 
     def reset(key):

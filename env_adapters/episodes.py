@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from env_adapters.environment import Environment, EnvState
-from harness.errors import UsageError
+from harness.errors import UsageError, import_optional
 
 MAX_RECORDED = 1000  # steps
 
@@ -162,8 +162,7 @@ def write_gif(path: str, env: Environment, recording: Recording, width: int = 30
       UsageError: MuJoCo finds no way to draw on this machine.
       OSError: the file cannot be written.
     """
-    from PIL import Image
-
+    Image = import_optional("PIL.Image", "a film", "pillow")  # noqa: N806
     frames = []
     states = jax.device_get(recording.states)
     for t in range(int(recording.length)):

@@ -63,6 +63,8 @@ def full_id(env_id: str) -> str:
       ValueError: the library is unknown, or this environment is not supported.
     """
     library, separator, name = env_id.partition("/")
+    if name.startswith("ALE/"):
+        import_silently("ale_py", f"gxm::{env_id}", "ale-py")
     if not separator or library not in LIBRARIES | {"Gymnasium": ""}:
         valid = ", ".join([*LIBRARIES, "Gymnasium"])
         advice = f"write gxm::Library/id, with one of the libraries {valid}"
@@ -118,9 +120,10 @@ def atari_task(owner: str, spec, **options) -> Task:
     }
     check_options(owner, options, defaults)
     options = defaults | options
-    for name in ("frameskip", "noop_max", "max_num_frames_per_episode"):
-        if options[name] < 1:
-            raise ValueError(f"option {name} of {owner} must be at least 1, got {options[name]}")
+    for name, most in {"frameskip": 60, "noop_max": 1000}.items():
+        value = options[name]
+        if value > most:
+            raise ValueError(f"option {name} of {owner} must be at most {most}, got {value}")
     frameskip = options["frameskip"]
     max_frames = options["max_num_frames_per_episode"]
     noop_max = options["noop_max"]
@@ -189,12 +192,11 @@ def small_task(owner: str, spec, **options) -> Task:
     constructor = gymnasium.envs.registration.load_env_creator(spec.entry_point)
     arguments = arguments_of(constructor)
     del arguments["render_mode"]  # `Task.render` is the only way to draw
+    if "desc" in arguments:
+        arguments["desc"] = ()  # the rows of a lake; by default that of map_name
     default = spec.max_episode_steps or MAX_STEPS
     check_options(owner, options, {"max_episode_steps": default} | arguments | spec.kwargs)
     max_steps = take_max_steps(owner, options, default, "max_episode_steps")
-    for name, value in options.items():
-        if name.endswith(("_rate", "_probability")) and not 0 <= value <= 1:
-            raise ValueError(f"option {name} of {owner} must be between 0 and 1, got {value}")
     if "map_name" in options and options["map_name"] not in FROZEN_LAKES:
         hint = did_you_mean(options["map_name"], FROZEN_LAKES)
         valid = " or ".join(FROZEN_LAKES)
@@ -225,6 +227,7 @@ def small_task(owner: str, spec, **options) -> Task:
 
     def render(state):
         let_pygame_run_anywhere()
+        import_silently("pygame", f"the picture of {owner}", "pygame")
         return host.picture(state)
 
     task = Task(

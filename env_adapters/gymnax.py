@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -9,7 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from env_adapters.library import imported_when_used, let_pygame_run_anywhere
+from env_adapters.library import (
+    import_silently,
+    imported_when_used,
+    let_pygame_run_anywhere,
+    refusing,
+)
 from env_adapters.task import Box, Discrete, Task
 from env_adapters.wrappers import check_options
 
@@ -28,12 +34,15 @@ MASKS: dict[str, dict[str, tuple[int, ...]]] = {
     "MountainCarContinuous-v0": {"position": (0,), "velocity": (1,)},
 }
 
+# Masses, lengths and time steps: the physics divide by them.
+DIVISOR = re.compile("mass|total_mass|polemass|length$|link_(length|mass|moi)|(dt|tau|m|l)$")
+LARGEST_SIZE = 1000  # of boards and the like; some tasks keep the square of it
+
 
 def import_gymnax():
     """Import gymnax, but not seaborn and matplotlib, which take a second and only draw."""
     with imported_when_used("seaborn", "matplotlib.pyplot"):
-        import gymnax
-    return gymnax
+        return import_silently("gymnax", "gymnax", "gymnax")
 
 
 def ids() -> list[str]:
@@ -60,11 +69,26 @@ def make_task(env_id: str, **options) -> Task:
         argument.name: argument.default
         for argument in inspect.signature(type(env)).parameters.values()
     }
-    check_options(f"gymnax::{env_id}", options, parameters | arguments)
-    env, params = gymnax.make(env_id, **select(options, arguments))
-    params = params.replace(**select(options, parameters))
+    owner = f"gymnax::{env_id}"
+    check_options(owner, options, parameters | arguments)
+    # A whole number in place of a float would change the dtypes of the task's state.
+    floats = [name for name in options if isinstance(parameters.get(name), float)]
+    options |= {name: float(options[name]) for name in floats}
+    if options.get("max_steps_in_episode", 1) < 1:
+        limit = options["max_steps_in_episode"]
+        raise ValueError(f"option max_steps_in_episode of {owner} must be at least 1, got {limit}")
+    for name, value in options.items():
+        if DIVISOR.match(name) and not value > 0:
+            raise ValueError(f"option {name} of {owner} must be greater than 0, got {value}")
+        is_size = name in arguments and type(value) is int and not name.endswith("seed")
+        if is_size and value > LARGEST_SIZE:
+            option = f"option {name} of {owner}"
+            raise ValueError(f"{option} must be at most {LARGEST_SIZE}, got {value}")
+    with refusing(owner, options):
+        env, params = gymnax.make(env_id, **select(options, arguments))
+        params = params.replace(**select(options, parameters))
+        observation_space, observe = observation_of(env, params)
     is_gymnax_1 = hasattr(env, "is_truncated")
-    observation_space, observe = observation_of(env, params)
 
     def reset(key):
         obs, state = env.reset_env(key, params)
@@ -78,11 +102,19 @@ def make_task(env_id: str, **options) -> Task:
         truncated = state.time >= params.max_steps_in_episode
         return observe(obs), state, reward, jnp.asarray(done, bool) & ~truncated, truncated
 
+    def first_step(key):
+        _, state = reset(key)
+        return step(key, state, action_space.sample(key))
+
+    action_space = action_space_of(env, params)
+    if options:  # do shapes and dtypes still fit together?
+        with refusing(owner, options):
+            jax.eval_shape(first_step, jax.random.key(0))
     return Task(
         reset=reset,
         step=step,
         observation_space=observation_space,
-        action_space=action_space_of(env, params),
+        action_space=action_space,
         max_steps=int(params.max_steps_in_episode),  # a float in BernoulliBandit-misc
         render=make_renderer(env_id, env, params),
         masks=MASKS.get(env_id, {}),
@@ -129,14 +161,15 @@ def make_renderer(env_id, env, params) -> Callable | None:
 
     def render_classic_control(state):
         let_pygame_run_anywhere()
+        import_silently("pygame", f"the picture of gymnax::{env_id}", "pygame")
         from gymnax.visualize.vis_gym import render_gym_frame
 
         return render_gym_frame(env_id, state, params)
 
     def render_grid(state):
         """An image (rows, columns, 3) uint8 with a colour per channel, black where none is set."""
-        from matplotlib import colormaps
-
+        owner = f"the picture of gymnax::{env_id}"
+        colormaps = import_silently("matplotlib", owner, "matplotlib").colormaps
         grid = np.asarray(env.get_obs(state), bool)
         num_channels = grid.shape[-1]
         colors = colormaps["tab10"](np.arange(num_channels))[:, :3]

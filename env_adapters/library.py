@@ -8,6 +8,8 @@ import sys
 import types
 import warnings
 
+from harness.errors import import_optional
+
 
 @contextlib.contextmanager
 def imported_when_used(*names):
@@ -50,12 +52,8 @@ def import_silently(module: str, owner: str, package: str):
     Raises:
       ValueError: it is not installed; says how to install it.
     """
-    try:
-        with silence():
-            return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        missing = f"{owner} needs {error.name}, which is not installed"
-        raise ValueError(f"{missing}: pip install {package!r}") from None
+    with silence():
+        return import_optional(module, owner, package)
 
 
 @contextlib.contextmanager

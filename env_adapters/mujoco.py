@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from env_adapters import playground
-from env_adapters.library import import_silently
+from env_adapters.library import import_silently, refusing
 from env_adapters.physics import (
     arguments_of,
     kinematic_masks,
@@ -17,12 +17,12 @@ from env_adapters.task import Box, Task
 from env_adapters.wrappers import check_options, time_limit
 
 PLAYGROUND = playground.ids()
+MOST_SUBSTEPS = 1000
 
 
 def ids() -> list[str]:
     """Gymnasium's ids that run with today's MuJoCo, then those of MuJoCo Playground."""
-    import gymnasium
-
+    gymnasium = import_silently("gymnasium", "mujoco", "gymnasium[mujoco]")
     specs = gymnasium.registry.values()
     ours = [spec for spec in specs if str(spec.entry_point).startswith("gymnasium.envs.mujoco.")]
     # Versions 2 and 3 have moved to another package, and Pusher-v4 needs mujoco < 3.
@@ -54,11 +54,12 @@ def make_task(env_id: str, **options) -> Task:
     arguments = arguments_of(gymnasium.envs.registration.load_env_creator(spec.entry_point))
     check_options(owner, options, {"max_steps": spec.max_episode_steps} | arguments)
     max_steps = take_max_steps(owner, options, spec.max_episode_steps)
-    try:
-        with quiet():
-            host = HostMujoco(gymnasium.make(env_id, render_mode="rgb_array", **options))
-    except Exception as error:  # Gymnasium and MuJoCo refuse values with exceptions of many kinds
-        raise ValueError(f"{owner} cannot be made with {options}: {error}") from None
+    if options.get("frame_skip", 1) > MOST_SUBSTEPS:
+        option = f"option frame_skip of {owner}"
+        value = options["frame_skip"]
+        raise ValueError(f"{option} must be at most {MOST_SUBSTEPS}, got {value}")
+    with refusing(owner, options), quiet():
+        host = HostMujoco(gymnasium.make(env_id, render_mode="rgb_array", **options))
     env = host.env
     (num_entries,) = env.observation_space.shape
 

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from env_adapters.library import silence
 from harness.errors import UsageError
 
+# Arguments of constructors that only serve to draw; `Task.render` draws in one way.
+CAMERA = ("camera_config", "camera_id", "camera_name", "max_geom", "visual_options", "render_fps")
+
 
 @contextlib.contextmanager
 def quiet():
@@ -35,7 +38,7 @@ def arguments_of(constructor) -> dict:
     return {
         argument.name: default_of(argument)
         for argument in inspect.signature(constructor).parameters.values()
-        if argument.default is not argument.empty and argument.name != "default_camera_config"
+        if argument.default is not argument.empty and not argument.name.endswith(CAMERA)
     }
 
 

@@ -57,7 +57,11 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
       ValueError: a namespace, id, mask or option is unknown (names what is valid, and the closest
         match), or its library is missing (names the package).
     """
-    masks = (mask,) if isinstance(mask, str) else tuple(mask)
+    masks = tuple(map(str, mask)) if isinstance(mask, (tuple, list)) else (str(mask),)
+    for name, value in options.items():
+        if not isinstance(value, (bool, int, float, str, tuple)):
+            kinds = "a number, True or False, a text, or a tuple"
+            raise ValueError(f"option {name} of {id} must be {kinds}, got {value!r}")
     return _make(full_id(id), masks, tuple(sorted(options.items())))
 
 

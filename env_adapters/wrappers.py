@@ -20,6 +20,7 @@ step. What it has to remember (the last action, past observations) is part of th
 starts afresh with every episode.
 """
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -243,10 +244,8 @@ def time_limit(task: Task, steps: int) -> Task:
 
 
 def rescale_actions(task: Task, _) -> Task:
-    """Take continuous actions in [-1, 1]; discrete actions stay as they are."""
+    """Take continuous actions in [-1, 1]."""
     space = task.action_space
-    if isinstance(space, Discrete):
-        return task
 
     def step(key, state, action):
         action = space.low + 0.5 * (action + 1.0) * (np.asarray(space.high) - space.low)
@@ -285,6 +284,7 @@ def in_32_bits(task: Task) -> Task:
 
 # --- Options -------------------------------------------------------------------------------------
 
+UNLIMITED = int(jnp.iinfo(jnp.int32).max)
 # option -> (the value that means "none", the wrapper), the first one closest to the task
 WRAPPERS = {
     "sticky_actions": (0.0, sticky_actions),
@@ -293,10 +293,17 @@ WRAPPERS = {
     "flicker": (0.0, flicker),
     "delay": (0, delay),
     "frame_stack": (1, frame_stack),
-    "time_limit": (0, time_limit),
+    "time_limit": (UNLIMITED, time_limit),
     "rescale_actions": (False, rescale_actions),
 }
 DEFAULTS = {name: default for name, (default, _) in WRAPPERS.items()}
+PROBABILITY = ("_rate", "_prob", "_probability")  # how the names of probabilities end
+LARGEST = {  # magnitude of an option's value
+    bool: 1,
+    int: UNLIMITED,
+    float: float(jnp.finfo(jnp.float32).max),
+}
+MOST_BYTES = 2**22  # of past observations that a wrapper keeps for one environment
 PROBABILITIES = ("sticky_actions", "mask_probability", "flicker")
 
 
@@ -311,8 +318,11 @@ def wrap(task: Task, env_id: str, options: dict) -> Task:
         option = f"option {name} of {env_id}"
         if name in PROBABILITIES and not 0 <= value < 1:
             raise ValueError(f"{option} must be at least 0 and less than 1, got {value}")
-        if not default <= value < np.inf:  # true for nan as well
-            raise ValueError(f"{option} must be {default:g} or more, got {value}")
+        lowest = min(default, 1)
+        if not lowest <= value < np.inf:  # true for nan as well
+            raise ValueError(f"{option} must be {lowest:g} or more, got {value}")
+        if name in ("delay", "frame_stack"):
+            check_memory(option, task.observation_space, value)
         if value != default:
             check_spaces(task, env_id, name)
             task = wrapper(task, value)
@@ -325,6 +335,9 @@ def check_spaces(task: Task, env_id: str, name: str) -> None:
     Raises:
       ValueError: names the wrapper and the reason.
     """
+    if name == "rescale_actions" and isinstance(task.action_space, Discrete):
+        kind = f"{env_id} has {task.action_space.n} discrete ones"
+        raise ValueError(f"rescale_actions is for continuous actions; {kind}")
     if name == "noise" and task.observation_space.dtype == np.uint8:
         raise ValueError(f"noise is not for images of whole numbers, which {env_id} has")
     if name == "rescale_actions" and not has_bounds(task.action_space):
@@ -332,10 +345,20 @@ def check_spaces(task: Task, env_id: str, name: str) -> None:
         raise ValueError(f"{requirement}, those of {env_id} have none")
 
 
-def has_bounds(space: Box | Discrete) -> bool:
+def check_memory(option: str, space: Box, length: int) -> None:
+    """Refuse to keep more past observations than memory serves.
+
+    Raises:
+      ValueError: names the option, its value and the greatest that is possible.
+    """
+    most = MOST_BYTES // (math.prod(space.shape) * np.dtype(space.dtype).itemsize)
+    if length > max(1, most):
+        reason = f"the past of one environment would exceed {MOST_BYTES // 2**20} MiB"
+        raise ValueError(f"{option} must be at most {most}, got {length}: {reason}")
+
+
+def has_bounds(space: Box) -> bool:
     """Whether all bounds of the space are finite."""
-    if isinstance(space, Discrete):
-        return True
     return bool(np.isfinite(space.low).all() and np.isfinite(space.high).all())
 
 
@@ -345,9 +368,43 @@ def common_options() -> dict:
 
 
 def check_options(owner: str, options: dict, defaults: dict) -> None:
-    """Refuse options that are neither in `defaults` nor common, and values of another type.
+    """Refuse options that are neither in `defaults` nor common, and values that make no sense.
+
+    A value has the type of its default. Numbers are finite and have 32 bits, whole numbers whose
+    default is positive are positive, and probabilities, by their names, are between 0 and 1.
+
+    Args:
+      defaults: the task's own options. Those that are neither numbers, flags, text nor tuples
+        cannot be set, and are left out.
 
     Raises:
       ValueError: names the option, its value and what is valid.
     """
-    errors.check_options(owner, options, defaults | common_options())
+    kinds = (bool, int, float, str, tuple)
+    known = {name: x for name, x in (defaults | common_options()).items() if isinstance(x, kinds)}
+    errors.check_options(owner, options, known)
+    for name, value in options.items():
+        default = known[name]
+        option = f"option {name} of {owner}"
+        if isinstance(default, tuple):
+            check_tuple(option, value, default)
+        elif isinstance(value, (int, float)) and not abs(value) <= LARGEST[type(value)]:
+            raise ValueError(f"{option} must be a finite number of 32 bits, got {value}")
+        elif type(default) is int and default > 0 and value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
+        elif name.endswith(PROBABILITY) and not 0 <= value <= 1:
+            raise ValueError(f"{option} must be between 0 and 1, got {value}")
+
+
+def check_tuple(option: str, value, default: tuple) -> None:
+    """Refuse what is no tuple, or not of as many numbers as the default, unless that is empty.
+
+    Raises:
+      ValueError: names the option, its value and what is valid.
+    """
+    if not isinstance(value, tuple) or (default and len(value) != len(default)):
+        size = f" of {len(default)} numbers" if default else ""
+        raise ValueError(f"{option} must be a tuple{size}, got {value!r}")
+    for x in value if default else ():
+        if type(x) not in (int, float) or np.isnan(x):
+            raise ValueError(f"{option} must consist of numbers, got {value!r}")

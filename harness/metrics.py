@@ -138,6 +138,17 @@ def describe(episodes, diverged=(), policy: str = "greedy") -> str:
     return text + (f" ({len(diverged)} diverged)" if diverged else "")
 
 
+def as_json(value):
+    """Arrays and numbers as JSON has them: lists, and None for nan and inf, which it lacks."""
+    if isinstance(value, dict):
+        return {name: as_json(item) for name, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_metrics(path: Path, start: int = 0) -> list[dict]:
     """The records of a metrics file from byte `start` on, without an unfinished last line."""
     if not path.exists():

@@ -30,7 +30,12 @@ import jax
 import jax.numpy as jnp
 
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.parts.checks import check_conv_width, check_impl, check_num_heads
+from memory_cells.parts.checks import (
+    check_at_least,
+    check_conv_width,
+    check_impl,
+    check_num_heads,
+)
 from memory_cells.parts.chunkwise import GATED_CHUNK, gated_memory, in_pieces
 from memory_cells.parts.dense import Dense
 from memory_cells.parts.heads import merge_heads, split_heads
@@ -60,6 +65,7 @@ class MLSTM(SequenceCell):
         check_num_heads("mlstm", self.features, self.num_heads)
         check_conv_width("mlstm", self.conv_width)
         check_impl("mlstm", self.impl)
+        check_at_least("mlstm", self, num_blocks=1)
         super().__post_init__()
 
     @property

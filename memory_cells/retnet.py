@@ -12,6 +12,11 @@ Linear attention with a fixed decay per head:
 The products q . k depend on t through differences only, so the memory can tell how long ago
 something was. In float32, angles are accurate to 0.01 up to t = 100 000.
 
+These are the formulas of the paper. The authors' code, torchscale, differs from them: theta_j is
+10000^(-2j / (d - 2)), the norm of a head does not subtract the mean, values may be wider than keys,
+and weights start smaller (Xavier's, those of q, k, v and the gate times 2^-2.5). It also divides
+reads by numbers that the norm takes out again, and pairs channels that are neighbours.
+
 Carry: S (B, heads, d, d), the steps read of the episode t (B,), and the convolution's last inputs
 (B, K - 1, D), all zeros.
 Cost per step: 10 H^2 + 4 H d floating-point operations per environment, for D = H.

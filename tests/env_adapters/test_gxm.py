@@ -16,6 +16,7 @@ from envs import make
 PONG = "gxm::Gymnasium/ALE/Pong-v5"
 LANDER = "gxm::Gymnasium/LunarLander-v3"
 PENDULUM = "gxm::Gymnasium/Pendulum-v1"
+LAKE = "gxm::Gymnasium/FrozenLake-v1"
 GXM = [f"gxm::{env_id}" for env_id in adapter.ids()]
 ATARI = [id for id in GXM if "/ALE/" in id]
 TOYS = [id for id in GXM if "/ALE/" not in id]
@@ -102,7 +103,7 @@ def test_returns_are_the_score_of_the_game(game, steps):
     """The emulator's own counter, with the same idle frames and actions; rewards are clipped."""
     env = make(f"gxm::Gymnasium/ALE/{game}-v5")
     key, keys = jax.random.key(5), jax.random.split(jax.random.key(0), steps)
-    actions = jax.random.randint(jax.random.key(2), (steps,), 0, env.action_space.n)
+    actions = jax.random.randint(jax.random.key(6), (steps,), 0, env.action_space.n)
 
     def step(carry, inputs):
         _, state, reward, *ends, info = env.step(inputs[0], carry, inputs[1])
@@ -183,6 +184,19 @@ def test_gxm_ids_of_other_libraries():
         (LANDER, {}, "is not supported: its simulator does not let its state be read"),
         (PONG, {"frameskip": 0}, "frameskip of .* must be at least 1, got 0"),
         (PONG, {"noopmax": 3}, r"no option 'noopmax' \(did you mean 'noop_max'\?\)"),
+        (PONG, {"frameskip": 10**9}, "frameskip of .* must be at most 60, got 1000000000"),
+        (PONG, {"repeat_action_probability": 1.5}, "between 0 and 1, got 1.5"),
+        (LAKE, {"render_mode": "human"}, "has no option 'render_mode'; valid options"),
+        (LAKE, {"map_name": "../../x"}, "map_name of .* must be 4x4 or 8x8, got '../../x'"),
+        (LAKE, {"map_name": ""}, "map_name of .* must be 4x4 or 8x8, got ''"),
+        (LAKE, {"success_rate": -1}, "success_rate of .* must be between 0 and 1, got -1"),
+        (LAKE, {"success_rate": np.nan}, "success_rate of .* must be a finite number .* got nan"),
+        (LAKE, {"is_slippery": 2}, "is_slippery of .* must be bool, got 2"),
+        (LAKE, {"desc": "SFFG"}, "desc of .* must be a tuple, got 'SFFG'"),
+        (LAKE, {"desc": ("SF", "F")}, r"cannot be made with desc \('SF', 'F'\): "),
+        (LAKE, {"reward_schedule": (1, "a", 0)}, "must consist of numbers, got .1, 'a', 0"),
+        (LAKE, {"max_episode_steps": 0}, "max_episode_steps of .* must be at least 1, got 0"),
+        (PENDULUM, {"g": np.inf}, "option g of .* must be a finite number of 32 bits, got inf"),
         (PENDULUM, {"gravity": 3}, "no option 'gravity'; valid options: max_episode_steps"),
     ],
 )

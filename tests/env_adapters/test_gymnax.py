@@ -98,6 +98,42 @@ def test_named_masks_are_positions_and_velocities():
     np.testing.assert_allclose(next_obs[:, 0] - obs[:, 0], next_obs[:, 1], atol=1e-5)
 
 
+def test_whole_numbers_serve_where_the_default_is_a_float():
+    env = make("gymnax::BernoulliBandit-misc", max_steps_in_episode=50)
+    check_conformance(env)
+    assert env.max_steps == 50
+
+
+@pytest.mark.parametrize(
+    ("env_id", "options", "message"),
+    [
+        ("MemoryChain-bsuite", {"memory_length": 0}, "memory_length of .* at least 1, got 0"),
+        (
+            "CartPole-v1",
+            {"max_steps_in_episode": 0},
+            "max_steps_in_episode of .* at least 1, got 0",
+        ),
+        ("BernoulliBandit-misc", {"max_steps_in_episode": 0.5}, "must be at least 1, got 0.5"),
+        ("BernoulliBandit-misc", {"reward_prob": 2}, "reward_prob of .* between 0 and 1, got 2"),
+        ("CartPole-v1", {"gravity": np.nan}, "gravity of .* must be a finite number .* got nan"),
+        ("CartPole-v1", {"length": 0.0}, "length of .* must be greater than 0, got 0.0"),
+        ("Acrobot-v1", {"available_torque": 1}, "has no option 'available_torque'; valid options"),
+        ("DeepSea-bsuite", {"size": 10**9}, "size of .* must be at most 1000, got 1000000000"),
+        ("UmbrellaChain-bsuite", {"n_distractor": -1}, "cannot be made with n_distractor -1: "),
+        (
+            "FrozenLake-misc",
+            {"map_name": "../../x"},
+            "made with map_name ../../x: map_name must be",
+        ),
+        ("FrozenLake-misc", {"reward_schedule": 1}, "must be a tuple of 3 numbers, got 1"),
+    ],
+)
+def test_make_refuses(env_id, options, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        make(f"gymnax::{env_id}", **options)
+    assert "\n" not in str(refused.value)
+
+
 WITH_THE_OLDER_GYMNAX = """
 import jax, envs, gymnax
 assert not hasattr(gymnax.environments.environment.Environment, "is_truncated")

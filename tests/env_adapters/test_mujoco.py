@@ -145,6 +145,9 @@ def test_options_reach_gymnasium():
             {"max_steps": -1},
             r"max_steps of mujoco::Hopper-v5 must be at least 1, got -1",
         ),
+        ("mujoco::Hopper-v5", {"frame_skip": 10**9}, "frame_skip of .* must be at most 1000"),
+        ("mujoco::Hopper-v5", {"healthy_z_range": 5}, "must be a tuple of 2 numbers, got 5"),
+        ("mujoco::Hopper-v5", {"camera_id": 1}, "has no option 'camera_id'"),
         ("HalfCheetah-v5", {}, r"has no namespace \(did you mean 'mujoco::HalfCheetah-v5'\?\)"),
     ],
 )

@@ -183,17 +183,15 @@ def test_shapes_dtypes_and_parameters(name, inputs):
 
 
 def forms():
-    """Every memory in all its forms: with each `impl`, and with a learned carry."""
+    """Every memory in all its forms: with an associative scan, and with a learned carry.
+
+    In chunks they go by default; their single steps are those for acting.
+    """
     for name in [*CELLS, "lstm x2", *(f"{name} x1 learned" for name in HAVE_LEARNED)]:
-        cell = build(name)
-        if not hasattr(cell, "impl"):
-            yield name, cell
-        elif name.startswith("rtu"):
-            yield f"{name} scan", cell.clone(impl="scan")
-            yield f"{name} parallel", cell.clone(impl="parallel", nonlinear=False)
-        else:
-            for impl in ("scan", "parallel"):
-                yield f"{name} {impl}", cell.clone(impl=impl)
+        yield name, build(name)
+    for name in ("s5", "lru", "mingru", "ffm", "mamba", "shm"):
+        yield f"{name} parallel", build(name).clone(impl="parallel")
+    yield "rtu parallel", build("rtu").clone(impl="parallel", nonlinear=False)
     yield "gpt2 learned", WINDOWED["gpt2 learned"]()
 
 

@@ -105,7 +105,7 @@ def test_a_cell_needs_only_the_two_methods_of_the_readme():
 
         @nn.nowrap
         def initialize_carry(self, rng, input_shape):
-            return jnp.zeros((*input_shape[:-1], self.features))
+            return jnp.zeros((*input_shape[:-1], self.features), jnp.float32)
 
         @nn.compact
         def __call__(self, carry, x):
