@@ -221,6 +221,12 @@ def compile_updates(update, state, env):
     return state, Report({"charts/compile_seconds": seconds}, environment_steps(state))
 
 
+def tell(config, text: str) -> None:
+    """Print what a run is doing, if it is shown on a terminal."""
+    if {"console", "dashboard"} & set(config.log):
+        print(text, flush=True)
+
+
 @partial(jax.jit, static_argnames=("rollout", "env"), donate_argnames="state")
 def fill_buffer(rollout, state, env):
     """Take `learning_starts` steps of every seed into the replay buffers, before the first update.
@@ -328,6 +334,7 @@ class Run:
     def __enter__(self):
         self.signals = answered(self._answer)
         self.signals.__enter__()
+        tell(self.config, "compiling, usually 10 to 50 s; cached for later runs of this kind")
         return self
 
     @property
@@ -360,6 +367,8 @@ class Run:
         The checkpoint's score is the mean return of the last of them: if both are evaluated, that
         of the policy as it was trained, which draws its actions.
         """
+        if not self.evaluation:
+            tell(self.config, "compiling the first evaluation")
         self.evaluation = evaluate_policies(evaluate, state, env)
         report = {}
         for policy, episodes in self.evaluation.items():

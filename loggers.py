@@ -40,13 +40,13 @@ from harness.metrics import (
     SAMPLED,
     Report,
     as_json,
-    evaluated_policies,
     parse_record,
     read_metrics,
     scalars,
 )
 from harness.output import warn
 from harness.run_dir import CONFIG_FILE
+from harness.text import duration, fitted
 
 
 class Backend(Protocol):
@@ -192,59 +192,81 @@ class Background:
 
 
 class Console:
-    """One line per report; a column shows the mean over seeds (± their standard deviation)."""
+    """One line per report and one per evaluation, of at most 80 characters.
 
-    COLUMNS = {  # heading: (metric, format)
-        "SPS": ("charts/SPS", "{:,.0f}"),
-        "return": (RETURN, "{:.2f}"),
-        "length": ("charts/episodic_length", "{:.0f}"),
-        "entropy": ("losses/entropy", "{:.3f}"),
-        "value loss": ("losses/value_loss", "{:.2g}"),
-        "approx kl": ("losses/approx_kl", "{:.4f}"),
-        "epsilon": ("charts/epsilon", "{:.2f}"),
-        "alpha": ("losses/alpha", "{:.3f}"),
-        "td loss": ("losses/td_loss", "{:.2g}"),
-        "q value": ("losses/q_values", "{:.2f}"),
-        "greedy return": (GREEDY, "{:.2f}"),
-        "sampled return": (SAMPLED, "{:.2f}"),
-    }
-    # The columns are those that the first report has, these, and those of evaluations.
-    ALWAYS = (RETURN, "charts/episodic_length")
+    Columns show the mean over seeds; returns also have its standard deviation. What has no room
+    here is in the run's file.
+    """
+
+    WIDTH = 80
+    COLUMNS = (  # heading, metric, format, digits; the most important first
+        ("SPS", "charts/SPS", "{:,.0f}", 9),
+        ("return", RETURN, "{:.2f}", 8),
+        ("length", "charts/episodic_length", "{:.0f}", 6),
+        ("epsilon", "charts/epsilon", "{:.2f}", 4),
+        ("alpha", "losses/alpha", "{:.3f}", 7),
+        ("value loss", "losses/value_loss", "{:.2g}", 8),
+        ("td loss", "losses/td_loss", "{:.2g}", 8),
+        ("entropy", "losses/entropy", "{:.3f}", 7),
+        ("approx kl", "losses/approx_kl", "{:.4f}", 7),
+        ("q value", "losses/q_values", "{:.2f}", 8),
+    )
+    ALWAYS = (RETURN, "charts/episodic_length")  # the first report may not have them yet
+    EVALUATIONS = {"greedy": GREEDY, "sampled": SAMPLED}
 
     def __init__(self, config, final_step):
         self.final_step = final_step
-        self.width = 14 if config.num_seeds == 1 else 19
-        self.evaluated = [f"eval/{policy}_return" for policy in evaluated_policies(config)]
-        self.columns = {}
+        self.num_seeds = config.num_seeds
+        self.step_width = max(7, len(f"{final_step:,}"))
+        self.columns = []
+        self.began = None  # (seconds, step) of the first report
 
     def log(self, metrics, step):
         if "charts/compile_seconds" in metrics:
             print(f"compiled in {metrics['charts/compile_seconds']:.1f} s", flush=True)
-        shown = {name for name, _ in self.COLUMNS.values()}
-        if not self.columns and shown & metrics.keys():
-            present = {*self.ALWAYS, *self.evaluated, *metrics}
-            self.columns = {
-                heading: (name, form)
-                for heading, (name, form) in self.COLUMNS.items()
-                if name in present
-            }
-            self._print(f"{'step':>12}", self.columns)
-        cells = [self._cell(metrics.get(name), form) for name, form in self.columns.values()]
-        if any(cells):
-            self._print(f"{step:>12,} {step / self.final_step:>4.0%}", cells)
+        head = f"{step:>{self.step_width},} {step / max(1, self.final_step):>4.0%}"
+        row = f"{head} {self._time_left(step):>8}"
+        if not self.columns and any(name in metrics for _, name, *_ in self.COLUMNS):
+            self._choose_columns({*self.ALWAYS, *metrics}, len(row))
+        cells = [
+            f" {self._cell(metrics.get(name), form, digits, name == RETURN):>{width}}"
+            for _, name, form, digits, width in self.columns
+        ]
+        if any(cell.strip() for cell in cells):
+            print(row + "".join(cells), flush=True)
+        evaluated = [
+            f"{policy} {self._cell(metrics[name], '{:.2f}', 8, spread=True)}"
+            for policy, name in self.EVALUATIONS.items()
+            if np.isfinite(metrics.get(name, np.nan)).any()
+        ]
+        if evaluated:
+            print(f"{head} eval: {', '.join(evaluated)}", flush=True)
 
-    def _cell(self, value, form):
-        if value is None:
+    def _time_left(self, step):
+        now = time.perf_counter()
+        began, first = self.began = self.began or (now, step)
+        if step <= first:
             return ""
-        values = np.ravel(value)
+        return duration((now - began) / (step - first) * max(0, self.final_step - step))
+
+    def _choose_columns(self, present, used):
+        """Choose those that fit, and print their headings."""
+        for heading, name, form, digits in self.COLUMNS:
+            spread = len(" ± ") + 7 if name == RETURN and self.num_seeds > 1 else 0
+            width = max(len(heading), digits + spread)
+            if name in present and used + 1 + width <= self.WIDTH:
+                used += 1 + width
+                self.columns.append((heading, name, form, digits, width))
+        headings = "".join(f" {heading:>{width}}" for heading, *_, width in self.columns)
+        print(f"{'step':>{self.step_width}} {'left':>13}{headings}", flush=True)
+
+    def _cell(self, value, form, digits, spread=False):
+        values = np.ravel(np.nan if value is None else value)
         finite = values[np.isfinite(values)]
         if not finite.size:
             return ""
-        spread = f" ± {form.format(finite.std())}" if finite.size > 1 else ""
-        return form.format(finite.mean()) + spread
-
-    def _print(self, head, cells):
-        print(f"{head:<17}" + "".join(f"{cell:>{self.width}}" for cell in cells), flush=True)
+        mean = fitted(finite.mean(), form, digits)
+        return f"{mean} ± {fitted(finite.std(), form, 7)}" if finite.size > 1 and spread else mean
 
     def close(self):
         print(end="", flush=True)

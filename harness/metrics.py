@@ -80,6 +80,7 @@ def iqm(values):
 
 def interval(values, statistic=iqm, resamples: int = 2000):
     """The 95 % bootstrap interval (percentiles) of a statistic of the values (S,): low, high."""
+    resamples = min(resamples, max(100, 10**6 // len(values)))  # many values need fewer
     draws = np.random.default_rng(0).choice(values, (resamples, len(values)))
     return tuple(np.percentile(statistic(draws), [2.5, 97.5]).tolist())
 

@@ -22,6 +22,7 @@ from harness.errors import RunError, UsageError, check_types
 from harness.output import keep_output_open, lost_output
 from harness.run_dir import load_config, script_of
 from harness.signals import answered, end_at_once
+from harness.text import clean
 
 BackendName = Literal["console", "file", "tensorboard", "wandb", "neptune", "dashboard"]
 DEFAULT_LOG: tuple[BackendName, ...] = ("console", "file", "tensorboard")
@@ -139,7 +140,7 @@ def launch(main, config_class):
         if config.evaluate:
             check_output()
     except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {clean(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

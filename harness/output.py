@@ -6,11 +6,13 @@ import io
 import os
 import sys
 
+from harness.text import clean
+
 
 def warn(text: str) -> None:
     """Print a warning; nothing happens if stderr cannot take it."""
     with contextlib.suppress(OSError):
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {clean(text)}", file=sys.stderr, flush=True)
 
 
 class Lasting(io.FileIO):

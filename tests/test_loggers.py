@@ -17,7 +17,7 @@ from helpers import disk
 import loggers
 from harness.errors import UsageError
 from harness.metrics import GREEDY, read_metrics
-from loggers import Background, File, Logger, Memory, check_keys, event_steps, make_logger
+from loggers import Background, Console, File, Logger, Memory, check_keys, event_steps, make_logger
 
 
 @dataclass
@@ -301,27 +301,74 @@ def test_neptune_offline(tmp_path):
     assert assigned["about/git/commit"] == "abc"
 
 
-def test_console_prints_a_line_per_report(tmp_path, capsys):
-    log_twice(("console",), tmp_path)
-    heading, first, second = capsys.readouterr().out.splitlines()
-    assert "return" in heading and "SPS" in heading
-    assert "500  50%" in first and "30.00 ± 10.00" in first
-    assert "1,234" in first and "nan" not in first
-    assert "1,000 100%" in second and "2.00 ± 0.82" in second
-    assert len({len(line) for line in (heading, first, second)}) == 1
+def console(capsys, reports, num_seeds=1, final_step=500_000):
+    """The lines of a console for reports {step: metrics}, 10 seconds after one another."""
+    backend = Console(SimpleNamespace(num_seeds=num_seeds), final_step)
+    for i, (step, metrics) in enumerate(reports.items()):
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(time, "perf_counter", lambda now=10.0 * i: now)
+            backend.log({name: np.asarray(value) for name, value in metrics.items()}, step)
+    return capsys.readouterr().out.splitlines()
 
 
-def test_console_columns_never_touch(tmp_path, capsys):
-    huge = {
-        "charts/episodic_return": [-12345.67, 0.0],
-        "losses/value_loss": [1.234e9, 1.2],
-        "charts/SPS": 98765432.1,
+def test_console_prints_a_line_per_report_and_evaluation(capsys):
+    reports = {
+        0: {"charts/compile_seconds": 12.34},
+        100: {"charts/SPS": 1234.5, "charts/episodic_return": [20.0, np.nan, 40.0]},
+        200: {"charts/SPS": 1234.5, "charts/episodic_return": [np.nan] * 3},
+        1000: {"eval/greedy_return": [1.0, 2.0, 3.0], "eval/sampled_return": [2.5, 2.5, np.nan]},
     }
-    with make_logger(Config(("console",)), tmp_path) as logger:
-        logger.log(huge, step=500)
-    line = capsys.readouterr().out.splitlines()[1]
-    for cell in (" 98,765,432 ", " -6172.84 ± 6172.84 ", " 6.2e+08 ± 6.2e+08 "):
-        assert cell in line
+    assert console(capsys, reports, num_seeds=3, final_step=1000) == [
+        "compiled in 12.3 s",
+        "   step          left       SPS             return length",
+        "    100  10%  0:01:30     1,234      30.00 ± 10.00       ",
+        "    200  20%  0:01:20     1,234                          ",
+        "  1,000 100% eval: greedy 2.00 ± 0.82, sampled 2.50 ± 0.00",
+    ]
+
+
+@pytest.mark.parametrize("num_seeds", [1, 5])
+@pytest.mark.parametrize("final_step", [1000, 500_000, 4_000_000_000])
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        (("value_loss", "entropy", "approx_kl", "policy_loss"), "value loss"),
+        (("td_loss", "q_values", "epsilon"), "epsilon"),
+        (("td_loss", "q_values", "actor_loss", "alpha", "entropy"), "alpha"),
+    ],
+)
+@pytest.mark.parametrize("value", [1.0, -12345.678, 1.234e9, -1e30])
+def test_console_has_room_in_80_columns(losses, shown, final_step, num_seeds, value, capsys):
+    values = np.linspace(value, value / 2, num_seeds)
+    names = ["charts/episodic_return", "charts/episodic_length", *(f"losses/{x}" for x in losses)]
+    names = [name.replace("losses/epsilon", "charts/epsilon") for name in names]
+    report = dict.fromkeys(names, values) | {"charts/SPS": 98765432.1}
+    evaluation = dict.fromkeys(("eval/greedy_return", "eval/sampled_return"), values)
+    last = final_step - 1
+    reports = {0: {}, last // 3: report, last // 2: report, last: evaluation}
+    lines = console(capsys, reports, num_seeds, final_step)
+    heading, first, *_ = lines
+    assert max(map(len, lines)) <= 80 and len(first) == len(heading)
+    headings = heading.replace(f" {shown}", f" {shown.replace(' ', '_')}").split()
+    assert headings[:5] == ["step", "left", "SPS", "return", "length"]
+    assert shown.replace(" ", "_") in headings
+    # Columns do not touch: a number below every heading, the percentage, and the spread.
+    for two_words in ("value loss", "td loss", "approx kl", "q value"):
+        heading = heading.replace(two_words, "x")
+    assert len(first.split()) == len(heading.split()) + 1 + 2 * (num_seeds > 1)
+    assert ("±" in lines[-1]) == (num_seeds > 1)
+
+
+def test_console_estimates_the_time_left_from_where_it_began(capsys):
+    resumed = {300: {}, 400: {"charts/SPS": 1.0}, 800: {"charts/SPS": 1.0}}
+    _, first, second = console(capsys, resumed, final_step=800)
+    assert first.split()[:3] == ["400", "50%", "0:00:40"]  # 100 steps took 10 s
+    assert second.split()[:3] == ["800", "100%", "0:00:00"]
+
+
+def test_console_of_a_run_of_no_steps(capsys):
+    (_, line) = console(capsys, {0: {"charts/SPS": 0.0}}, final_step=0)
+    assert line.split() == ["0", "0%", "0"]
 
 
 # --- Faults --------------------------------------------------------------------------------------

@@ -303,11 +303,14 @@ def test_a_run_from_the_command_line(script, tmp_path, run_here):
     if script in REPLAY:
         assert re.fullmatch(r"replay buffer: [\d.]+ MiB", lines.pop(0))
     assert lines.pop(0) == "--total-steps 200 trains 192: whole updates of 32"
+    assert lines.pop(0).startswith("compiling, ")
+    lines.remove("compiling the first evaluation")
     compiled, *lines, saved = lines
     table, evaluations = lines[: -len(policies)], lines[-len(policies) :]
     assert compiled.startswith("compiled in ") and saved == f"saved to {run_dir}"
     for policy, line in zip(policies, evaluations, strict=True):
         assert line.startswith(f"{policy} return over 4 episodes: median of 2 seeds ")
+    assert max(map(len, table)) <= 80
     # A heading, reports at updates 2, 3, 5 and 6, evaluations at 3 and 6. With replay, the steps
     # of the first update are collected before it, as learning_starts says.
     assert len(table) == 1 + 4 - (script in REPLAY) + 2
