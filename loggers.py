@@ -338,7 +338,7 @@ class File:
 LIBRARIES = {  # backend: its module, and what to pass to `pip install` if it has another name
     "tensorboard": ("tensorboardX", None),
     "wandb": ("wandb", None),
-    "neptune": ("neptune", "'neptune<2'"),
+    "neptune": ("neptune", "neptune<2"),
     "dashboard": ("rich.live", None),
 }
 
