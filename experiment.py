@@ -5,7 +5,7 @@
     state, report = run_updates(update, state, env, num_updates)    # train all seeds
     show(config, env, init, evaluate)                               # --evaluate
 
-The parts are in `harness/`: options.py, run_dir.py, checkpoints.py, metrics.py.
+The parts are in `harness/`: options.py, run_dir.py, checkpoints.py, metrics.py, signals.py.
 """
 
 import gc

@@ -6,7 +6,9 @@
 A metric is a scalar, or an array with one value per seed. "Nothing to report" (no episode has
 ended yet) is a missing name, or nan for the seeds concerned; it is never a zero.
 
-To add a backend, write a class with the methods of `Backend` and enter it in `make_logger`.
+To add a backend, write a class with the methods of `Backend` and enter it in `make_logger`, and the
+library that it needs in `LIBRARIES`. `Memory` keeps reports for a notebook.
+
 `python loggers.py` shows runs from their files, while they run or later, several side by side:
 
     python loggers.py runs/a runs/b                   # the dashboard
