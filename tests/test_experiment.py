@@ -24,7 +24,7 @@ from experiment import Run, RunError, UsageError, seed_keys, show, vmap_seeds
 from harness.checkpoints import Checkpoints
 from harness.metrics import read_metrics
 from harness.run_dir import is_running, load_config, open_run_dir
-from loggers import Logger
+from loggers import Logger, event_steps
 
 CONFIG = tiny(ppo)
 PPO = ppo.__file__
@@ -102,7 +102,8 @@ def test_resuming_is_as_if_nothing_had_happened(
 ):
     """N updates + save + load + N updates equal 2 N updates bit for bit, and so do the logs."""
     module = importlib.import_module(f"algorithms.{script}")
-    config = tiny(module, num_seeds=2, log=("file",), log_every=2, **changes)
+    log = ("file", "tensorboard") if script == "ppo" else ("file",)
+    config = tiny(module, num_seeds=2, log=log, log_every=2, **changes)
     config = in_updates(config, 6, 3)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     main_in(whole, module, config)
@@ -118,6 +119,9 @@ def test_resuming_is_as_if_nothing_had_happened(
 
     main_in(broken, module, config, resume="run")
     assert records(broken / "run") == records(whole / "run")
+    events = [sorted((folder / "run").glob("events*")) for folder in (broken, whole)]
+    (resumed_events, whole_events) = ([{*event_steps(file)} for file in files] for files in events)
+    assert resumed_events == whole_events and len(resumed_events) == ("tensorboard" in log)
     step, expected = final_leaves(whole / "run", module, config)
     resumed_step, actual = final_leaves(broken / "run", module, config)
     assert step == resumed_step == config.total_steps
@@ -295,6 +299,28 @@ def test_signals_save_first(script, number, tmp_path):
     assert "Traceback" not in errors
     steps = Checkpoints(run_dir).steps()
     assert steps and records(run_dir)[-1]["step"] == steps[-1]
+
+
+def test_the_first_signal_stops_a_run_and_the_second_ends_it(tmp_path, monkeypatch, capfd):
+    ended = []
+    monkeypatch.setattr(experiment, "end_at_once", ended.append)
+    monkeypatch.chdir(tmp_path)
+    config = replace(CONFIG, log=("file",), run_dir="run")
+    with pytest.raises(SystemExit) as stopped, Run(config, ppo.init) as run:
+        run._answer(signal.SIGTERM)  # nothing is trained yet
+        assert ended == [signal.SIGTERM]
+        assert run.next_chunk(run.state) > 0
+        run._answer(signal.SIGINT)
+        run._answer(signal.SIGINT)  # at the same moment: sent twice
+        assert ended == [signal.SIGTERM] and run.signal == signal.SIGINT
+        assert run.next_chunk(run.state) == 0
+        time.sleep(0.11)
+        run._answer(signal.SIGTERM)
+        assert ended == [signal.SIGTERM] * 2
+    assert stopped.value.code == 128 + signal.SIGINT
+    lines = capfd.readouterr().err.split()
+    assert lines.count("interrupted;") == 2 and lines.count("stopping") == 1
+    assert "the last checkpoint is of step 0" in " ".join(lines)
 
 
 def test_a_second_signal_ends_a_run_that_is_busy_at_once(tmp_path):

@@ -281,6 +281,7 @@ def test_every_cell_can_be_replayed(cell):
     ids=str,
 )
 def test_probes_are_solved(script, probe):
+    """Rewards of one step, without burn-in being needed, rescaling or priorities."""
     # All actions stay in the buffer, so that none has a value that nothing corrects.
     changes = {"num_steps": 4, "gradient_steps": 4, "end_e": 0.2, "gamma": 0.8, "tau": 0.05}
     changes |= {"total_steps": 10_000, "learning_rate": 3e-3, "buffer_size": 4096}

@@ -3,6 +3,7 @@
 Networks are matrices here. The losses of PPO and PQN are in their own tests.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -164,7 +165,7 @@ def test_the_losses_of_soft_actor_critic(script, rng):
         actor_loss, entropy = alpha * log_prob - actor_q, -log_prob
         # nats of actions between -1 and 1, here between the bounds of the space
         wanted = 2 * config.target_entropy + np.log(0.5 * (SPACE.high - SPACE.low)).sum()
-        loss, parts = script.sac_loss(online, target, network, sample, key)
+        loss_of, keys = script.sac_loss, (key,)
     else:
 
         def values(params, obs):
@@ -179,8 +180,11 @@ def test_the_losses_of_soft_actor_critic(script, rng):
         actor_loss = (np.exp(log_policy) * soft_q).sum(axis=-1)
         entropy = -(np.exp(log_policy) * log_policy).sum(axis=-1)
         wanted = config.target_entropy_ratio * np.log(4)
-        loss, parts = script.sacd_loss(online, target, network, sample)
+        loss_of, keys = script.sacd_loss, ()
 
+    online = jax.tree.map(jnp.asarray, online)
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, parts), gradients = gradient(online, target, network, sample, *keys)
     targets = rows.reward + GAMMA * np.where(rows.terminated, 0.0, next_value)
     td_loss = 0.5 * ((q_values - targets) ** 2).sum(axis=0)
     means = [x[rows.is_step].mean() for x in (td_loss, actor_loss, entropy)]
@@ -193,3 +197,9 @@ def test_the_losses_of_soft_actor_critic(script, rng):
     ):
         np.testing.assert_allclose(parts[f"losses/{name}"], expected, rtol=1e-3, err_msg=name)
     np.testing.assert_allclose(loss, means[0] + means[1] + alpha_loss, rtol=1e-3)
+    # The greater the entropy, the smaller becomes alpha, if it is tuned.
+    slope = gradients["params"]["log_alpha"]
+    np.testing.assert_allclose(slope, means[2] - wanted, rtol=1e-3, atol=1e-5)
+    constant = Matrices(script, replace(config, autotune=False))
+    slope = jax.grad(loss_of, has_aux=True)(online, target, constant, sample, *keys)[0]
+    assert slope["params"]["log_alpha"] == 0.0

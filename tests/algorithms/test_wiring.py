@@ -240,6 +240,9 @@ def test_every_other_option_changes_the_program(script):
                 continue  # only `warmup` reads it
             changed = traced_update(script, dataclasses.replace(config, **{name: table[name]}))
             assert changed.operations(output) != plain_update(script).operations(output), name
+            if name in ("update_epochs", "num_minibatches", "gradient_steps"):  # not its clock
+                rate = "charts/learning_rate"
+                assert changed.operations(rate) == plain_update(script).operations(rate), name
     config = dataclasses.replace(config, cell="gru") if "cell" in known else config
     first = traced_init(script, config).operations()
     for name in sorted(set(INIT) & set(known)):
@@ -304,6 +307,8 @@ def test_evaluations_are_frozen_and_greedy(script):
 
     greedy = evaluated(True)
     assert greedy.reaches("key") == {"key"}
+    # Evaluating disturbs no training, and repeats none of its random numbers.
+    assert "random_fold_in" in [operation[0] for operation in greedy.operations("key")[0]]
     assert greedy.reaches("obs") == greedy.reaches("next_obs") - {"params"} == {"env_state", "key"}
     assert greedy.reaches("action") == {"params", "env_state", "key"}
     if "eval_policy" in names_of(script):

@@ -86,6 +86,11 @@ def test_atari_depends_on_the_keys_and_on_nothing_else():
     assert single[1][2].shape == (30, 1, 84, 84, 4)
 
 
+def test_clipping_can_be_switched_off():
+    clips = [make(PONG, noop_max=1, reward_clipping=x)._task.clip_reward for x in (True, False)]
+    assert clips == [True, False]
+
+
 def test_atari_actions_stick():
     """With probability 1 they always do: the game sees the idle action of the beginning."""
     actions = jnp.full((20, 1), 3)

@@ -1,10 +1,16 @@
 """A process outlives the streams it prints to."""
 
+import io
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
+from helpers import ROOT
+
+from harness.options import launch
+from harness.output import Lasting
 
 PRINT = """
 import sys
@@ -56,3 +62,23 @@ def test_a_stream_that_takes_nothing_ends_nothing(redirections, lost, tmp_path):
 def test_what_a_stream_cannot_encode_is_escaped(tmp_path):
     result, _ = run(tmp_path, "", PYTHONIOENCODING="ascii")
     assert result.stdout.startswith(rb"\xb1\xb1")
+
+
+def test_launch_outlives_its_output(tmp_path):
+    command = f"{sys.executable} {ROOT / 'loggers.py'} --help >/dev/full"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_launch_says_when_a_result_is_lost(monkeypatch, tmp_path, capsys):
+    @dataclass
+    class Command:
+        pass
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    stdout = io.TextIOWrapper(io.BufferedWriter(Lasting("/dev/full", "w")))
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with pytest.raises(SystemExit) as ended:
+        launch(lambda command: print("a result"), Command)
+    message = "error: the output cannot be written: No space left on device\n"
+    assert ended.value.code == 1 and capsys.readouterr().err == message

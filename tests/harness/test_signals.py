@@ -6,6 +6,10 @@ import threading
 import time
 import zlib
 
+from helpers import tiny
+
+from algorithms import ppo
+from harness import options
 from harness.signals import STOP, answered
 
 
@@ -44,3 +48,16 @@ def test_blocks_in_blocks_and_in_other_threads():
         thread.join()
         time.sleep(0.1)
     assert (outer, inner, other) == ([signal.SIGINT], [signal.SIGTERM], [])
+
+
+def test_what_is_not_training_ends_at_the_first_signal(monkeypatch):
+    ended = []
+
+    def main(config):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(options, "end_at_once", ended.append)
+    monkeypatch.setattr(options, "parse", lambda config_class: tiny(ppo))
+    options.launch(main, ppo.Config)
+    assert ended == [signal.SIGINT]
