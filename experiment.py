@@ -488,7 +488,8 @@ def show(config, env, init, evaluate) -> None:
     state, step, notes = restore(config.evaluate, like, config.best, "evaluate")
     diverged = dict(notes["diverged"])
     fresh = jax.vmap(partial(jax.random.fold_in, data=FRESH))(seed_keys(config))
-    results = evaluate_policies(evaluate, state.replace(key=fresh), env)
+    state = state.replace(key=fresh)
+    results = evaluate_policies(evaluate, state, env)
 
     chooser = evaluated_policies(saved)[-1]
     which = f" (the best {chooser} return)" if config.best else ""
