@@ -5,7 +5,8 @@
     state, report = run_updates(update, state, env, num_updates)    # train all seeds
     show(config, env, init, evaluate)                               # --evaluate
 
-The parts are in `harness/`: options.py, run_dir.py, checkpoints.py, metrics.py, signals.py.
+The parts are in `harness/`: options.py, sizes.py, run_dir.py, checkpoints.py, trained.py,
+metrics.py and signals.py.
 """
 
 import gc
@@ -37,6 +38,7 @@ from harness.metrics import (
     summarize_episodes,
 )
 from harness.options import Experiment, check_sizes, launch
+from harness.output import warn
 from harness.run_dir import (
     CONFIG_FILE,
     MAY_DIFFER_ON_EVALUATE,
@@ -495,7 +497,8 @@ def show(config, env, init, evaluate) -> None:
     state, step, notes = restore(config.evaluate, like, config.best, "evaluate")
     diverged = dict(notes["diverged"])
     fresh = jax.vmap(partial(jax.random.fold_in, data=FRESH))(seed_keys(config))
-    results = evaluate_policies(evaluate, state.replace(key=fresh), env)
+    state = state.replace(key=fresh)
+    results = evaluate_policies(evaluate, state, env)
 
     chooser = evaluated_policies(saved)[-1]
     which = f" (the best {chooser} return)" if config.best else ""
@@ -523,8 +526,7 @@ def show(config, env, init, evaluate) -> None:
         path = save_evaluation(Path(config.evaluate), contents)
         print(f"saved to {path}")
     except OSError as error:
-        reason = f"the evaluation was not saved: {error.strerror}"
-        print(f"warning: {reason}", file=sys.stderr)
+        warn(f"the evaluation was not saved: {error.strerror}")
 
     if config.video:
         policy = list(results)[-1]

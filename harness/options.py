@@ -112,6 +112,7 @@ MAY_BE_LARGE = (
     "n_step",
 )
 MAX_LAYERS = 1000  # every layer is traced on its own
+MAX_DIGITS = 100  # of a whole number; 1e999999999 would fill the memory
 
 
 def launch(main, config_class):
@@ -172,6 +173,9 @@ def parse(config_class):
     parser.add_argument("--resume", nargs="?")
     parser.add_argument("--evaluate", nargs="?")
     given, _ = parser.parse_known_args(words)
+    for option in ("resume", "evaluate"):
+        if getattr(given, option) == "":  # an unset variable of the shell, perhaps
+            raise UsageError(f"{option} needs the directory of a run, got ''")
     if given.resume and given.evaluate:
         raise UsageError("--resume and --evaluate exclude each other")
     saved = {}
@@ -289,6 +293,8 @@ def read_whole_numbers(info):
         with contextlib.suppress(decimal.InvalidOperation):
             number = decimal.Decimal(text)
             has_exponent = "e" in text.lower()  # 5.0 is meant to be a number, 1.5e6 a whole one
+            if has_exponent and number.is_finite() and number.adjusted() > MAX_DIGITS:
+                raise ValueError(f"{text!r} is too large")
             if has_exponent and number.is_finite() and number == number.to_integral_value():
                 return int(number)
         raise ValueError(f"{text!r} is not a whole number")

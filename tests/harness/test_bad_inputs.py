@@ -59,6 +59,11 @@ BAD = [
     ("--total-steps 1e5.0", "'1e5.0' is not a whole number"),
     ("--total-steps 5000.0", "'5000.0' is not a whole number"),
     ("--total-steps 1.23e1", "'1.23e1' is not a whole number"),
+    ("--total-steps 1e999999999", "'1e999999999' is too large"),
+    ("--total-steps " + "9" * 5000, "is not a whole number"),
+    ("--eval-episodes 2147483647 --num-eval-envs 1", "a table of eval_episodes 2147483647 takes"),
+    ("--resume=", "resume needs the directory of a run, got ''"),
+    ("--evaluate=", "evaluate needs the directory of a run, got ''"),
     ("--total-steps 1e-1", "'1e-1' is not a whole number"),
     ("--total-steps inf", "'inf' is not a whole number"),
     ("--total-steps 1,000", "'1,000' is not a whole number"),
@@ -195,7 +200,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
 ):
     module = importlib.import_module(f"algorithms.{script}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sizes, "free_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(sizes, "free_memory", lambda: 15 * 2**30)
     with as_command(script, *args.split()), pytest.raises(SystemExit) as ended:
         launch(module.main, module.Config)
     output = capsys.readouterr()
