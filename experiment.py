@@ -8,43 +8,50 @@
 The parts are in `harness/`: options.py, run_dir.py, checkpoints.py, metrics.py.
 """
 
-import contextlib
 import gc
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from env_adapters.episodes import check_drawable, record, write_gif
+from env_adapters.registry import make
 from env_adapters.task import Box, Discrete
 from harness.checkpoints import Checkpoints
 from harness.errors import Diverged, Options, RunError, UsageError
 from harness.metrics import (
-    GREEDY,
     METRICS_FILE,
-    SAMPLED,
     Report,
+    as_json,
     describe,
     evaluated_policies,
-    read_metrics,
+    statistics,
     summarize,
     summarize_episodes,
 )
 from harness.options import Experiment, check_sizes, launch
 from harness.run_dir import (
+    CONFIG_FILE,
     MAY_DIFFER_ON_EVALUATE,
     check_same,
+    extend,
     forget_after,
     load_config,
     open_run_dir,
+    provenance,
+    save_evaluation,
+    script_of,
 )
+from harness.signals import answered, end_at_once, say
+from harness.sizes import check_memory, num_bytes
+from harness.trained import begin_with, check_not_lost, first_difference, load_trained, restore
 from loggers import check_keys, make_logger
 
 __all__ = [
@@ -92,6 +99,22 @@ def vmap_seeds(function):
 # -------------------------------------------------------------------------------------------------
 # Checks
 
+# script: one like it for the other kind of actions
+OTHER_ACTIONS = {
+    "ppo": "ppo_continuous",
+    "rppo": "rppo_continuous",
+    "ppo_continuous": "ppo",
+    "rppo_continuous": "rppo",
+    "sac": "sacd",
+    "rsac": "rsacd",
+    "sacd": "sac",
+    "rsacd": "rsac",
+    "dqn": "sac",
+    "drqn": "rsac",
+    "pqn": "ppo_continuous",
+    "rpqn": "rppo_continuous",
+}
+
 
 def check_config(config, actions, bounded: bool = False) -> None:
     """Refuse a config with impossible sizes, or with an environment that the script cannot act in.
@@ -107,15 +130,27 @@ def check_config(config, actions, bounded: bool = False) -> None:
     if jax.config.jax_enable_x64:
         advice = 'call jax.config.update("jax_enable_x64", False) first'
         raise ValueError(f"training is in 32 bits, and jax_enable_x64 is set: {advice}")
-    env = config.make_env()
+    try:
+        env = config.make_env()
+    except ValueError:
+        # Some scripts have actions rescaled, which discrete ones are not: ask without that.
+        env = make(config.env, **config.env_kwargs)
+        if isinstance(env.action_space, actions):
+            raise
     space = env.action_space
-    if bounded:
-        if not isinstance(space, Box) or not np.isfinite([space.low, space.high]).all():
-            needed = "this script needs continuous actions with bounds"
-            raise ValueError(f"{needed}, those of {env.id} are not")
-    elif not isinstance(space, actions):
+    other = OTHER_ACTIONS.get(script_of(config).stem)
+    advice = f"; {other}.py has them" if other else ""
+    if not isinstance(space, actions):
         kinds = ("discrete", "continuous") if actions is Discrete else ("continuous", "discrete")
-        raise ValueError(f"this script needs {kinds[0]} actions, those of {env.id} are {kinds[1]}")
+        needed = f"this script needs {kinds[0]} actions{' with bounds' if bounded else ''}"
+        raise ValueError(f"{needed}, those of {env.id} are {kinds[1]}{advice}")
+    if actions is Box and len(space.shape) != 1:
+        needed = "this script needs actions that are vectors"
+        raise ValueError(f"{needed}, those of {env.id} have the shape {space.shape}")
+    if bounded and not np.isfinite([space.low, space.high]).all():
+        advice = "; ppo_continuous.py needs none"
+        needed = "this script needs continuous actions with bounds"
+        raise ValueError(f"{needed}, those of {env.id} have none{advice}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -147,7 +182,8 @@ def compiled_updates(update, state, env, num_updates):
         return state, sums, finite
 
     metrics = jax.eval_shape(update_seeds, state)[1]
-    zeros = jax.tree.map(jnp.zeros_like, metrics)
+    # Sums of whole numbers, too, are floats: the steps of many episodes do not fit into int32.
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), metrics)
     counts = jax.tree.map(lambda x: jnp.zeros(x.shape, int), metrics)
     # The number of updates is not known when this compiles: a last, shorter chunk does not compile
     # again.
@@ -222,21 +258,12 @@ def environment_steps(state) -> int:
 # Runs
 
 
-def check_buffer(config, buffer) -> None:
-    """Print the size of a replay buffer that is still to be made, from shapes and dtypes.
+FRESH = 2**31 - 2  # the stream of --evaluate, which training and its evaluations do not use
 
-    Raises:
-      UsageError: it is larger than the free memory.
-    """
-    import psutil
 
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffer))
-    memory = jax.devices()[0].memory_stats() or {"bytes_limit": psutil.virtual_memory().available}
-    if size > memory["bytes_limit"]:
-        taken = f"takes {size / 2**30:,.1f} GiB, there are {memory['bytes_limit'] / 2**30:,.1f} GiB"
-        raise UsageError(f"a replay buffer of buffer_size {config.buffer_size} {taken}")
-    if "console" in config.log:
-        print(f"replay buffer: {size / 2**20:,.1f} MiB", flush=True)
+def shapes(config, init):
+    """The shapes and dtypes of the state of a run, as a pytree like it."""
+    return jax.eval_shape(lambda: init(config, seed_keys(config)))
 
 
 class Run:
@@ -250,8 +277,8 @@ class Run:
                     run.evaluate(evaluate, state, env)
 
     Reports and evaluations happen after the same updates whether or not the run was interrupted.
-    SIGTERM and Ctrl-C end the loop at the next report, after a checkpoint; a second Ctrl-C ends it
-    at once.
+    SIGTERM and Ctrl-C end the loop at the next report, after a checkpoint; a second one ends the
+    process at once. Before the first update the first one does: there is nothing to save.
 
     Raises:
       UsageError: the directory or a logger cannot be used.
@@ -259,33 +286,48 @@ class Run:
 
     def __init__(self, config, init):
         check_keys(config)
-        has_buffer = hasattr(config, "buffer_size")
-        if has_buffer or config.resume:
-            like = jax.eval_shape(lambda: init(config, seed_keys(config)))
-        if has_buffer:
-            check_buffer(config, like.buffer)
+        like = check_memory(config, partial(shapes, config, init))
+        trained = None
+        if config.init_from and not (config.resume and Checkpoints(config.resume).steps()):
+            trained = load_trained(config, partial(shapes, init=init), like)
         self.config = config
         self.signal = None  # the first signal that asked the run to stop
-        self.handlers = {}  # signal handlers to restore
+        self.signal_time = 0.0  # when it arrived
+        self.phase = "starting"  # then "training", then "closing"
         self.evaluation = {}  # policy -> episodes of the last evaluation
         self.saved_step = None  # step of the last checkpoint
         self.dir, self.lock = open_run_dir(config)
+        self.identity = os.stat(self.dir)
         self.checkpoints = Checkpoints(self.dir, config.keep_checkpoints)
         notes = {"metrics_bytes": 0, "diverged": ()}
         if config.resume and self.checkpoints.steps():
             self.state, self.saved_step, notes = self.checkpoints.restore(like)
         else:
-            past = read_metrics(self.dir / METRICS_FILE)
-            evaluations = sum(GREEDY in record or SAMPLED in record for record in past)
-            # A process may be killed after its first evaluation and before its first checkpoint.
-            if config.resume and evaluations > 1:
-                lost = f"the checkpoints of {config.resume!r} are gone"
-                raise UsageError(f"{lost}, there is nothing to continue from")
+            check_not_lost(self.dir, "continue from")
             self.state = init(config, seed_keys(config))
+            if trained:
+                self.state = begin_with(trained, self.state)
+        if config.resume:
+            extend(self.dir, config, self.saved_step or 0)
+        self._announce(like)
         forget_after(self.dir / METRICS_FILE, notes["metrics_bytes"])
-        self.logger = make_logger(config, self.dir, notes["diverged"])
+        self.logger = make_logger(config, self.dir, notes["diverged"], self.saved_step)
+
+    def _announce(self, like):
+        """What a user might not expect of this run."""
+        config = self.config
+        if "console" not in config.log:
+            return
+        if hasattr(like, "buffer"):
+            print(f"replay buffer: {num_bytes(like.buffer) / 2**20:,.1f} MiB", flush=True)
+        trained = config.num_updates * config.steps_per_update
+        if trained != config.total_steps:
+            updates = f"whole updates of {config.steps_per_update:,}"
+            print(f"--total-steps {config.total_steps:,} trains {trained:,}: {updates}", flush=True)
 
     def __enter__(self):
+        self.signals = answered(self._answer)
+        self.signals.__enter__()
         return self
 
     @property
@@ -294,7 +336,9 @@ class Run:
 
     def next_chunk(self, state) -> int:
         """Steps to train until the next report; 0 if the run is complete or has been stopped."""
-        self._listen()
+        gc.enable()
+        self.phase = "training"
+        self._check_dir()
         config = self.config
         if self.signal and self.saved_step != environment_steps(state):
             self._checkpoint(state)
@@ -321,19 +365,25 @@ class Run:
         for policy, episodes in self.evaluation.items():
             report |= summarize_episodes(episodes, policy)
         self.logger.log(report, environment_steps(state))
-        healthy = np.delete(report[f"eval/{policy}_return"], list(self.logger.diverged))
-        self._checkpoint(state, float(np.mean(healthy)))
+        diverged = list(self.logger.diverged)
+        returns = {
+            policy: float(np.mean(np.delete(report[f"eval/{policy}_return"], diverged)))
+            for policy in self.evaluation
+        }
+        self._checkpoint(state, returns[policy], returns)
 
-    def _checkpoint(self, state, score=float("nan")):
+    def _checkpoint(self, state, score=float("nan"), returns=None):
         metrics = self.dir / METRICS_FILE
         step = environment_steps(state)
         notes = {
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             "diverged": list(self.logger.diverged.items()),
+            "returns": returns or {},  # policy -> mean return, if it was just evaluated
         }
         try:
             self.checkpoints.save(state, step, score, **notes)
         except OSError as error:
+            self._check_dir()
             free = shutil.disk_usage(self.dir).free / 2**20
             where = f"{self.checkpoints.folder} ({free:,.0f} MiB free)"
             reason = error.strerror or str(error).splitlines()[0]
@@ -347,36 +397,45 @@ class Run:
             return "there is no checkpoint yet"
         return f"the last checkpoint is of step {self.saved_step:,}, {advice} {self.dir}"
 
-    def _listen(self):
-        """Let signals wait for the next report. Before the first chunk there is nothing to save."""
-        gc.enable()
-        if self.handlers or threading.current_thread() is not threading.main_thread():
+    def _check_dir(self):
+        """Notice that the directory was deleted, or that another one has its name."""
+        try:
+            same = os.path.samestat(os.stat(self.dir), self.identity)
+            same = same and (self.dir / CONFIG_FILE).exists()
+        except (FileNotFoundError, NotADirectoryError):
+            same = False
+        except OSError:  # a network that is down, for example
             return
+        if not same:
+            gone = f"the run directory {str(self.dir)!r} was deleted or moved"
+            raise RunError(f"{gone}, the run cannot continue")
 
-        def stop(number, _):
-            if self.signal and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signal = number
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping at the next report; press Ctrl-C again to stop at once\n")
-
-        self.handlers = {
-            number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+    def _answer(self, number):
+        """What happens when a signal arrives; in a thread of its own, the main one may be busy."""
+        now = time.monotonic()
+        if self.signal is None and self.phase != "starting":
+            self.signal, self.signal_time = number, now
+            what = "stopping at the next report" if self.phase == "training" else "closing the logs"
+            say(f"{what}; press Ctrl-C again to stop at once")
+        elif now > self.signal_time + 0.1:  # `timeout`, for one, sends each signal twice
+            say(f"interrupted; {self._how_to_continue()}")
+            # What they hold is lost to a process that ends; they have a second to write it.
+            closing = threading.Thread(target=self.logger.close, daemon=True)
+            closing.start()
+            closing.join(1.0)
+            end_at_once(number)
 
     def __exit__(self, kind, error, _):
+        self.phase = "closing"
         complete = self.saved_step == self.config.num_updates * self.config.steps_per_update
-        if kind is KeyboardInterrupt:
-            print(f"interrupted; {self._how_to_continue()}", file=sys.stderr)
-        elif kind is None and not complete:
+        if kind is None and not complete:
             print(f"stopped; {self._how_to_continue()}", file=sys.stderr)
         try:
             self.logger.close()
             self.checkpoints.close()
         finally:
             self.lock.release()
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
+            self.signals.__exit__(None, None, None)
         if kind is Diverged:
             advice = self._how_to_continue("the last good one: look at it with --evaluate")
             raise RunError(f"{error}; {advice}") from None
@@ -405,20 +464,61 @@ def evaluate_policies(evaluate, state, env) -> dict:
 
 
 def show(config, env, init, evaluate) -> None:
-    """What --evaluate does: print the greedy return of a trained agent, or film it (--video).
+    """What --evaluate does: play fresh episodes with a trained agent, and film one (--video).
+
+    The episodes are others than those that chose the best checkpoint: their keys are made from
+    --seed. The result is printed, and written to evaluations/ in the run's directory.
 
     Raises:
       UsageError: there is no such run or checkpoint, or the environment cannot be drawn.
     """
-    check_same(config, load_config(config.evaluate, type(config)), MAY_DIFFER_ON_EVALUATE)
+    saved = load_config(config.evaluate, type(config))
+    check_same(config, saved, MAY_DIFFER_ON_EVALUATE)
     if config.video:
         check_drawable(env)
-    like = jax.eval_shape(lambda: init(config, seed_keys(config)))
-    state, step, notes = Checkpoints(config.evaluate).restore(like, config.best)
+    like = check_memory(config, partial(shapes, config, init))
+    difference = ""
+    if config.env_kwargs != saved.env_kwargs:
+        difference = first_difference(like, shapes(saved, init))
+    if difference:
+        other = f"with env_kwargs {config.env_kwargs}, trained with {saved.env_kwargs}"
+        raise UsageError(f"{config.evaluate!r} cannot be evaluated {other}: {difference}")
+    state, step, notes = restore(config.evaluate, like, config.best, "evaluate")
     diverged = dict(notes["diverged"])
-    for policy, episodes in evaluate_policies(evaluate, state, env).items():
-        print(f"checkpoint of step {step:,}: {describe(episodes, diverged, policy)}")
+    fresh = jax.vmap(partial(jax.random.fold_in, data=FRESH))(seed_keys(config))
+    results = evaluate_policies(evaluate, state.replace(key=fresh), env)
+
+    chooser = evaluated_policies(saved)[-1]
+    which = f" (the best {chooser} return)" if config.best else ""
+    for policy, episodes in results.items():
+        print(f"checkpoint of step {step:,}{which}: {describe(episodes, diverged, policy)}")
+    contents = {
+        "checkpoint": {
+            "step": step,
+            "chosen_by": f"best {chooser} return" if config.best else "last",
+            "returns_in_training": notes.get("returns", {}),
+        },
+        "seed": config.seed,
+        "env": config.env,
+        "env_kwargs": config.env_kwargs,
+        "mask": config.mask,
+        "diverged_seeds": list(diverged),
+        "policies": {
+            policy: as_json(statistics(episodes, diverged) | episodes._asdict())
+            for policy, episodes in results.items()
+        },
+    }
+    about = provenance(script_of(config))
+    contents |= {name: about[name] for name in ("started", "command", "git", "python", "machine")}
+    try:
+        path = save_evaluation(Path(config.evaluate), contents)
+        print(f"saved to {path}")
+    except OSError as error:
+        reason = f"the evaluation was not saved: {error.strerror}"
+        print(f"warning: {reason}", file=sys.stderr)
+
     if config.video:
+        policy = list(results)[-1]
         seed = min(set(range(config.num_seeds)) - set(diverged))
         recordings = evaluate_as(policy, evaluate, state, env, 1, play=record)
         episode = jax.tree.map(lambda x: x[seed], recordings)

@@ -35,11 +35,6 @@ def add_in_place(replay, buffer, items):
     return jax.lax.optimization_barrier(replay.add(buffer, items))
 
 
-def empty(replay, item):
-    """flashbax's `replay.init`, with an index of 32 bits also where JAX has 64."""
-    return replay.init(item).replace(current_index=jnp.int32(0))
-
-
 def num_written(buffer):
     """How much of flashbax's buffer was written, along its axis of time."""
     size = jax.tree.leaves(buffer.experience)[0].shape[1]
@@ -78,7 +73,7 @@ class ItemReplay:
 
     def init(self, items):
         """An empty buffer for items with the shapes and dtypes of these, leaves (N, ...)."""
-        return empty(self._buffer, jax.tree.map(lambda x: x[0], items))
+        return self._buffer.init(jax.tree.map(lambda x: x[0], items))
 
     def add(self, buffer, items):
         """The buffer with T steps of N environments added: items (T, N, ...)."""
@@ -191,7 +186,7 @@ class SequenceReplay:
             return jnp.broadcast_to(x[0], (self.num_steps, *x.shape[1:]))
 
         steps = jax.tree.map(repeat, transition)
-        chunks = empty(self._buffer, Chunk(jax.tree.map(lambda x: x[0], carry), steps))
+        chunks = self._buffer.init(Chunk(jax.tree.map(lambda x: x[0], carry), steps))
         if not self.prioritized:
             return Buffer(chunks, None, None)
         priorities = jnp.zeros((self.num_envs, self._slots), jnp.float32)

@@ -2,7 +2,10 @@
 
 import difflib
 import importlib
+import math
 import shlex
+import types
+import typing
 
 Options = dict[str, int | float | bool | str]  # on the command line: name value name value ...
 
@@ -74,3 +77,53 @@ def check_options(owner: str, options: Options, defaults: dict) -> None:
         is_whole = wanted is float and type(value) is int
         if wanted in (bool, int, float, str) and type(value) is not wanted and not is_whole:
             raise ValueError(f"option {name} of {owner} must be {wanted.__name__}, got {value!r}")
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"option {name} of {owner} must be finite, got {value!r}")
+
+
+NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Options: "names with a number, true, false or text each",
+}
+
+
+def check_types(config_class, values: dict) -> None:
+    """Refuse values that the fields of a config cannot have.
+
+    Raises:
+      ValueError: names the field, its value and what is valid.
+    """
+    hints = typing.get_type_hints(config_class)
+    for name, value in values.items():
+        hint = hints[name]
+        if fits(value, hint):
+            continue
+        several = "" if typing.get_origin(hint) is not tuple else "each of "
+        single = typing.get_args(hint)[0] if several else hint
+        if typing.get_origin(single) is not typing.Literal:
+            valid = f"a list, {several}them {NAMES[single]}" if several else NAMES[single]
+            raise ValueError(f"{name} must be {valid}, got {value!r}")
+        choices = typing.get_args(single)
+        wrong = next((v for v in value if v not in choices), value) if several else value
+        hint = did_you_mean(wrong, choices) if isinstance(wrong, str) else ""
+        listing = ", ".join(map(str, choices))
+        raise ValueError(f"{several}{name} must be one of {listing}, got {wrong!r}{hint}")
+
+
+def fits(value, hint) -> bool:
+    """Whether a value is of the type that a field of a config is annotated with."""
+    origin = typing.get_origin(hint)
+    parts = typing.get_args(hint)
+    if origin is typing.Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(item, parts[0]) for item in value)
+    if origin is dict:
+        items = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(fits(name, parts[0]) and fits(item, parts[1]) for name, item in items)
+    if origin is types.UnionType:
+        return any(fits(value, part) for part in parts)
+    return type(value) is hint or (hint is float and type(value) is int)

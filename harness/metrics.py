@@ -2,9 +2,12 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
+
+from harness.output import warn
 
 METRICS_FILE = "metrics.jsonl"
 RETURN = "charts/episodic_return"
@@ -39,7 +42,7 @@ def summarize(sums: dict, finite: dict, first: int, count: int, steps_per_update
       sums: each metric summed over the updates, (S,).
       finite: for each metric the number of updates before its sum became nan or inf.
     """
-    episodes = np.asarray(sums["charts/episodes"])
+    episodes = np.asarray(sums["charts/episodes"]).astype(int)
     means = {"charts/episodes": episodes}
     for name, total in sums.items():
         if name.startswith("charts/episodic_") and episodes.any():
@@ -138,11 +141,71 @@ def describe(episodes, diverged=(), policy: str = "greedy") -> str:
     return text + (f" ({len(diverged)} diverged)" if diverged else "")
 
 
+def as_json(value):
+    """Arrays and numbers as JSON has them: lists, and None for nan and inf, which it lacks."""
+    if isinstance(value, dict):
+        return {name: as_json(item) for name, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_metrics(path: Path, start: int = 0) -> list[dict]:
-    """The records of a metrics file from byte `start` on, without an unfinished last line."""
-    if not path.exists():
+    """The records of a metrics file from byte `start` on, without an unfinished last line.
+
+    Lines that are not records are left out; the first ones of a file are named in a warning.
+    "bytes" of a record is its size, with that of the broken lines before it.
+    """
+    path = Path(path)
+    if not path.is_file():
         return []
     with open(path, "rb") as file:
         file.seek(start)
-        lines = file.read().splitlines(keepends=True)
-    return [json.loads(line) | {"bytes": len(line)} for line in lines if line.endswith(b"\n")]
+        *lines, _ = file.read().split(b"\n")  # after the last line end: nothing, or unfinished
+    records, broken, size = [], [], 0
+    for index, line in enumerate(lines):
+        size += len(line) + 1
+        record = parse_record(line)
+        if record is None:
+            broken.append(index)
+        else:
+            records.append(record | {"bytes": size})
+            size = 0
+    if broken and path.absolute() not in NAMED:
+        NAMED.add(path.absolute())
+        with open(path, "rb") as file:
+            first = file.read(start).count(b"\n") + broken[0] + 1
+        more = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
+        warn(f"{str(path)!r}: line {first} is broken and left out{more}")
+    return records
+
+
+NAMED: set[Path] = set()  # files whose broken lines have been named
+
+
+def parse_record(line: bytes) -> dict | None:
+    """The record in a line of a metrics file, None if it is not one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    step, time = record.get("step"), record.get("time")
+    if type(step) is not int or not 0 <= step < 2**63:
+        return None
+    if not is_number(time) or not math.isfinite(time):
+        return None
+    for name, value in record.items():
+        values = value if isinstance(value, list) else [value]
+        if "/" in name and not all(entry is None or is_number(entry) for entry in values):
+            return None
+    return record
+
+
+def is_number(value) -> bool:
+    """Whether a value from JSON is a number that a float can hold."""
+    is_small = isinstance(value, int) and abs(value) <= sys.float_info.max
+    return is_small or isinstance(value, float)

@@ -1,20 +1,27 @@
 """The command line of a script: the options that all scripts share, their checks, and `launch`."""
 
 import argparse
-import copy
+import contextlib
 import dataclasses
+import decimal
 import gc
+import inspect
 import math
 import os
+import re
 import sys
+import typing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from harness.errors import RunError, UsageError
-from harness.run_dir import load_config
+from harness.errors import RunError, UsageError, check_types
+from harness.output import keep_output_open, lost_output
+from harness.run_dir import load_config, script_of
+from harness.signals import answered, end_at_once
 
 BackendName = Literal["console", "file", "tensorboard", "wandb", "neptune", "dashboard"]
 DEFAULT_LOG: tuple[BackendName, ...] = ("console", "file", "tensorboard")
@@ -34,13 +41,14 @@ class Experiment:
     wandb_mode: Literal["online", "offline"] = "online"  # offline: only into the run directory
     neptune_mode: Literal["async", "offline"] = "async"  # offline: only into the run directory
     run_dir: str = ""  # directory for this run, must be new; empty: one under runs/
-    resume: str = ""  # directory of a run to continue, bit for bit; its config is taken from there
+    resume: str = ""  # directory of a run to continue, bit for bit, or with more --total-steps
+    init_from: str = ""  # directory of a run: begin with its parameters and normalisation
     eval_every: int = 50_000  # environment steps between two evaluations; a checkpoint follows each
     eval_episodes: EvalEpisodes = 100  # episodes of an evaluation, of each policy
     num_eval_envs: int = 100  # parallel environments of an evaluation
     keep_checkpoints: int = 2  # last checkpoints to keep, besides the one with the best evaluation
-    evaluate: str = ""  # directory of a run: evaluate its last checkpoint instead of training
-    best: bool = False  # with --evaluate: take the checkpoint with the best evaluation
+    evaluate: str = ""  # directory of a run that plays fresh episodes; --sample draws its actions
+    best: bool = False  # with --evaluate, --init-from: take the checkpoint of the best evaluation
     video: str = ""  # with --evaluate: write an episode of the first seed to this .gif
     compilation_cache: str = "~/.cache/memory-rl"  # folder of compiled programs; empty: keep none
 
@@ -58,6 +66,23 @@ class Experiment:
         return jnp.clip(jnp.asarray(updates, jnp.float32) / self.num_updates, 0.0, 1.0)
 
 
+# Options that --help shows first.
+COMMON = (
+    "env",
+    "env_kwargs",
+    "mask",
+    "cell",
+    "cell_kwargs",
+    "seed",
+    "num_seeds",
+    "total_steps",
+    "num_envs",
+    "learning_rate",
+    "log",
+    "run_dir",
+    "evaluate",
+    "resume",
+)
 # Config fields whose valid range is not "greater than 0".
 AT_LEAST_0 = ("seed", "ent_coef", "vf_coef", "bptt", "learning_starts", "burn_in")
 BETWEEN_0_AND_1 = (
@@ -73,6 +98,19 @@ BETWEEN_0_AND_1 = (
     "importance_exponent",
 )
 ANY_SIGN = ("target_entropy",)
+# Whole numbers that no compiled program counts in int32, or whose limit has a sentence of its own.
+MAY_BE_LARGE = (
+    "seed",
+    "total_steps",
+    "log_every",
+    "eval_every",
+    "keep_checkpoints",
+    "buffer_size",
+    "learning_starts",
+    "num_layers",
+    "n_step",
+)
+MAX_LAYERS = 1000  # every layer is traced on its own
 
 
 def launch(main, config_class):
@@ -84,45 +122,217 @@ def launch(main, config_class):
     # Tracing makes many objects and no garbage: collecting it is a sixth of the start. `Run`
     # enables it again.
     gc.disable()
+    keep_output_open()
     keep_32_bits()
     try:
         if not issubclass(config_class, Experiment):
-            return main(tyro.cli(config_class))
+            main(tyro.cli(config_class))
+            return check_output()
         config = parse(config_class)
         use_compilation_cache(config.compilation_cache)
 
         from fast import use_fast_random
 
         use_fast_random()
-        main(config)
+        with answered(end_at_once):
+            main(config)
+        if config.evaluate:
+            check_output()
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:  # of jax: a `check_memory` that counted too little
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(1)
+
+
+def check_output() -> None:
+    """Raise a RunError if what was printed did not arrive; a closed pipe is none."""
+    if error := lost_output():
+        raise RunError(f"the output cannot be written: {error.strerror}")
+
+
+# -------------------------------------------------------------------------------------------------
+# The command line
 
 
 def parse(config_class):
-    """The config of the command line; with --resume or --evaluate the rest is as in that run."""
+    """The config of the command line; with --resume or --evaluate the rest is as in that run.
+
+    Raises:
+      UsageError: an option or a combination of options is not valid.
+    """
+    words = without_short_forms(sys.argv[1:], config_class)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?")
     parser.add_argument("--evaluate", nargs="?")
-    given, _ = parser.parse_known_args()
+    given, _ = parser.parse_known_args(words)
     if given.resume and given.evaluate:
         raise UsageError("--resume and --evaluate exclude each other")
-    if not (given.resume or given.evaluate):
-        return tyro.cli(config_class)
-    saved = load_config(given.resume or given.evaluate, config_class)
-    flags = {word.replace("_", "-") for word in sys.argv}
-    default = copy.copy(saved)
-    options = {}
-    for name, value in vars(saved).items():
-        if isinstance(value, dict) and f"--{name.replace('_', '-')}" in flags:
-            object.__setattr__(default, name, {})  # tyro adds keys only to an empty dict
-            options[name] = value
-    config = tyro.cli(config_class, default=default)
-    merged = {name: value | getattr(config, name) for name, value in options.items()}
-    return dataclasses.replace(config, **merged)
+    saved = {}
+    if given.resume or given.evaluate:
+        saved = vars(load_config(given.resume or given.evaluate, config_class)).copy()
+    if given.evaluate:
+        saved["best"] = False  # it was about --init-from
+    flags = {word.partition("=")[0].replace("_", "-") for word in words}
+    added = [name for name, value in saved.items() if isinstance(value, dict)]
+    added = [name for name in added if f"--{name.replace('_', '-')}" in flags]
+    # tyro adds keys only to an empty dict.
+    values = read_words(words, config_class, saved | dict.fromkeys(added, {}))
+    values |= {name: saved[name] | values[name] for name in added}
+    if "--log" in flags and not values["log"]:
+        valid = ", ".join(typing.get_args(BackendName))
+        raise UsageError(f"log needs at least one of {valid}; nothing else records a run")
+    check_device()
+    try:
+        check_types(config_class, values)
+        return config_class(**values)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def without_short_forms(words: list[str], config_class) -> list[str]:
+    """The words of a command line, with --sample written as --eval-policy sample.
+
+    Raises:
+      UsageError: the script has no policy that draws its actions.
+    """
+    if "--sample" not in words:
+        return words
+    if not any(field.name == "eval_policy" for field in dataclasses.fields(config_class)):
+        script = script_of(config_class).name
+        reason = "its policy takes the action of the highest value"
+        raise UsageError(f"{script} has no stochastic policy to sample from: {reason}")
+    i = words.index("--sample")
+    return [*words[:i], "--eval-policy", "sample", *words[i + 1 :]]
+
+
+def read_words(words: list[str], config_class, defaults: dict) -> dict:
+    """The values of all fields of a config: those that the words give, or their defaults.
+
+    tyro shows an option in the group of the dataclass that has it. So it is given one dataclass for
+    each heading of the config, with the fields under it, and one for the options needed most often.
+    """
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    explanations = explain_fields(config_class)
+    groups = {"Common": {}}
+    by_name = {field.name: field for field in dataclasses.fields(config_class)}
+    own = [name for name in explanations if name in by_name]
+    for name in [*(name for name in COMMON if name in by_name), *own, *by_name]:
+        heading, comment = explanations.get(name, ("Other", None))
+        heading = "Common" if name in COMMON else heading
+        default = by_name[name].default
+        if default is dataclasses.MISSING:
+            default = by_name[name].default_factory()
+        field = dataclasses.field(
+            default_factory=partial(defaults.get, name, default),
+            metadata={"help": comment},
+        )
+        groups.setdefault(heading, {})[name] = (name, hints[name], field)
+    members = []
+    for i, (heading, fields) in enumerate(groups.items()):
+        group = dataclasses.make_dataclass(f"Group{i}", fields.values())
+        hint = Annotated[group, tyro.conf.arg(name=heading, help="")]
+        members.append((f"group{i}", hint, dataclasses.field(default_factory=group)))
+    parsed = tyro.cli(
+        dataclasses.make_dataclass("Options", members),
+        args=words,
+        description=config_class.__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=registry,
+    )
+    return {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+
+
+def explain_fields(config_class) -> dict[str, tuple[str, str]]:
+    """Field -> the heading above it and the comment beside it, as they stand in the source.
+
+    The fields of the class come before those that it inherits. One that it has anew, above its own
+    headings, stays under the heading that it was inherited from.
+    """
+    comments = {}
+    explanations = {}
+    for owner in config_class.__mro__[:-1]:
+        heading = ""
+        for line in inspect.getsource(owner).splitlines():
+            if match := re.fullmatch(r"    # (.+)", line):
+                heading = match[1]
+            elif match := re.fullmatch(r"    (\w+): .*  # (.+)", line):
+                name, comment = match.groups()
+                comments.setdefault(name, comment)
+                if heading:
+                    explanations.setdefault(name, (heading, comments[name]))
+    return explanations | {
+        name: ("Other", comment) for name, comment in comments.items() if name not in explanations
+    }
+
+
+registry = tyro.constructors.ConstructorRegistry()
+
+
+@registry.primitive_rule
+def read_whole_numbers(info):
+    """Let tyro accept 1e5 and 1_000_000 as whole numbers."""
+    if info.type is not int:
+        return None
+
+    def read(words):
+        text = words[0]
+        with contextlib.suppress(ValueError):
+            return int(text)
+        # Not by way of float, which has too few digits: 1e23 would be another number.
+        with contextlib.suppress(decimal.InvalidOperation):
+            number = decimal.Decimal(text)
+            has_exponent = "e" in text.lower()  # 5.0 is meant to be a number, 1.5e6 a whole one
+            if has_exponent and number.is_finite() and number == number.to_integral_value():
+                return int(number)
+        raise ValueError(f"{text!r} is not a whole number")
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda value: type(value) is int,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@registry.primitive_rule
+def leave_choices_to_check_types(info):
+    """Let tyro accept any word as a choice: `check_types` names the closest valid one."""
+    if info.type_origin is not Literal:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(typing.get_args(info.type)) + "}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    )
+
+
+def check_device() -> None:
+    """Refuse to go on without the device that JAX_PLATFORMS asks for.
+
+    Raises:
+      UsageError: jax cannot use it.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:  # of many kinds, by what is missing
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        reason, *_ = str(error).strip().splitlines() or ["jax finds no such device here"]
+        raise UsageError(f"JAX_PLATFORMS={wanted} cannot be used: {reason}") from None
+
+
+# -------------------------------------------------------------------------------------------------
+# The process
 
 
 def keep_32_bits() -> None:
@@ -177,8 +387,14 @@ def check_sizes(config) -> None:
     if getattr(config, "buffer_size", steps_per_update) < steps_per_update:
         update = f"the steps of one update ({steps_per_update})"
         raise ValueError(f"buffer_size ({config.buffer_size}) is less than {update}")
+    if hasattr(config, "buffer_size") and config.batch_size > config.buffer_size:
+        size = f"the {config.buffer_size} of buffer_size"
+        raise ValueError(f"batch_size ({config.batch_size}) must be at most {size}")
     if hasattr(config, "sequence_length"):
         length = config.burn_in + config.sequence_length
+        if getattr(config, "n_step", 1) > length:
+            limit = f"must be at most burn_in + sequence_length ({length})"
+            raise ValueError(f"n_step ({config.n_step}) {limit}")
         # A sequence consists of whole chunks, the steps of one update each.
         chunks = -(-length // config.num_steps)
         for name, needed in (("learning_starts", chunks - 1), ("buffer_size", chunks)):
@@ -193,29 +409,46 @@ def check_sizes(config) -> None:
     if config.total_steps < steps_per_update:
         update = f"one update ({steps_per_update} steps)"
         raise ValueError(f"total_steps ({config.total_steps}) is less than {update}")
+    check_counters(config)
     if config.video:
         check_gif("video", config.video)
-    for option in ("video", "best"):
-        if getattr(config, option) and not config.evaluate:
-            raise ValueError(
-                f"{option} needs a trained agent: give the run's directory with evaluate"
-            )
+    trained = "needs a trained agent: give the run's directory with evaluate"
+    if config.video and not config.evaluate:
+        raise ValueError(f"video {trained}")
+    if config.best and not (config.evaluate or config.init_from):
+        raise ValueError(f"best {trained} or init_from")
+
+
+def check_counters(config) -> None:
+    """The part of `check_sizes` about numbers that a run counts in int32."""
+    per_update = getattr(config, "gradient_steps", 0)
+    per_update = per_update or config.update_epochs * config.num_minibatches
+    for counted, number in (
+        ("updates", config.num_updates),
+        ("gradient steps", config.num_updates * per_update),
+    ):
+        if number >= 2**31:
+            limit = f"{number:,} {counted}, a run can count to {2**31 - 1:,}"
+            raise ValueError(f"total_steps ({config.total_steps}) makes {limit}")
+    if getattr(config, "num_layers", 1) > MAX_LAYERS:
+        raise ValueError(f"num_layers must be at most {MAX_LAYERS}, got {config.num_layers}")
 
 
 def check_ranges(config) -> None:
     """The part of `check_sizes` that looks at one field at a time."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{field.name} must be finite, got {value}")
+        if type(value) is int and value >= 2**31 and field.name not in MAY_BE_LARGE:
+            raise ValueError(f"{field.name} must be less than 2**31, got {value}")
         if field.name in AT_LEAST_0:
             if value < 0:
                 raise ValueError(f"{field.name} must be 0 or more, got {value}")
         elif field.name in BETWEEN_0_AND_1:
             if not 0 <= value <= 1:
                 raise ValueError(f"{field.name} must be between 0 and 1, got {value}")
-        elif field.name in ANY_SIGN:
-            if not math.isfinite(value):
-                raise ValueError(f"{field.name} must be finite, got {value}")
-        elif type(value) in (int, float) and not value > 0:  # true for nan as well
+        elif field.name not in ANY_SIGN and type(value) in (int, float) and value <= 0:
             raise ValueError(f"{field.name} must be greater than 0, got {value}")
 
 

@@ -3,6 +3,7 @@
 config.json    the script, its config, and the code, packages and machine that made the run
 metrics.jsonl  one JSON object per report (metrics.py), beside the files of the other loggers
 checkpoints/   the last training states and the best one (checkpoints.py)
+evaluations/   what --evaluate found, one JSON file each time
 """
 
 import contextlib
@@ -21,10 +22,13 @@ import sys
 import time
 from pathlib import Path
 
-from harness.errors import UsageError
+from harness.errors import UsageError, check_types
+from harness.metrics import METRICS_FILE
+from harness.output import warn
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 # Fields that may be given beside --resume or --evaluate and differ from the run's own config.
 MAY_DIFFER_ON_RESUME = {
@@ -39,7 +43,13 @@ MAY_DIFFER_ON_RESUME = {
     "keep_checkpoints",
     "compilation_cache",
 }
-MAY_DIFFER_ON_EVALUATE = MAY_DIFFER_ON_RESUME | {"env_kwargs", "eval_episodes", "num_eval_envs"}
+MAY_DIFFER_ON_EVALUATE = MAY_DIFFER_ON_RESUME | {
+    "seed",
+    "env_kwargs",
+    "eval_policy",
+    "eval_episodes",
+    "num_eval_envs",
+}
 
 # What the numbers of a run depend on: the modules and packages of this project, and the libraries.
 NUMERICAL_SOURCES = ("env_adapters", "memory_cells", "experiment", "fast", "replay")
@@ -124,7 +134,12 @@ def open_run_dir(config):
     script = script_of(config)
     path = Path(config.resume or config.run_dir or unused_name(config, script.stem))
     if config.resume:
-        check_same(config, load_config(config.resume, type(config)), MAY_DIFFER_ON_RESUME)
+        refuse_links(path)
+        saved = load_config(config.resume, type(config))
+        if config.total_steps < saved.total_steps:
+            less = f"total_steps may only grow, from {saved.total_steps} to {config.total_steps}"
+            raise UsageError(f"{config.resume!r} cannot be shortened: {less} is less")
+        check_same(config, saved, MAY_DIFFER_ON_RESUME | {"total_steps"})
         check_versions(path, provenance(script))
 
     def is_taken():
@@ -144,8 +159,7 @@ def open_run_dir(config):
                 "config": dataclasses.asdict(config),
                 "final_step": config.num_updates * config.steps_per_update,
             }
-            (path / ".new").write_text(json.dumps(about | provenance(script), indent=2) + "\n")
-            os.replace(path / ".new", path / CONFIG_FILE)
+            write_json(path / CONFIG_FILE, about | provenance(script))
     except Timeout:
         raise UsageError(f"run directory {str(path)!r} is in use by another process") from None
     except FileExistsError:
@@ -161,6 +175,47 @@ def open_run_dir(config):
     return path, lock
 
 
+def write_json(path: Path, contents: dict) -> None:
+    """Write a file that other processes find either complete or not at all."""
+    new = path.with_name(".new")
+    new.write_text(json.dumps(contents, indent=2) + "\n")
+    os.replace(new, path)
+
+
+def extend(path: Path, config, step: int) -> None:
+    """Write down that a run goes on to more steps than it was begun for, after `step` of them.
+
+    Raises:
+      UsageError: config.json cannot be written.
+    """
+    about = read_about(path)
+    was = about["config"]["total_steps"]
+    if config.total_steps == was:
+        return
+    about["config"]["total_steps"] = config.total_steps
+    about["final_step"] = config.num_updates * config.steps_per_update
+    about["extended"] = [
+        *about.get("extended", []),
+        {"step": step, "from": was, "to": config.total_steps},
+    ]
+    try:
+        write_json(path / CONFIG_FILE, about)
+    except OSError as error:
+        raise UsageError(f"{path / CONFIG_FILE} cannot be written: {error.strerror}") from None
+
+
+def save_evaluation(run_dir: Path, contents: dict) -> Path:
+    """Write a new file in evaluations/, named after the moment."""
+    folder = run_dir / "evaluations"
+    folder.mkdir(exist_ok=True)
+    stem = time.strftime("%Y%m%d-%H%M%S")
+    twins = (f"{stem}-{number}" for number in itertools.count(2))
+    paths = (folder / f"{name}.json" for name in itertools.chain([stem], twins))
+    path = next(path for path in paths if not path.exists())
+    write_json(path, contents)
+    return path
+
+
 def unused_name(config, script: str) -> Path:
     """A path under runs/ that says what the run is and that does not exist yet."""
     cell = getattr(config, "cell", "")
@@ -171,25 +226,57 @@ def unused_name(config, script: str) -> Path:
     return next(path for path in paths if not path.exists())
 
 
+# The parts of config.json that are read, their types, and whether a run may lack them.
+PARTS = {
+    "script": (str, False),
+    "config": (dict, False),
+    "final_step": (int, False),
+    "sources": (dict, True),
+    "packages": (dict, True),
+    "git": (dict, True),
+    "extended": (list, True),
+}
+
+
+def read_about(run_dir) -> dict:
+    """The contents of a run's config.json, each part of the type that it must have.
+
+    Raises:
+      UsageError: there is no such run, or the file is damaged.
+    """
+    path = Path(run_dir) / CONFIG_FILE
+    try:
+        about = json.loads(path.read_text())
+    except OSError as error:
+        reason = f"{path} cannot be read ({error.strerror})"
+        raise UsageError(f"no run in {str(run_dir)!r}: {reason}") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"{path} is damaged: it is not JSON") from None
+    if not isinstance(about, dict):
+        raise UsageError(f"{path} is damaged: it is not the config of a run")
+    for part, (kind, may_lack) in PARTS.items():
+        if part not in about and not may_lack:
+            raise UsageError(f"{path} is damaged: it has no {part!r}")
+        if type(about.get(part, kind())) is not kind:
+            found = f"{part!r} is {about[part]!r}, not of type {kind.__name__}"
+            raise UsageError(f"{path} is damaged: {found}")
+    if about["final_step"] <= 0:
+        found = f"'final_step' is {about['final_step']}, not greater than 0"
+        raise UsageError(f"{path} is damaged: {found}")
+    return about
+
+
 def load_config(run_dir: str, config_class):
     """The config of a run of the script of `config_class`.
 
     Raises:
-      UsageError: there is no such run, or it is of another script or version.
+      UsageError: there is no such run, it is damaged, or it is of another script or version.
     """
-    path = Path(run_dir) / CONFIG_FILE
     script = script_of(config_class).stem
-    try:
-        saved = json.loads(path.read_text())
-        fields = saved["config"]
-    except OSError as error:
-        raise UsageError(
-            f"no run in {run_dir!r}: {path} cannot be read ({error.strerror})"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path} is damaged: it is not the config of a run") from None
-    if saved.get("script") != script:
-        raise UsageError(f"{run_dir!r} is a run of {saved.get('script')}.py, not of {script}.py")
+    about = read_about(run_dir)
+    if about["script"] != script:
+        raise UsageError(f"{run_dir!r} is a run of {about['script']}.py, not of {script}.py")
+    fields = about["config"]
     valid = {field.name for field in dataclasses.fields(config_class)}
     if fields.keys() != valid:
         different = ", ".join(sorted(fields.keys() ^ valid))
@@ -197,6 +284,7 @@ def load_config(run_dir: str, config_class):
         raise UsageError(f"{made}: its config differs in {different}")
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
     try:
+        check_types(config_class, values)
         return config_class(**values)
     except ValueError as error:
         raise UsageError(f"the config of {run_dir!r} is not valid here: {error}") from None
@@ -221,12 +309,12 @@ def check_versions(run_dir: Path, here: dict) -> None:
     Raises:
       UsageError: names a source file or package that differs.
     """
-    began = json.loads((run_dir / CONFIG_FILE).read_text())
+    began = read_about(run_dir)
     sources = began.get("sources", {})
     for name in sorted(here["sources"].keys() | sources.keys()):
         if here["sources"].get(name) != sources.get(name):
             commit = began.get("git", {}).get("commit")
-            hint = f"; it was made at commit {commit[:10]}" if commit else ""
+            hint = f"; it was made at commit {str(commit)[:10]}" if commit else ""
             raise UsageError(f"{str(run_dir)!r} was begun with another version of {name}{hint}")
     for name in NUMERICAL_PACKAGES:
         was = began.get("packages", {}).get(name)
@@ -236,27 +324,45 @@ def check_versions(run_dir: Path, here: dict) -> None:
             raise UsageError(f"{str(run_dir)!r} was begun with {name} {was}, not {now}: {advice}")
 
 
+def refuse_links(run_dir: Path) -> None:
+    """Refuse to continue a run whose files are links: what they lead to would be changed.
+
+    Raises:
+      UsageError: names the link.
+    """
+    names = (METRICS_FILE, LOCK_FILE, CHECKPOINTS_FOLDER, "wandb", ".neptune")
+    for path in (run_dir / name for name in names):
+        if path.is_symlink():
+            advice = "put there what it leads to"
+            raise UsageError(f"{str(path)!r} is a link, a run writes only its own files: {advice}")
+
+
 def forget_after(path: Path, size: int) -> None:
     """Cut a metrics file to its size at the checkpoint; what came after will be written again.
 
     Raises:
       UsageError: it cannot be written.
     """
-    if path.exists():
-        try:
-            os.truncate(path, min(size, path.stat().st_size))
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            lost = f"{found:,} of {size:,} bytes that it had at the checkpoint"
+            warn(f"{str(path)!r} has {lost}: reports are missing")
+        elif found > size:
+            os.truncate(path, size)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def is_running(run_dir: Path) -> bool:
     """Whether a process holds the lock of this run."""
     from filelock import FileLock, Timeout
 
-    if not (run_dir / LOCK_FILE).exists():
+    lock = run_dir / LOCK_FILE
+    if lock.is_symlink() or not lock.exists():  # older filelocks empty what a link leads to
         return False
     try:
-        with FileLock(run_dir / LOCK_FILE, blocking=False):
+        with FileLock(lock, blocking=False):
             return False
     except Timeout:
         return True

@@ -8,6 +8,7 @@ in `CELLS`. Every recurrent script then offers it, and the tests of `tests/memor
 """
 
 import dataclasses
+import math
 
 from harness.errors import check_options, did_you_mean
 from memory_cells.deltanet import DeltaNet
@@ -79,5 +80,11 @@ def make_cell(name: str, hidden_size: int, num_layers: int = 1, /, **options) ->
     own_fields = [field for field in dataclasses.fields(cell_class) if field.name not in inherited]
     defaults = {field.name: field.default for field in own_fields}
     check_options(f"cell {name!r}", options, defaults)
+    for option, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"option {option} of cell {name!r} must be finite, got {value}")
+    for size, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
+        if value < 1:
+            raise ValueError(f"a memory needs {size} to be at least 1, got {value}")
     cells = tuple(cell_class(features=hidden_size, **options) for _ in range(num_layers))
     return cells[0] if num_layers == 1 else Stack(features=hidden_size, cells=cells)

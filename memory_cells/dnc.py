@@ -121,7 +121,7 @@ class DNC(SequenceCell):
             read_weights=(self.num_reads, self.num_slots),
         )
         batch = input_shape[:-1]
-        return State(*(jnp.zeros((*batch, *shape)) for shape in shapes))
+        return State(*(jnp.zeros((*batch, *shape), jnp.float32) for shape in shapes))
 
     def sequence(self, carry, xs, starts):
         hidden = tuple(self.hidden[name] for name in "ifgo")

@@ -88,7 +88,8 @@ class FFM(SequenceCell):
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
-        return jnp.zeros((*input_shape[:-1], self.memory_size, self.context_size), complex)
+        shape = (*input_shape[:-1], self.memory_size, self.context_size)
+        return jnp.zeros(shape, jnp.complex64)
 
     def sequence(self, carry, xs, starts):
         us = self.input(xs) * nn.sigmoid(self.input_gate(xs))

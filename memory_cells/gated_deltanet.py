@@ -10,6 +10,8 @@ The decay can clear the memory. A starts uniformly between 0.01 and 16, and soft
 log-uniformly between 0.001 and 0.1, as in Mamba-2. So a fresh head forgets within a few steps, or
 only after many thousands.
 
+Inputs must be of size 1 or so for outputs to have all their digits; `deltanet.py` says why.
+
 Carry: S (B, heads, d, d), and the convolution's last inputs (B, K - 1, 3 H), zeros.
 Cost per step: 10 H^2 + 6 H d floating-point operations per environment, for D = H.
 Sequences: in chunks (see `parts/chunkwise.py`).
@@ -70,7 +72,7 @@ class GatedDeltaNet(SequenceCell):
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
         width = self.features // self.num_heads
-        memory = jnp.zeros((*batch, self.num_heads, width, width))
+        memory = jnp.zeros((*batch, self.num_heads, width, width), jnp.float32)
         return memory, conv_buffer(self.conv_width, batch, 3 * self.features)
 
     @in_pieces

@@ -74,8 +74,9 @@ class GPT2(SequenceCell):
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
         head_size = self.features // self.num_heads
-        rows = jnp.zeros((*batch, self.num_heads, self.context_length - 1, head_size))
-        return ((rows, rows),) * self.num_blocks, jnp.zeros(batch)
+        shape = (*batch, self.num_heads, self.context_length - 1, head_size)
+        rows = jnp.zeros(shape, jnp.float32)
+        return ((rows, rows),) * self.num_blocks, jnp.zeros(batch, jnp.float32)
 
     @nn.compact
     def sequence(self, carry, xs, starts):

@@ -47,7 +47,7 @@ class GRU(MemoryCell):
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
-        return jnp.zeros((*input_shape[:-1], self.features))
+        return jnp.zeros((*input_shape[:-1], self.features), jnp.float32)
 
     def __call__(self, carry, x):
         return step(carry, self._inputs(x), project(self._params(), carry))

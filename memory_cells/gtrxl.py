@@ -68,8 +68,8 @@ class GTrXL(SequenceCell):
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
-        memory = jnp.zeros((*batch, self.memory_length, self.features))
-        return (memory,) * self.num_blocks, jnp.zeros(batch)
+        memory = jnp.zeros((*batch, self.memory_length, self.features), jnp.float32)
+        return (memory,) * self.num_blocks, jnp.zeros(batch, jnp.float32)
 
     @nn.compact
     def sequence(self, carry, xs, starts):
@@ -139,8 +139,8 @@ class RelativeAttention(nn.Module):
         positions = project("position", waves)  # (heads, M + 1, d)
 
         normal = nn.initializers.normal(0.02)
-        content_bias = self.param("content_bias", normal, heads)[:, None]
-        position_bias = self.param("position_bias", normal, heads)[:, None]
+        content_bias = self.param("content_bias", normal, heads, jnp.float32)[:, None]
+        position_bias = self.param("position_bias", normal, heads, jnp.float32)[:, None]
         scale = self.head_size**-0.5
         position_queries = scale * (queries + position_bias)
         by_distance = jnp.einsum("bhtd,hmd->bhtm", position_queries, positions)
@@ -160,7 +160,8 @@ class Gate(nn.Module):
     @nn.compact
     def __call__(self, x, y):
         dense = partial(nn.Dense, x.shape[-1], use_bias=False)
-        bias = self.param("bias", nn.initializers.constant(self.bias), (x.shape[-1],))
+        bias_init = nn.initializers.constant(self.bias)
+        bias = self.param("bias", bias_init, (x.shape[-1],), jnp.float32)
         r = nn.sigmoid(dense(name="w_r")(y) + dense(name="u_r")(x))
         z = nn.sigmoid(dense(name="w_z")(y) + dense(name="u_z")(x) - bias)
         h = jnp.tanh(dense(name="w_h")(y) + dense(name="u_h")(r * x))

@@ -56,7 +56,7 @@ class LinearAttention(SequenceCell):
     def initialize_carry(self, rng, input_shape):
         *batch, inputs = input_shape
         width = self.features // self.num_heads
-        memory = jnp.zeros((*batch, self.num_heads, width, width + 1))
+        memory = jnp.zeros((*batch, self.num_heads, width, width + 1), jnp.float32)
         return memory, conv_buffer(self.conv_width, batch, inputs)
 
     @in_pieces

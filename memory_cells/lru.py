@@ -89,7 +89,8 @@ class LRU(SequenceCell):
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
-        return jnp.zeros((*input_shape[:-1], self.state_size or self.features), complex)
+        shape = (*input_shape[:-1], self.state_size or self.features)
+        return jnp.zeros(shape, jnp.complex64)
 
     def sequence(self, carry, xs, starts):
         if xs.shape[-1] != self.features:  # d * u needs as many inputs as features

@@ -49,7 +49,7 @@ class LSTM(MemoryCell):
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
-        zeros = jnp.zeros((*input_shape[:-1], self.features))
+        zeros = jnp.zeros((*input_shape[:-1], self.features), jnp.float32)
         return zeros, zeros
 
     def __call__(self, carry, x):

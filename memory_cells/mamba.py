@@ -78,7 +78,7 @@ class Mamba(SequenceCell):
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
         channels = self.expand * self.features
-        h = jnp.zeros((*batch, self.state_size, channels))
+        h = jnp.zeros((*batch, self.state_size, channels), jnp.float32)
         return h, conv_buffer(self.conv_width, batch, channels)
 
     def sequence(self, carry, xs, starts):

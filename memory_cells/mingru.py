@@ -55,7 +55,8 @@ class MinGRU(SequenceCell):
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         *batch, inputs = input_shape
-        return jnp.zeros((*batch, self.features)), conv_buffer(self.conv_width, batch, inputs)
+        h = jnp.zeros((*batch, self.features), jnp.float32)
+        return h, conv_buffer(self.conv_width, batch, inputs)
 
     def sequence(self, carry, xs, starts):
         h, buffer = carry

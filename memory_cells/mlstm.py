@@ -30,7 +30,12 @@ import jax
 import jax.numpy as jnp
 
 from memory_cells.masked_rnn import SequenceCell
-from memory_cells.parts.checks import check_conv_width, check_impl, check_num_heads
+from memory_cells.parts.checks import (
+    check_at_least,
+    check_conv_width,
+    check_impl,
+    check_num_heads,
+)
 from memory_cells.parts.chunkwise import GATED_CHUNK, gated_memory, in_pieces
 from memory_cells.parts.dense import Dense
 from memory_cells.parts.heads import merge_heads, split_heads
@@ -60,6 +65,7 @@ class MLSTM(SequenceCell):
         check_num_heads("mlstm", self.features, self.num_heads)
         check_conv_width("mlstm", self.conv_width)
         check_impl("mlstm", self.impl)
+        check_at_least("mlstm", self, num_blocks=1)
         super().__post_init__()
 
     @property
@@ -97,8 +103,8 @@ class MLSTM(SequenceCell):
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
         width = self.inner // self.num_heads
-        memory = jnp.zeros((*batch, self.num_heads, width, width + 1))
-        m = jnp.zeros((*batch, self.num_heads))
+        memory = jnp.zeros((*batch, self.num_heads, width, width + 1), jnp.float32)
+        m = jnp.zeros((*batch, self.num_heads), jnp.float32)
         return (memory, m), conv_buffer(self.conv_width, batch, self.inner)
 
     @partial(in_pieces, length=GATED_CHUNK)

@@ -12,6 +12,11 @@ Linear attention with a fixed decay per head:
 The products q . k depend on t through differences only, so the memory can tell how long ago
 something was. In float32, angles are accurate to 0.01 up to t = 100 000.
 
+These are the formulas of the paper. The authors' code, torchscale, differs from them: theta_j is
+10000^(-2j / (d - 2)), the norm of a head does not subtract the mean, values may be wider than keys,
+and weights start smaller (Xavier's, those of q, k, v and the gate times 2^-2.5). It also divides
+reads by numbers that the norm takes out again, and pairs channels that are neighbours.
+
 Carry: S (B, heads, d, d), the steps read of the episode t (B,), and the convolution's last inputs
 (B, K - 1, D), all zeros.
 Cost per step: 10 H^2 + 4 H d floating-point operations per environment, for D = H.
@@ -20,6 +25,7 @@ Sequences: in chunks (see `parts/chunkwise.py`).
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from memory_cells.masked_rnn import SequenceCell
 from memory_cells.parts.carry import episode_steps
@@ -68,9 +74,10 @@ class RetNet(SequenceCell):
     def initialize_carry(self, rng, input_shape):
         *batch, inputs = input_shape
         width = self.features // self.num_heads
-        memory = jnp.zeros((*batch, self.num_heads, width, width))
+        memory = jnp.zeros((*batch, self.num_heads, width, width), jnp.float32)
         # The count is a float, so that the whole carry is differentiable.
-        return memory, jnp.zeros(batch), conv_buffer(self.conv_width, batch, inputs)
+        count = jnp.zeros(batch, jnp.float32)
+        return memory, count, conv_buffer(self.conv_width, batch, inputs)
 
     @in_pieces
     def sequence(self, carry, xs, starts):
@@ -82,8 +89,8 @@ class RetNet(SequenceCell):
         steps = episode_steps(count, starts)
         q = rotate(q, steps) / q.shape[-1] ** 0.5
         k = rotate(k, steps)
-        gamma = 1.0 - 2.0 ** (-5.0 - jnp.arange(self.num_heads))
-        log_decay = jnp.broadcast_to(jnp.log(gamma).astype(q.dtype), q.shape[:-1])
+        gamma = 1.0 - 2.0 ** (-5.0 - np.arange(self.num_heads))
+        log_decay = jnp.broadcast_to(np.log(gamma).astype(q.dtype), q.shape[:-1])
         memory, reads = linear_memory(memory, q, k, v, log_decay, starts, self.impl)
         ys = merge_heads(self.norm(reads)) * nn.silu(self.gate(us))
         return (memory, steps[-1] + 1, buffer), self.output(ys)
@@ -95,7 +102,8 @@ def rotate(x, steps):
     Channels j and j + d / 2 are a pair.
     """
     half = x.shape[-1] // 2
-    angles = (steps[..., None] * 10000.0 ** (-jnp.arange(half) / half))[..., None, :]
+    theta = 10000.0 ** (-np.arange(half) / half)
+    angles = (steps[..., None] * theta.astype(x.dtype))[..., None, :]
     cos = jnp.cos(angles)
     sin = jnp.sin(angles)
     a = x[..., :half]

@@ -86,7 +86,7 @@ class RTU(SequenceCell):
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
-        zeros = jnp.zeros((*input_shape[:-1], self.features // 2))
+        zeros = jnp.zeros((*input_shape[:-1], self.features // 2), jnp.float32)
         return zeros, zeros
 
     def sequence(self, carry, xs, starts):

@@ -13,6 +13,10 @@ matrices, stored as pairs of real ones. lambda starts at the eigenvalues of the 
 HiPPO-LegS, block by block, with B and C transformed accordingly. dt starts log-uniformly between
 dt_min and dt_max.
 
+Before the transformation, entries of B have a variance of 1 / H, so that B u starts at the size of
+u. In the official code it is 1 / (2 P), because its lecun_normal takes the shape (2 P, H) for 2 P
+inputs. With the default, 2 P = H, this is the same.
+
 The paper's dt_max is 0.1, for half lives of 14 to 1400 steps. The default here is 1, which adds
 shorter ones: in the task 4-back of benchmark/recall.py, four seeds need 56 to 66 updates instead of
 102 to 173. Unlike by default in the official code, the real parts of lambda stay negative, because
@@ -116,7 +120,7 @@ class S5(SequenceCell):
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
-        return jnp.zeros((*input_shape[:-1], self.full_state_size // 2), complex)
+        return jnp.zeros((*input_shape[:-1], self.full_state_size // 2), jnp.complex64)
 
     def sequence(self, carry, xs, starts):
         if xs.shape[-1] != self.features:  # d * u needs as many inputs as features

@@ -77,9 +77,9 @@ class SHM(SequenceCell):
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
-        memory = jnp.zeros((*batch, self.memory_size, self.memory_size))
+        memory = jnp.zeros((*batch, self.memory_size, self.memory_size), jnp.float32)
         # The count is a float, so that the whole carry is differentiable.
-        return memory, jnp.zeros(batch)
+        return memory, jnp.zeros(batch, jnp.float32)
 
     def sequence(self, carry, xs, starts):
         memory, count = carry

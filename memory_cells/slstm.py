@@ -76,7 +76,7 @@ class SLSTM(SequenceCell):
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         batch = input_shape[:-1]
-        zeros = jnp.zeros((*batch, self.features))
+        zeros = jnp.zeros((*batch, self.features), jnp.float32)
         buffer = conv_buffer(self.conv_width, batch, self.features)
         n, m = (1.0, 0.0) if self.learned_carry else (0.0, -1e30)
         return (zeros, jnp.full_like(zeros, n), jnp.full_like(zeros, m), zeros), buffer
@@ -118,8 +118,9 @@ class GateInputs(nn.Module):
             xs = Dense(self.features, name="embed")(xs)
         convolved = xs
         if self.conv_width:
-            kernel = self.param("conv_kernel", uniform(0.5), (self.conv_width, self.features))
-            bias = self.param("conv_bias", uniform(0.5), (self.features,))
+            shape = (self.conv_width, self.features)
+            kernel = self.param("conv_kernel", uniform(0.5), shape, jnp.float32)
+            bias = self.param("conv_bias", uniform(0.5), (self.features,), jnp.float32)
             buffer, convolved = causal_conv(kernel, buffer, xs, starts)
             convolved = nn.silu(convolved + bias)
         width = self.features // self.num_heads
@@ -127,10 +128,10 @@ class GateInputs(nn.Module):
         sources = {"i": convolved, "f": convolved, "z": xs, "o": xs}
         gates = []
         for name, inputs in sources.items():
-            kernel = self.param(f"kernel_{name}", small_init(self.features), shape)
+            kernel = self.param(f"kernel_{name}", small_init(self.features), shape, jnp.float32)
             zeros = nn.initializers.zeros
             bias_init = forget_bias_init(width, self.depth) if name == "f" else zeros
-            bias = self.param(f"bias_{name}", bias_init, (self.features,))
+            bias = self.param(f"bias_{name}", bias_init, (self.features,), jnp.float32)
             gates.append(multiply_heads(kernel, inputs) + bias)
         return buffer, tuple(gates)
 

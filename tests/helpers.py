@@ -91,6 +91,28 @@ def steering_task(terminal_every: int = 7) -> Task:
     return dataclasses.replace(task, step=step, action_space=Box(-3.0, 2.0, (2,)))
 
 
+def echo_task(continuous: bool = False) -> Task:
+    """Observations (steps so far / 5, previous action); the 5 steps of an episode pay 1, ..., 5.
+
+    The state keeps what its keys draw, but nobody sees it: environments in which an agent acts
+    alike look alike.
+    """
+
+    def observe(time, action):
+        return jnp.concatenate([time[None] / 5, jnp.ravel(action) / 1.0]).astype(jnp.float32)
+
+    def reset(key):
+        return observe(jnp.int32(0), jnp.zeros(1)), (jnp.int32(0), jax.random.uniform(key))
+
+    def step(key, state, action):
+        time, _ = state
+        state = (time + 1, jax.random.uniform(key))
+        return observe(time + 1, action), state, time + 1.0, time == 4, False
+
+    actions = Box(-1.0, 1.0, (1,)) if continuous else Discrete(3)
+    return Task(reset, step, Box(-1.0, 2.0, (2,)), actions, 5)
+
+
 def picture_task() -> Task:
     """Images of bytes; episodes of 5 steps."""
 
@@ -148,6 +170,7 @@ TASKS = {
     "Counting": counting_task,
     "Steering": steering_task,
     "Coin": coin_task,
+    "Echo": echo_task,
     "Picture": picture_task,
     "Probe": probe_task,
 }
@@ -198,6 +221,18 @@ def tiny(module, **changes):
     sizes = sizes_of(module) | {"total_steps": 64, "compilation_cache": ""}
     env = "test::Steering" if is_continuous(module) else "test::Counting"
     return module.Config(**sizes | {"env": env, "env_kwargs": {"terminal_every": 5}} | changes)
+
+
+def one_gradient_step(module, **changes):
+    """A config whose update takes one gradient step, and without a memory, which takes time.
+
+    Its task shows what an agent did and nothing else.
+    """
+    names = {field.name for field in dataclasses.fields(module.Config)}
+    sizes = {"update_epochs": 1, "num_minibatches": 1, "gradient_steps": 1, "cell": "none"}
+    echo = {"env": "test::Echo", "env_kwargs": {"continuous": is_continuous(module)}}
+    changes = {name: value for name, value in (sizes | changes).items() if name in names}
+    return tiny(module, **echo | changes)
 
 
 def run_script(script, *args, **kwargs):

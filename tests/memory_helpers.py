@@ -31,10 +31,17 @@ def sequence(cell, params, carry, xs, starts):
     return cell.apply(params, carry, xs, starts, method="sequence")
 
 
+def initial_carry(cell, xs):
+    """The initial carry for inputs (T, B, D), in their precision."""
+    carry = cell.initialize_carry(jax.random.key(0), xs.shape[1:])
+    cast = lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, xs.dtype))  # noqa: E731
+    return jax.tree.map(cast, carry)
+
+
 def run(cell, params, xs, starts=None):
     """A sequence (T, B, D) from the initial carry: the last carry and outputs."""
     starts = jnp.zeros(xs.shape[:2], bool) if starts is None else starts
-    carry = cell.initialize_carry(jax.random.key(0), xs.shape[1:])
+    carry = initial_carry(cell, xs)
     return sequence(cell, params, carry, xs, starts)
 
 
@@ -72,7 +79,7 @@ def setup(name, seed=0, dtype="float32"):
     starts = rng.random((T, B)) < 0.08
     starts[0, 0] = starts[-1, 1] = starts[5, 2] = True
     starts = jnp.asarray(starts)
-    carry = cell.initialize_carry(jax.random.key(0), (B, D))
+    carry = initial_carry(cell, xs)
     params = init(cell, jax.random.key(seed), carry, xs[:2], starts[:2], method="sequence")
     params = jax.tree.map(lambda p: jnp.asarray(p + 0.3 * rng.normal(size=p.shape), dtype), params)
     warm = jnp.asarray(rng.normal(size=(9, B, D)), dtype)
@@ -107,7 +114,7 @@ def setup_windowed(name, dtype="float32"):
     xs = jnp.asarray(rng.normal(size=(70, B, 6)), dtype)
     starts = np.zeros((70, B), bool)
     starts[[0, 3, 4, 40, 69], [0, 1, 1, 2, 0]] = True
-    carry = cell.initialize_carry(jax.random.key(0), (B, 6))
+    carry = initial_carry(cell, xs)
     params = init(cell, jax.random.key(0), carry, xs[0])
     params = jax.tree.map(lambda p: jnp.asarray(p + 0.3 * rng.normal(size=p.shape), dtype), params)
     return cell, params, carry, xs, jnp.asarray(starts)
@@ -117,7 +124,7 @@ def initialised(name, seed=0, **options):
     """A cell of 8 features, fresh parameters, the initial carry of 2 environments, 12 inputs."""
     cell = make_cell(name, 8, **options)
     xs = jax.random.normal(jax.random.key(seed + 1), (12, 2, 8))
-    carry = cell.initialize_carry(jax.random.key(0), xs.shape[1:])
+    carry = initial_carry(cell, xs)
     return cell, init(cell, jax.random.key(seed), carry, xs[0]), carry, xs
 
 
@@ -171,6 +178,10 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+def silu(x):
+    return x * sigmoid(x)
+
+
 def gelu(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
@@ -186,5 +197,43 @@ def layer_norm(params, x, eps):
     return x * params["scale"] + params["bias"]
 
 
+def rms_norm(params, x, eps):
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * params["scale"]
+
+
+def unit(x):
+    return x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6)
+
+
 def dense(params, x):
     return x @ params["kernel"] + params.get("bias", 0.0)
+
+
+def short_conv(params, xs, starts):
+    """Filters over the last steps of the same episode, one per channel; the last is for now."""
+    ys = np.zeros_like(xs)
+    for t, b in np.ndindex(*starts.shape):
+        for age, weights in enumerate(params["kernel"][::-1]):
+            if t - age >= 0:
+                ys[t, b] += weights * xs[t - age, b]
+            if starts[t - age, b]:
+                break
+    return ys + params.get("bias", 0.0)
+
+
+def split_heads(x, num_heads):
+    return np.stack(np.split(x, num_heads, axis=-1), axis=-2)
+
+
+def delta_rule(q, k, v, beta, decay, starts):
+    """Reads of S' = decay (I - beta k k^T) S + beta k v^T, per head: (T, B, heads, d)."""
+    ys = np.zeros_like(v)
+    for b, head in np.ndindex(*v.shape[1:3]):
+        for t in range(len(v)):
+            if t == 0 or starts[t, b]:
+                memory = np.zeros((q.shape[-1], v.shape[-1]))
+            now = t, b, head
+            erase = np.eye(len(memory)) - beta[now] * np.outer(k[now], k[now])
+            memory = decay[now] * erase @ memory + beta[now] * np.outer(k[now], v[now])
+            ys[now] = memory.T @ q[now]
+    return ys

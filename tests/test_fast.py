@@ -118,6 +118,22 @@ def test_layers_have_the_parameters_and_results_of_those_of_flax():
         np.testing.assert_array_equal(ours.apply(weights, x), theirs.apply(weights, x))
 
 
+def test_layers_stay_in_float32_under_x64():
+    def everything(key, x):
+        def loss(weights, x, layer):
+            return layer.apply(weights, x).sum()
+
+        layers = fast.Dense(5), fast.Conv(5, (3, 3), (2, 2), "VALID")
+        weights = [layer.init(key, x) for layer in layers]
+        gradient = jax.value_and_grad(loss, (0, 1))
+        return weights, [gradient(w, x, layer) for w, layer in zip(weights, layers, strict=True)]
+
+    with jax.enable_x64(True):
+        x = jax.ShapeDtypeStruct((2, 9, 9, 3), jnp.float32)
+        shapes = jax.eval_shape(everything, jax.random.key(0), x)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"float32"}
+
+
 def test_layers_have_gradients_that_are_fast():
     assert fast.Dense(1).dot_general is fast_dot_general
     assert fast.Conv(1, (1, 1)).conv_general_dilated is fast_conv
@@ -173,6 +189,8 @@ draws = [
     jax.random.uniform(jax.random.fold_in(keys[2], 3)),
     jax.jit(jax.vmap(lambda k: jax.random.categorical(k, jnp.arange(4.0))))(keys),
 ]
+with jax.enable_x64(True):
+    draws.append(jax.random.normal(keys[3], (3,), "float64"))
 print(hashlib.sha256(b"".join(jax.device_get(x).tobytes() for x in draws)).hexdigest())
 """
 

@@ -28,13 +28,13 @@ class ShortConv(nn.Module):
             return buffer, xs
         init = uniform(self.width**-0.5)
         channels = xs.shape[-1]
-        kernel = self.param("kernel", init, (self.width, channels))
+        kernel = self.param("kernel", init, (self.width, channels), jnp.float32)
         buffer, ys = causal_conv(kernel, buffer, xs, starts)
         if self.use_bias:
-            ys = ys + self.param("bias", init, (channels,))
+            ys = ys + self.param("bias", init, (channels,), jnp.float32)
         return buffer, ys
 
 
 def conv_buffer(width, batch, channels):
     """The buffer at the start of an episode: zeros, or () without a convolution."""
-    return jnp.zeros((*batch, width - 1, channels)) if width else ()
+    return jnp.zeros((*batch, width - 1, channels), jnp.float32) if width else ()

@@ -211,18 +211,6 @@ def test_final_observations_are_no_steps():
     assert loss(sample) == loss(sample._replace(batch=sample.batch._replace(**changed)))
 
 
-def test_weights_of_prioritized_sequences():
-    config = small(drqn, prioritized=True)
-    env, state = start(config, drqn)
-    state = fill_buffer(drqn.rollout, state, env)
-    for _ in range(2):
-        state, report = drqn.train(state, env, Logger(), 10 * config.steps_per_update)
-    assert np.isfinite(report["losses/td_loss"]).all()
-    sample = drqn.make_replay(config).sample(one_seed(state.buffer), jax.random.key(0))
-    # Errors differ, and so do weights.
-    assert sample.weight.max() == 1.0 and 0.0 < sample.weight.min() < 0.9
-
-
 # --- Updates -------------------------------------------------------------------------------------
 
 
@@ -293,6 +281,7 @@ def test_every_cell_can_be_replayed(cell):
     ids=str,
 )
 def test_probes_are_solved(script, probe):
+    """Rewards of one step, without burn-in being needed, rescaling or priorities."""
     # All actions stay in the buffer, so that none has a value that nothing corrects.
     changes = {"num_steps": 4, "gradient_steps": 4, "end_e": 0.2, "gamma": 0.8, "tau": 0.05}
     changes |= {"total_steps": 10_000, "learning_rate": 3e-3, "buffer_size": 4096}

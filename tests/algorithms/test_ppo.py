@@ -4,7 +4,6 @@ What only continuous actions have is in test_ppo_continuous.py.
 """
 
 import itertools
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -353,35 +352,6 @@ def test_warmup_and_evaluation_leave_the_state_alone(script):
     again = script.evaluate(state, env, 8)
     assert_same(first, again)
     assert first.returns.shape == first.lengths.shape == (2, 8)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_learning_rate_falls_to_zero_and_with_it_the_steps(script):
-    config = small(script)
-    env, state = start(config, script)
-    rates = []
-    for _ in range(6):
-        state, report = script.train(state, env, Logger(), config.steps_per_update)
-        rates.append(float(report["charts/learning_rate"][0]))
-    expected = config.learning_rate * (1.0 - np.arange(6) / 6)
-    np.testing.assert_allclose(rates, expected, rtol=1e-5)
-    before = copy(state.params)
-    # Past the end: nothing is left to step with.
-    state, _ = script.train(state, env, Logger(), config.steps_per_update)
-    jax.tree.map(np.testing.assert_array_equal, state.params, before)
-    constant = replace(config, anneal_lr=False)
-    env, state = start(constant, script)
-    for _ in range(2):
-        state, report = script.train(state, env, Logger(), config.steps_per_update)
-    np.testing.assert_allclose(report["charts/learning_rate"], config.learning_rate, rtol=1e-6)
-
-
-def test_episode_metrics_are_those_of_the_episodes():
-    config = counting(ppo)
-    env, state = start(config, ppo)
-    _, report = ppo.train(state, env, Logger(), config.steps_per_update)
-    assert report["charts/episodic_return"] == report["charts/episodic_length"] == 7.0
-    assert report["charts/episodes"] == 8 * (16 // 7)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -32,8 +32,8 @@ def q_values(state, batch):
     if hasattr(batch, "obs"):
         network = network_of(pqn, state.config)
         return jax.vmap(network.apply, (None, 0))(state.params, batch.obs)
-    network = network_of(rpqn, state.config)
-    return network.apply(state.params, state.carry, batch.inputs, batch.start)[1]
+    apply = jax.jit(network_of(rpqn, state.config).apply)
+    return apply(state.params, state.carry, batch.inputs, batch.start)[1]
 
 
 # --- Mathematics ---------------------------------------------------------------------------------
@@ -159,12 +159,12 @@ def test_the_loss_sees_what_the_rollout_saw(cell):
         state, report = rpqn.train(state, env, Logger(), config.steps_per_update)
         assert report["losses/first_q_error"].max() < 1e-4
     state = one_seed(state)
-    after, batch = rpqn.rollout(state, env)
+    after, batch = jax.jit(rpqn.rollout, static_argnames="env")(state, env=env)
     # The rollout begins and ends within episodes.
     assert not batch.start[0].all() and batch.start.any()
     np.testing.assert_array_equal(batch.start[1:], batch.done[:-1])
     args = state.carry, batch.inputs, batch.start
-    carry, values = network_of(rpqn, config).apply(state.params, *args)
+    carry, values = jax.jit(network_of(rpqn, config).apply)(state.params, *args)
     chosen = jnp.take_along_axis(values, batch.action[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(chosen, batch.q_value, atol=1e-5)
     if cell != "dnc":  # which of two equally free slots it writes to is decided by rounding
@@ -280,6 +280,7 @@ def test_truncation_is_no_end_of_the_world(script):
     ids=str,
 )
 def test_probes_are_solved(script, probe):
+    """Acting greedily in the end: that epsilon explores as it should is tested elsewhere."""
     changes = {"gamma": 0.8, "end_e": 0.0, "total_steps": 8 * 16 * 100}
     config = small(script, env="test::Probe", env_kwargs=probe, **changes)
     env, state = start(config, script)

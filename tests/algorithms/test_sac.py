@@ -1,6 +1,5 @@
 """Soft actor-critic, continuous and discrete, with memory and without: losses and replay."""
 
-import dataclasses
 import functools
 
 import jax
@@ -38,6 +37,7 @@ def filled(script, **changes):
     return config, network_of(script, config), state, sample
 
 
+@functools.cache
 def loss_of(script, part=None):
     """The script's loss of a minibatch with one key, or one of its parts."""
     loss = getattr(script, "sac_loss" if script in CONTINUOUS else "sacd_loss")
@@ -145,26 +145,6 @@ def test_the_best_discrete_policy_is_softmax_of_values_over_alpha(rng):
     np.testing.assert_allclose(parts(best)["losses/actor_loss"], -value.mean(), rtol=1e-4)
     expected = 0.5 * ((q_values[:, :, 0] - 0.9 * value) ** 2).sum(axis=0).mean()
     np.testing.assert_allclose(parts(best)["losses/td_loss"], expected, rtol=1e-4)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_alpha_goes_where_the_entropy_should(script):
-    """It rises where the entropy is below its target, falls where it is above, or is constant."""
-    if script in CONTINUOUS:
-        name, low, high = "target_entropy", -20.0, 20.0
-    else:
-        name, low, high = "target_entropy_ratio", 0.01, 1.0
-    config, _, state, batch = filled(script)
-    # The logits of an untrained policy are as good as equal: here they are not.
-    params = jax.tree.map(lambda x: x, state.params)
-    head = params["params"]["actor_head"]
-    params["params"]["actor_head"] = jax.tree.map(lambda x: 5.0 * x, head)
-    for target, autotune in ((low, True), (high, True), (high, False)):
-        changed = dataclasses.replace(config, **{name: target}, autotune=autotune)
-        args = params, state.target_params, network_of(script, changed), batch
-        (gradients,) = gradients_of(script, [None], *args)
-        (gradient,) = gradients["log_alpha"]
-        assert jnp.sign(gradient) == (0 if not autotune else -1 if target == high else 1)
 
 
 # --- What trains what ----------------------------------------------------------------------------
@@ -374,6 +354,7 @@ PROBES = [
 
 @pytest.mark.parametrize(("script", "probe"), PROBES)
 def test_probes_are_solved(script, probe):
+    """With next to no weight of the entropy, which is not tuned: values are those of rewards."""
     changes = {"num_steps": 4, "gradient_steps": 4, "gamma": 0.8, "total_steps": 8_000, "tau": 0.05}
     changes |= {"alpha": 0.02, "autotune": False, "learning_rate": 3e-3}
     kwargs = probe | ({"continuous": True} if script in CONTINUOUS else {})

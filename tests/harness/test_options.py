@@ -1,140 +1,113 @@
-"""Mistakes on the command line get one sentence and exit code 2."""
+"""The command line: what it accepts, what --help shows, and what it takes from a run."""
 
+import dataclasses
 import importlib
+import json
+import re
 
 import pytest
-from helpers import as_command, run_script, words
+from helpers import SCRIPTS, as_command, tiny, words
 
-from harness.options import launch
-
-# The command line, and a part of the sentence.
-BAD = [
-    (
-        "--env gymnax::Cartpole-v1",
-        "unknown environment 'gymnax::Cartpole-v1' (did you mean 'gymnax::CartPole-v1'?)",
-    ),
-    ("--env CartPole-v1", "(did you mean 'gymnax::CartPole-v1'?)"),
-    ("--env atari::Pong", "unknown environment namespace 'atari' in 'atari::Pong'"),
-    (
-        "--env gymnax::Pendulum-v1",
-        "needs discrete actions, those of gymnax::Pendulum-v1 are continuous",
-    ),
-    ("--env-kwargs lenth 3", "gymnax::CartPole-v1 has no option 'lenth' (did you mean 'length'?)"),
-    ("--env-kwargs id 3", "gymnax::CartPole-v1 has no option 'id'"),
-    ("--env-kwargs gravity low", "option gravity of gymnax::CartPole-v1 must be float, got 'low'"),
-    ("--seed 3000000000", "seed must be less than 2**31 - num_seeds, got 3000000000"),
-    ("--seed -1", "seed must be 0 or more, got -1"),
-    ("--mask velocities", "unknown mask 'velocities' (did you mean 'velocity'?)"),
-    ("--num-envs 0", "num_envs must be greater than 0, got 0"),
-    ("--hidden-size -3", "hidden_size must be greater than 0, got -3"),
-    ("--learning-rate -1e-3", "learning_rate must be greater than 0, got -0.001"),
-    ("--gamma 1.5", "gamma must be between 0 and 1, got 1.5"),
-    ("--ent-coef -0.1", "ent_coef must be 0 or more, got -0.1"),
-    ("--total-steps 10", "total_steps (10) is less than one update"),
-    ("--num-minibatches 7", "num_minibatches (7) must divide"),
-    ("--num-envs many", "many"),
-    ("--log fax", "fax"),
-    ("--run-dir /dev/null/run", "run directory '/dev/null/run' cannot be written: Not a directory"),
-    ("--run-dir /usr", "run directory '/usr' exists; choose another with --run-dir"),
-    ("--evaluate nowhere", "no run in 'nowhere'"),
-    ("--resume nowhere", "no run in 'nowhere'"),
-    ("--video agent.mp4", "video must be a file name that ends in .gif, got 'agent.mp4'"),
-    ("--video agent.gif", "video needs a trained agent"),
-    ("--video nowhere/agent.gif", "video must be in a folder that exists, got 'nowhere/agent.gif'"),
-    ("--best", "best needs a trained agent"),
-    ("--learning-rate nan", "learning_rate must be greater than 0, got nan"),
-    (
-        "--log wandb",
-        "wandb has no API key: "
-        "run `wandb login`, set WANDB_API_KEY, or choose --wandb-mode offline",
-    ),
-    ("--log neptune", "neptune needs NEPTUNE_API_TOKEN: set it, or choose --neptune-mode offline"),
-]
-BAD_REPLAY = [
-    (
-        "--learning-starts 200_000",
-        "learning_starts (200000) must be less than total_steps (200000)",
-    ),
-    ("--tau 2", "tau must be between 0 and 1, got 2.0"),
-    (
-        "--num-envs 64 --buffer-size 32",
-        "buffer_size (32) is less than the steps of one update (64)",
-    ),
-    ("--buffer-size 1000000000000", "a replay buffer of buffer_size 1000000000000 takes 3"),
-]
-BAD_ACTIONS = [
-    (
-        "sac",
-        "--env gymnax::CartPole-v1",
-        "needs continuous actions with bounds, those of gymnax::CartPole-v1 are not",
-    ),
-    ("sac", "--target-entropy nan", "target_entropy must be finite, got nan"),
-    (
-        "sacd",
-        "--env gymnax::Pendulum-v1",
-        "needs discrete actions, those of gymnax::Pendulum-v1 are continuous",
-    ),
-    ("sacd", "--target-entropy-ratio 2", "target_entropy_ratio must be between 0 and 1, got 2.0"),
-]
-BAD_SEQUENCES = [
-    ("--burn-in -1", "burn_in must be 0 or more, got -1"),
-    (
-        "--learning-starts 100",
-        "learning_starts (100) must be at least 640, for sequences of burn_in +",
-    ),
-    ("--buffer-size 300", "buffer_size (300) must be at least 768, for sequences of burn_in +"),
-]
-BAD_Q = [
-    ("--q-lambda 1.5", "q_lambda must be between 0 and 1, got 1.5"),
-    ("--end-e -0.1", "end_e must be between 0 and 1, got -0.1"),
-    ("--exploration-fraction 2", "exploration_fraction must be between 0 and 1, got 2.0"),
-]
-BAD_CONTINUOUS = [
-    (
-        "--env gymnax::CartPole-v1",
-        "needs continuous actions, those of gymnax::CartPole-v1 are discrete",
-    ),
-]
-BAD_MEMORY = [
-    ("--cell gruu", "gruu"),
-    ("--cell slstm --hidden-size 30", "hidden_size to be a multiple of num_heads, got 30 and 4"),
-    ("--cell-kwargs bias 1", "cell 'gru' has no option 'bias'"),
-    ("--cell-kwargs hidden_size 1", "cell 'gru' has no option 'hidden_size'"),
-    (
-        "--cell slstm --cell-kwargs num_heads 2.0",
-        "option num_heads of cell 'slstm' must be int, got 2.0",
-    ),
-    ("--bptt 48", "bptt (48) must divide num_steps (128)"),
-    ("--bptt -1", "bptt must be 0 or more, got -1"),
-]
-CASES = [
-    *(("ppo", *case) for case in BAD),
-    *(("rppo", *case) for case in BAD[-2:] + BAD_MEMORY),
-    *(("dqn", *case) for case in BAD_REPLAY),
-    *(("drqn", *case) for case in BAD_SEQUENCES),
-    *(("pqn", *case) for case in BAD_Q),
-    *(("ppo_continuous", *case) for case in BAD_CONTINUOUS),
-    *BAD_ACTIONS,
-]
+from algorithms import dqn, ppo, rppo
+from harness.options import COMMON, explain_fields, parse
+from harness.run_dir import open_run_dir
 
 
-@pytest.mark.parametrize(("script", "args", "message"), CASES)
-def test_bad_input_gets_one_sentence_and_exit_code_2(
-    script, args, message, tmp_path, monkeypatch, capsys
+def config_of(module, *args):
+    with as_command(module.__name__.split(".")[1], *args):
+        return parse(module.Config)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("200000", 200_000),
+        ("200_000", 200_000),
+        ("2e5", 200_000),
+        ("2E+5", 200_000),
+        ("20e4", 200_000),
+        ("2000000e-1", 200_000),
+        ("1.5e6", 1_500_000),
+        ("123456789e-0", 123_456_789),
+    ],
+)
+def test_whole_numbers_are_written_in_several_ways(text, number):
+    config = config_of(ppo, "--total-steps", text, "--num-envs", "1e3", "--num-minibatches", "1e3")
+    assert (config.total_steps, config.num_envs) == (number, 1000)
+    assert type(config.total_steps) is int
+
+
+def test_the_command_line_without_options_is_the_config_without_arguments():
+    for script in SCRIPTS:
+        module = importlib.import_module(f"algorithms.{script}")
+        assert config_of(module) == module.Config()
+
+
+def test_every_kind_of_option_is_read():
+    words = "--env-kwargs gravity 9.0 max_steps_in_episode 1e2 --mask 0 1 --no-anneal-lr --gamma 1"
+    config = config_of(rppo, *words.split(), "--log", "console", "file", "--cell=lstm", "--seed=3")
+    assert config.env_kwargs == {"gravity": 9.0, "max_steps_in_episode": 100}
+    assert type(config.env_kwargs["gravity"]) is float
+    assert config.mask == ("0", "1") and config.log == ("console", "file")
+    assert (config.anneal_lr, config.gamma, config.cell, config.seed) == (False, 1.0, "lstm", 3)
+    assert config_of(ppo, "--episodes", "7") == config_of(ppo, "--eval_episodes", "7")
+    assert config_of(ppo, "--sample") == ppo.Config(eval_policy="sample")
+
+
+def test_a_run_gives_the_defaults_and_options_are_added_to_its_own(tmp_path):
+    options = {"max_steps_in_episode": 50, "gravity": 5.0}
+    config = ppo.Config(env_kwargs=options, gamma=0.5, run_dir=str(tmp_path / "run"), num_seeds=2)
+    open_run_dir(config)[1].release()
+    run = str(tmp_path / "run")
+    resumed = config_of(ppo, "--resume", run, "--log", "file")
+    assert resumed == dataclasses.replace(config, resume=run, log=("file",))
+    shown = config_of(ppo, f"--evaluate={run}", "--env_kwargs", "gravity", "7.0", "--sample")
+    merged = {"max_steps_in_episode": 50, "gravity": 7.0}
+    changes = {"evaluate": run, "env_kwargs": merged, "eval_policy": "sample"}
+    assert shown == dataclasses.replace(config, **changes)
+
+
+def test_evaluating_the_last_checkpoint_is_the_default_also_of_a_run_that_began_with_a_best(
+    tmp_path,
 ):
-    module = importlib.import_module(f"algorithms.{script}")
-    monkeypatch.chdir(tmp_path)
-    with as_command(script, *args.split()), pytest.raises(SystemExit) as ended:
-        launch(module.main, module.Config)
-    output = capsys.readouterr()
-    assert ended.value.code == 2 and message in words(output.err), output.err
-    assert not output.out and not list(tmp_path.iterdir())
+    run = tmp_path / "run"
+    open_run_dir(tiny(ppo, run_dir=str(run)))[1].release()
+    about = json.loads((run / "config.json").read_text())
+    about["config"] |= {"init_from": "another", "best": True, "env": "gymnax::CartPole-v1"}
+    about["config"]["env_kwargs"] = {}
+    (run / "config.json").write_text(json.dumps(about))
+    assert config_of(ppo, "--resume", str(run)).best
+    assert not config_of(ppo, "--evaluate", str(run)).best
 
 
-@pytest.mark.parametrize("args", ["--num-envs many", "--gamma 1.5", "--resume nowhere"])
-def test_bad_input_ends_the_process_without_a_traceback(args, tmp_path):
-    _, value = args.split()
-    result = run_script("rppo", *args.split(), cwd=tmp_path)
-    assert result.returncode == 2 and value in result.stderr, result.stderr
-    assert "Traceback" not in result.stderr and not result.stdout
-    assert not list(tmp_path.iterdir())
+# --- Help -----------------------------------------------------------------------------------------
+
+
+def help_of(module, capsys):
+    with pytest.raises(SystemExit) as ended:
+        config_of(module, "--help")
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [rppo, dqn])
+def test_help_is_grouped_as_the_config_is_and_fits_the_terminal(module, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = help_of(module, capsys)
+    assert max(map(len, text.splitlines())) <= 80
+    _, *parts = re.split(r"^\W*(.*?) ?options\W*$", text, flags=re.M)  # with and without boxes
+    heads, boxes = parts[::2], [words(box) for box in parts[1::2]]
+    assert heads == ["", "Common", "Environment and networks", "Algorithm", "Experiment"]
+    fields = [field.name for field in dataclasses.fields(module.Config)]
+    flags = ["--" + name.replace("_", "-") + " " for name in COMMON if name in fields]
+    places = [boxes[1].index(flag) for flag in flags]
+    assert places == sorted(places) and len(places) >= 12
+    assert "--gamma " in boxes[3] and "--hidden-size " in boxes[2] and "--eval-every " in boxes[4]
+
+
+def test_comments_are_read_from_the_class_that_has_the_last_word():
+    explained = explain_fields(dqn.Config)
+    assert explained["total_steps"][0] == "Experiment"
+    assert explained["gamma"] == ("Algorithm", "discount per step")
+    assert explained["env"] == ("Environment and networks", "environment, as namespace::id")
+    assert explained.keys() == {field.name for field in dataclasses.fields(dqn.Config)}

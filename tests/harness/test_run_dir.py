@@ -1,6 +1,7 @@
 """Run directories: taken, unwritable, of another script, of another version."""
 
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -8,11 +9,12 @@ from dataclasses import replace
 
 import jax
 import pytest
-from helpers import ROOT, disk, tiny
+from helpers import ROOT, as_command, disk, tiny, words
 
 from algorithms import ppo, rppo
 from experiment import UsageError, show
-from harness.run_dir import load_config, open_run_dir, provenance
+from harness.options import launch
+from harness.run_dir import forget_after, is_running, load_config, open_run_dir, provenance
 
 CONFIG = tiny(ppo)
 
@@ -107,6 +109,142 @@ def test_configs_that_do_not_fit(tmp_path):
     (run_dir / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UsageError, match="is not valid here: gymnax::Pendulum-v1 has no option"):
         load_config(str(run_dir), ppo.Config)
-    (run_dir / "config.json").write_text("{")
-    with pytest.raises(UsageError, match="config.json is damaged"):
-        load_config(str(run_dir), ppo.Config)
+
+
+# An edit of config.json, as the path to a value and the value, and a part of the sentence.
+GONE = object()
+EDITS = [
+    (("seed",), "0", "seed must be a whole number, got '0'"),
+    (("seed",), 0.5, "seed must be a whole number, got 0.5"),
+    (("seed",), None, "seed must be a whole number, got None"),
+    (("seed",), -1, "seed must be 0 or more, got -1"),
+    (("seed",), 2**40, "seed must be less than 2**31 - num_seeds"),
+    (("num_seeds",), True, "num_seeds must be a whole number, got True"),
+    (("num_envs",), [4], "num_envs must be a whole number, got (4,)"),
+    (("num_envs",), {}, "num_envs must be a whole number, got {}"),
+    (("num_envs",), 0, "num_envs must be greater than 0, got 0"),
+    (("num_envs",), 2**40, "num_envs must be less than 2**31, got 1099511627776"),
+    (("num_minibatches",), 3, "num_minibatches (3) must divide a batch (32)"),
+    (("hidden_size",), "abc", "hidden_size must be a whole number, got 'abc'"),
+    (("total_steps",), 1e30, "total_steps must be a whole number, got 1e+30"),
+    (("total_steps",), 10**30, "a run can count to 2,147,483,647"),
+    (("total_steps",), -64, "total_steps must be greater than 0, got -64"),
+    (("gamma",), "0.9", "gamma must be a number, got '0.9'"),
+    (("gamma",), False, "gamma must be a number, got False"),
+    (("gamma",), 2, "gamma must be between 0 and 1, got 2"),
+    (("gamma",), float("nan"), "gamma must be finite, got nan"),
+    (("learning_rate",), float("inf"), "learning_rate must be finite, got inf"),
+    (("anneal_lr",), 1, "anneal_lr must be true or false, got 1"),
+    (("anneal_lr",), "no", "anneal_lr must be true or false, got 'no'"),
+    (("env",), 7, "env must be text, got 7"),
+    (("env",), "gymnax::Cartpole-v1", "(did you mean 'gymnax::CartPole-v1'?)"),
+    (("env_kwargs",), None, "env_kwargs must be names with a number, true, false or text each"),
+    (("env_kwargs",), ["terminal_every", 5], "env_kwargs must be names with a number"),
+    (("env_kwargs",), {"terminal_every": [5]}, "env_kwargs must be names with a number"),
+    (("env_kwargs",), {"terminal_every": None}, "env_kwargs must be names with a number"),
+    (("mask",), "velocity", "mask must be a list, each of them text, got 'velocity'"),
+    (("mask",), [1], "mask must be a list, each of them text, got (1,)"),
+    (("log",), "file", "each of log must be one of console, file, tensorboard"),
+    (("log",), ["file", "fiel"], "got 'fiel' (did you mean 'file'?)"),
+    (("log",), [["file"]], "each of log must be one of console, file, tensorboard"),
+    (("wandb_mode",), "on", "wandb_mode must be one of online, offline, got 'on'"),
+    (("eval_policy",), None, "eval_policy must be one of greedy, sample, both, got None"),
+    (("gamma",), GONE, "another version of ppo.py: its config differs in gamma"),
+    (("gama",), 0.9, "another version of ppo.py: its config differs in gama"),
+]
+OUTER_EDITS = [
+    (("config",), None, "'config' is None, not of type dict"),
+    (("config",), [1], "'config' is [1], not of type dict"),
+    (("config",), GONE, "it has no 'config'"),
+    (("final_step",), GONE, "it has no 'final_step'"),
+    (("final_step",), "64", "'final_step' is '64', not of type int"),
+    (("final_step",), 0, "'final_step' is 0, not greater than 0"),
+    (("script",), GONE, "it has no 'script'"),
+    (("script",), 3, "'script' is 3, not of type str"),
+    (("script",), "rppo", "is a run of rppo.py, not of ppo.py"),
+    (("sources",), [], "'sources' is [], not of type dict"),
+    (("packages",), None, "'packages' is None, not of type dict"),
+    (("git",), "abc", "'git' is 'abc', not of type dict"),
+    (("extended",), {}, "'extended' is {}, not of type list"),
+]
+TEXTS = [
+    (b"", "it is not JSON"),
+    (b"{", "it is not JSON"),
+    (b"\xff\xfe", "it is not JSON"),
+    (b"[" * 100_000, "it is not JSON"),
+    (b"[1, 2]", "it is not the config of a run"),
+    (b"null", "it is not the config of a run"),
+    (b'"ppo"', "it is not the config of a run"),
+]
+
+
+@pytest.fixture(scope="module")
+def about(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    open_run_dir(replace(CONFIG, run_dir=str(run_dir)))[1].release()
+    return json.loads((run_dir / "config.json").read_text())
+
+
+def refused(folder, text, capsys):
+    """The sentence with which a script refuses to look at or to continue a run."""
+    (folder / "config.json").write_bytes(text)
+    sentences = set()
+    for option in ("--evaluate", "--resume"):
+        with as_command("ppo", option, str(folder)), pytest.raises(SystemExit) as ended:
+            launch(ppo.main, ppo.Config)
+        output = capsys.readouterr()
+        assert ended.value.code == 2 and not output.out
+        sentences.add(words(output.err))
+    (sentence,) = sentences
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [*((("config", *path), *rest) for path, *rest in EDITS), *OUTER_EDITS],
+)
+def test_an_edited_config_is_checked_like_the_command_line(
+    path, value, message, about, tmp_path, capsys
+):
+    about = copy.deepcopy(about)
+    *outer, name = path
+    owner = about[outer[0]] if outer else about
+    owner.pop(name, None) if value is GONE else owner.update({name: value})
+    assert message in refused(tmp_path, json.dumps(about).encode(), capsys)
+
+
+@pytest.mark.parametrize(("text", "message"), TEXTS)
+def test_a_damaged_config_is_named(text, message, tmp_path, capsys):
+    assert f"config.json is damaged: {message}" in refused(tmp_path, text, capsys)
+
+
+def test_nothing_outside_of_a_run_is_changed_through_a_link(tmp_path):
+    """A run directory may come from a stranger."""
+    run_dir, victim = tmp_path / "run", tmp_path / "victim"
+    open_run_dir(replace(CONFIG, run_dir=str(run_dir)))[1].release()
+    victim.mkdir()
+    (victim / "1.json").write_text("precious")
+    (run_dir / ".lock").unlink(missing_ok=True)
+    links = {"metrics.jsonl": victim / "1.json", ".lock": victim / "1.json"}
+    links |= {"checkpoints": victim, "wandb": victim, ".neptune": victim}
+    for name, target in links.items():
+        (run_dir / name).symlink_to(target)
+        with pytest.raises(UsageError, match=f"/run/{name}' is a link, a run writes only its own"):
+            open_run_dir(replace(CONFIG, resume=str(run_dir)))
+        assert not is_running(run_dir)
+        (run_dir / name).unlink()
+    assert [path.read_text() for path in victim.iterdir()] == ["precious"]
+    (tmp_path / "link").symlink_to(run_dir)  # the directory itself may be one
+    open_run_dir(replace(CONFIG, resume=str(tmp_path / "link")))[1].release()
+
+
+def test_a_record_that_has_lost_reports_is_said(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    forget_after(path, 0)
+    assert not path.exists() and not capsys.readouterr().err
+    path.write_text("12345678")
+    forget_after(path, 5)
+    assert path.read_text() == "12345" and not capsys.readouterr().err
+    forget_after(path, 9)
+    lost = "has 5 of 9 bytes that it had at the checkpoint: reports are missing"
+    assert capsys.readouterr().err == f"warning: '{path}' {lost}\n"

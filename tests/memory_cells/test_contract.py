@@ -12,7 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from memory_helpers import B, D, H, T, assert_close, build, init, sequence, setup
+from memory_helpers import (
+    WINDOWED,
+    B,
+    D,
+    H,
+    T,
+    assert_close,
+    build,
+    init,
+    sequence,
+    setup,
+)
 
 from memory_cells import CELLS, MaskedRNN, take
 from memory_cells.parts.carry import reset
@@ -171,15 +182,52 @@ def test_shapes_dtypes_and_parameters(name, inputs):
     assert all(leaf.shape[0] == B for leaf in jax.tree.leaves(initial))
 
 
+def forms():
+    """Every memory in all its forms: with an associative scan, and with a learned carry.
+
+    In chunks they go by default; their single steps are those for acting.
+    """
+    for name in [*CELLS, "lstm x2", *(f"{name} x1 learned" for name in HAVE_LEARNED)]:
+        yield name, build(name)
+    for name in ("s5", "lru", "mingru", "ffm", "mamba", "shm"):
+        yield f"{name} parallel", build(name).clone(impl="parallel")
+    yield "rtu parallel", build("rtu").clone(impl="parallel", nonlinear=False)
+    yield "gpt2 learned", WINDOWED["gpt2 learned"]()
+
+
+@pytest.mark.parametrize("cell", [pytest.param(cell, id=name) for name, cell in forms()])
+def test_everything_is_float32_also_under_x64(cell):
+    """JAX_ENABLE_X64=1 changes no dtype: parameters, carries, outputs and gradients."""
+    memory = MaskedRNN(cell)
+
+    def everything(key, xs, starts):
+        initial = memory.initialize_carry(xs.shape[1:])
+        params = memory.init(key, initial, xs[:1], starts[:1])
+
+        def loss(params, carry, xs):
+            carry, ys = memory.apply(params, carry, xs, starts)
+            return ys.sum(), (carry, ys)
+
+        gradients = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(params, initial, xs)
+        step = memory.apply(params, initial, xs[:1], starts[:1])
+        return initial, params, gradients, step
+
+    xs = jax.ShapeDtypeStruct((70, B, D), jnp.float32)  # more than a chunk
+    starts = jax.ShapeDtypeStruct((70, B), bool)
+    with jax.enable_x64(True):
+        shapes = jax.eval_shape(everything, jax.random.key(0), xs, starts)
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(shapes)}
+    assert dtypes <= {"float32", "complex64"}
+
+
 @pytest.mark.parametrize("name", MEMORIES)
 def test_flax_drives_every_cell(name):
-    with jax.enable_x64(True):
-        cell, params, _, xs, starts = setup(name, dtype="float64")
-        initial = cell.initialize_carry(jax.random.key(0), (B, D))
-        rnn = nn.RNN(build(name), time_major=True)
-        ys = jax.jit(rnn.apply)({"params": {"cell": params["params"]}}, xs)
-        expected = sequence(cell, params, initial, xs, jnp.zeros_like(starts))[1]
-        assert_close(ys, expected, 1e-10)
+    cell, params, _, xs, starts = setup(name)
+    initial = cell.initialize_carry(jax.random.key(0), (B, D))
+    rnn = nn.RNN(build(name), time_major=True)
+    ys = jax.jit(rnn.apply)({"params": {"cell": params["params"]}}, xs)
+    expected = sequence(cell, params, initial, xs, jnp.zeros_like(starts))[1]
+    assert_close(ys, expected)
 
 
 @pytest.mark.parametrize("name", MEMORIES)

@@ -1,12 +1,45 @@
-"""DeltaNet: the delta rule replaces and reflects. `parts/test_chunkwise.py` has its oracles."""
+"""DeltaNet: the layer equals the paper in float64, the delta rule replaces and reflects.
+
+`parts/test_chunkwise.py` compares the rule with other implementations.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from memory_helpers import (
+    H,
+    delta_rule,
+    dense,
+    perturbed,
+    rms_norm,
+    run_float64,
+    short_conv,
+    sigmoid,
+    silu,
+    split_heads,
+    unit,
+)
 
 from memory_cells import make_cell
 from memory_cells.parts.chunkwise import delta_memory
+
+
+def deltanet_reference(p, xs, starts):
+    """2406.06484, sections 2 and 3.3, with beta up to 2 (2411.12537); of two heads."""
+    qkv = silu(short_conv(p["conv"], dense(p["qkv"], xs), starts))
+    q, k, v = (split_heads(x, 2) for x in np.split(qkv, 3, axis=-1))
+    beta = 2 * sigmoid(dense(p["beta"], xs))
+    q = unit(q) / np.sqrt(H / 2)
+    reads = delta_rule(q, unit(k), v, beta, np.ones_like(beta), starts)
+    return dense(p["output"], rms_norm(p["norm"], reads, 1e-5).reshape(xs.shape[:2] + (H,)))
+
+
+def test_deltanet_equals_the_paper():
+    cell = make_cell("deltanet", H, num_heads=2, beta_scale=2)
+    params, xs, starts = perturbed(cell, 5)
+    expected = deltanet_reference(params, xs, starts)
+    np.testing.assert_allclose(run_float64(cell, params, xs, starts), expected, atol=1e-9)
 
 
 def test_delta_rule_replaces():

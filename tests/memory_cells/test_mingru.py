@@ -1,9 +1,21 @@
-"""minGRU: equal to another implementation."""
+"""minGRU: equal to another implementation, and with its convolution to the paper in float64."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from memory_helpers import ORACLES, H, sequence, time_major
+from memory_helpers import (
+    ORACLES,
+    H,
+    dense,
+    perturbed,
+    recur,
+    run_float64,
+    sequence,
+    short_conv,
+    sigmoid,
+    silu,
+    time_major,
+)
 
 from memory_cells import make_cell
 
@@ -20,6 +32,17 @@ def test_mingru_equals_another_implementation():
         starts = jnp.zeros(xs.shape[:2], bool)
         _, ys = sequence(cell.clone(impl=impl), params, carry, xs, starts)
         np.testing.assert_allclose(time_major(ys), z["mg_y"], atol=2e-6)
+
+
+def test_mingru_behind_its_convolution_equals_the_paper():
+    cell = make_cell("mingru", H)
+    params, xs, starts = perturbed(cell, 5)
+    us = silu(short_conv(params["conv"], xs, starts))
+    z = sigmoid(dense(params["input_z"], us))
+    n = dense(params["input_n"], us)
+    n = np.where(n >= 0, n + 0.5, sigmoid(n))
+    expected = recur(1 - z, z * n, starts)
+    np.testing.assert_allclose(run_float64(cell, params, xs, starts), expected, atol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -1,47 +1,50 @@
 """Retention: equal to the paper in float64, and it knows distances only."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from memory_helpers import init, initialised, run, sequence
+from memory_helpers import (
+    H,
+    dense,
+    initialised,
+    layer_norm,
+    perturbed,
+    run,
+    run_float64,
+    sequence,
+    short_conv,
+    silu,
+    split_heads,
+)
 
 from memory_cells import make_cell
 
 
-def test_retnet_equals_the_papers_equations():
-    """The recurrent form (2307.08621, section 2), with complex numbers for the rotation."""
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(0)
-        xs = rng.normal(size=(40, 2, 8))
-        starts = rng.random((40, 2)) < 0.1
-        cell = make_cell("retnet", 8, num_heads=2, conv_width=0)
-        carry = cell.initialize_carry(None, (2, 8))
-        params = init(cell, jax.random.key(0), carry, jnp.asarray(xs[0]))
-        params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
-        _, ys = run(cell, params, jnp.asarray(xs), jnp.asarray(starts))
-        names = ("qkv", "gate", "output")
-        kernel = {name: np.asarray(params["params"][name]["kernel"]) for name in names}
+def retnet_reference(p, xs, starts):
+    """2307.08621, section 2, behind a convolution: a sum over all earlier steps, of two heads.
 
-    as_complex = lambda x: x[:2] + 1j * x[2:]  # noqa: E731
+    In complex numbers, the rotation is a product with exp(i theta t).
+    """
+    us = silu(short_conv(p["conv"], xs, starts))
+    q, k, v = (split_heads(x, 2) for x in np.split(dense(p["qkv"], us), 3, axis=-1))
+    q, k = (x[..., :2] + 1j * x[..., 2:] for x in (q, k))
     theta = 10000.0 ** (-np.arange(2) / 2)
-    for b in range(2):
-        for t, x in enumerate(xs[:, b]):
-            q, k, v = np.split(x @ kernel["qkv"], 3)
-            reads = []
-            for head, rows in enumerate((slice(0, 4), slice(4, 8))):
-                first = max([s for s in range(t + 1) if starts[s, b]], default=0)
-                read = 0.0
-                for s in range(first, t + 1):
-                    _, past_k, past_v = np.split(xs[s, b] @ kernel["qkv"], 3)
-                    turned = as_complex(q[rows]) * np.exp(1j * theta * (t - s))
-                    weight = (turned * as_complex(past_k[rows]).conj()).sum().real / 2
-                    decay = (1 - 2.0 ** (-5 - head)) ** (t - s)
-                    read = read + decay * weight * past_v[rows]
-                reads.append((read - read.mean()) / np.sqrt(read.var() + 1e-5))
-            gate = x @ kernel["gate"]
-            gated = gate / (1 + np.exp(-gate)) * np.concatenate(reads)
-            np.testing.assert_allclose(ys[t, b], gated @ kernel["output"], rtol=1e-9, atol=1e-10)
+    reads = np.zeros_like(v)
+    for t, b, head in np.ndindex(*v.shape[:3]):
+        first = max([s for s in range(t + 1) if starts[s, b]], default=0)
+        for s in range(first, t + 1):
+            turned = q[t, b, head] * np.exp(1j * theta * (t - s))
+            weight = (turned * k[s, b, head].conj()).sum().real / np.sqrt(4)
+            reads[t, b, head] += (1 - 2.0 ** (-5 - head)) ** (t - s) * weight * v[s, b, head]
+    reads = layer_norm({"scale": 1, "bias": 0}, reads, 1e-5).reshape(xs.shape[:2] + (H,))
+    return dense(p["output"], silu(dense(p["gate"], us)) * reads)
+
+
+def test_retnet_equals_the_papers_equations():
+    cell = make_cell("retnet", H, num_heads=2)
+    params, xs, starts = perturbed(cell, 5, scale=1.0)
+    expected = retnet_reference(params, xs, starts)
+    np.testing.assert_allclose(run_float64(cell, params, xs, starts), expected, atol=1e-9)
 
 
 def test_retnet_knows_distances_only():

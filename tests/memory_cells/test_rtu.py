@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from memory_helpers import B, H, T, dense, perturbed, run_float64
+from memory_helpers import B, H, T, dense, initial_carry, perturbed, run_float64
 
 from memory_cells import make_cell
 
@@ -58,8 +58,8 @@ def test_rtu_backpropagation_equals_real_time_recurrent_learning():
             expected[name] = expected[name] + parts.reshape(B, 2, -1).sum((0, 1))
 
     with jax.enable_x64(True):
-        carry = cell.initialize_carry(jax.random.key(0), xs.shape[1:])
-        arguments = carry, jnp.asarray(xs), jnp.asarray(starts)
+        xs = jnp.asarray(xs)
+        arguments = initial_carry(cell, xs), xs, jnp.asarray(starts)
 
         @jax.jit
         @jax.grad

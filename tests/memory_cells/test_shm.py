@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from memory_helpers import ORACLES, B, run, sequence, time_major
+from memory_helpers import ORACLES, B, initial_carry, run, sequence, time_major
 
 from memory_cells import make_cell, shm
 from memory_cells.parts.carry import episode_steps
@@ -58,7 +58,7 @@ def problem(steps, dtype=jnp.float32):
     cell = make_cell("shm", 6, memory_size=4, num_theta=7, clip=2.0)
     xs = jnp.asarray(rng.normal(size=(steps, B, 5)), dtype)
     starts = jnp.asarray(rng.random((steps, B)) < 0.05).at[0].set(True)
-    carry = cell.initialize_carry(jax.random.key(0), (B, 5))
+    carry = initial_carry(cell, xs)
     params = cell.init(jax.random.key(0), carry, xs[0])
     params = jax.tree.map(lambda p: jnp.asarray(p + rng.normal(size=p.shape), dtype), params)
     return cell, params, carry, xs, starts
