@@ -11,6 +11,7 @@ from helpers import check_conformance, check_picture, checked_ends
 
 from env_adapters import craftax, navix, popgym_arcade
 from env_adapters import gxm as adapter
+from env_adapters.host_gymnasium import Shrink
 from envs import make
 
 PONG = "gxm::Gymnasium/ALE/Pong-v5"
@@ -114,7 +115,7 @@ def test_returns_are_the_score_of_the_game(game, steps):
         _, state, reward, *ends, info = env.step(inputs[0], carry, inputs[1])
         return state, (reward, info["episode_return"], info["episode_done"])
 
-    state = env.reset(key)[1]
+    obs, state = env.reset(key)
     _, (reward, score, done) = jax.jit(lambda s: jax.lax.scan(step, s, (keys, actions)))(state)
     sticks = jax.vmap(lambda key: jax.random.bernoulli(jax.random.split(key)[0], 0.25, (4,)))(keys)
 
@@ -127,6 +128,9 @@ def test_returns_are_the_score_of_the_game(game, steps):
         ale.act(ale_py.Action.FIRE)
     for _ in range(jax.random.randint(key, (), 0, 30)):
         ale.act(held)
+    rows, columns = (Shrink(pixels, 84) for pixels in ale.getScreenDims())
+    screen = np.rint(columns.columns(rows.rows(ale.getScreenGrayscale())))
+    np.testing.assert_array_equal(obs[..., -1], screen)  # after the idle frames
     rewards = []
     for row, action in zip(np.asarray(sticks), np.asarray(actions), strict=True):
         rewards.append(0)
