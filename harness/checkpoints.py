@@ -328,14 +328,17 @@ def is_complete(about) -> bool:
     try:
         score, notes, leaves, files = (about[k] for k in ("score", "notes", "leaves", "files"))
         size, diverged = notes["metrics_bytes"], notes["diverged"]
+        # The leading axis of every leaf is that of the seeds; not all of them have diverged.
+        num_seeds = min(shape[0] for shape, _ in leaves.values()) if diverged else 1
         parts = (
             score is None or math.isfinite(score),
             type(size) is int and size >= 0,
             all(type(seed) is int and type(story) is str for seed, story in diverged),
+            {seed for seed, _ in diverged} < set(range(num_seeds)),
             all(type(shape) is list and type(dtype) is str for shape, dtype in leaves.values()),
             files and all(type(checksum) is str for checksum in files.values()),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         return False
     return all(parts)
 

@@ -213,6 +213,7 @@ def change_about(file, change):
         lambda about: about | {"notes": {"diverged": []}},
         lambda about: about | {"notes": {"metrics_bytes": -1, "diverged": []}},
         lambda about: about | {"notes": {"metrics_bytes": 1, "diverged": [["0", "x"]]}},
+        lambda about: about | {"notes": {"metrics_bytes": 1, "diverged": [[0, "all of them"]]}},
         lambda about: about | {"score": "high"},
         lambda about: about | {"leaves": {"x": "float32"}},
         lambda about: [about],
