@@ -7,8 +7,9 @@ version of the code is not part of an experiment, but whoever counts runs of sev
 together says so (`versions_differ_in`).
 """
 
-# Fields that do not change what a seed learns. A field that is not known here is part of the
-# experiment: runs are rather shown apart than mixed.
+# Fields that do not change what a seed learns. `best` is none of them, as it chooses what
+# --init-from takes. A field that is not known here is part of the experiment: runs are rather shown
+# apart than mixed.
 PLUMBING = frozenset(
     {
         "seed",
@@ -20,7 +21,6 @@ PLUMBING = frozenset(
         "run_dir",
         "resume",
         "evaluate",
-        "best",
         "sample",
         "video",
         "eval_every",

@@ -245,6 +245,8 @@ def read_about(run_dir) -> dict:
       UsageError: there is no such run, or the file is damaged.
     """
     path = Path(run_dir) / CONFIG_FILE
+    if path.exists() and not path.is_file():  # a pipe would keep its reader waiting
+        raise UsageError(f"{path} is damaged: it is not a file")
     try:
         about = json.loads(path.read_text())
     except OSError as error:

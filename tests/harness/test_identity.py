@@ -41,7 +41,7 @@ def test_the_script_is_part_of_an_experiment():
 
 def test_every_common_option_is_plumbing_or_part_of_the_experiment():
     names = {field.name for field in dataclasses.fields(Experiment)}
-    assert names - PLUMBING <= {"total_steps", "init_from"}
+    assert names - PLUMBING <= {"total_steps", "init_from", "best"}
 
 
 def test_seeds_of_a_run():

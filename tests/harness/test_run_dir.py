@@ -172,6 +172,7 @@ TEXTS = [
     (b"{", "it is not JSON"),
     (b"\xff\xfe", "it is not JSON"),
     (b"[" * 100_000, "it is not JSON"),
+    (b"9" * 5_000, "it is not JSON"),  # more digits than Python reads
     (b"[1, 2]", "it is not the config of a run"),
     (b"null", "it is not the config of a run"),
     (b'"ppo"', "it is not the config of a run"),
@@ -211,6 +212,13 @@ def test_an_edited_config_is_checked_like_the_command_line(
     owner = about[outer[0]] if outer else about
     owner.pop(name, None) if value is GONE else owner.update({name: value})
     assert message in refused(tmp_path, json.dumps(about).encode(), capsys)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_config_that_is_no_file_is_refused(make, tmp_path):
+    make(tmp_path / "config.json")
+    with pytest.raises(UsageError, match="config.json is damaged: it is not a file"):
+        load_config(str(tmp_path), ppo.Config)
 
 
 @pytest.mark.parametrize(("text", "message"), TEXTS)
