@@ -41,9 +41,9 @@ def filled(script, **changes):
 def loss_of(script, part=None):
     """The script's loss of a minibatch with one key, or one of its parts."""
     loss = getattr(script, "sac_loss" if script in CONTINUOUS else "sacd_loss")
-    key = (jax.random.key(2),) if script in CONTINUOUS else ()
 
     def value(params, target_params, network, batch):
+        key = (jax.random.key(2),) if script in CONTINUOUS else ()
         total, parts = loss(params, target_params, network, batch, *key)
         return parts[f"losses/{part}"] if part else total
 

@@ -146,9 +146,27 @@ def walk(jaxpr):
         shapes = [str(x.aval) for x in eqn.outvars]
         plain = [x for x in eqn.params.items() if isinstance(x[1], int | float | str | tuple)]
         yield eqn.primitive.name, constants, shapes, str(plain)
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program):
-            if is_program(inner):
-                yield from walk(getattr(inner, "jaxpr", inner))
+        for inner in inner_programs(eqn):
+            yield from walk(inner)
+
+
+def inner_programs(eqn):
+    """The bodies of loops, branches and calls."""
+    for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program):
+        if is_program(x):
+            yield getattr(x, "jaxpr", x)
+
+
+def copied_keys(jaxpr):
+    """Operations that make several equal keys of one."""
+    for eqn in jaxpr.eqns:
+        if inner := list(inner_programs(eqn)):
+            yield from (copy for program in inner for copy in copied_keys(program))
+        elif not eqn.primitive.name.startswith("random_"):
+            given = sum(x.aval.size for x in eqn.invars if is_key(x.aval))
+            made = sum(x.aval.size for x in eqn.outvars if is_key(x.aval))
+            if made > given > 0:
+                yield str(eqn)
 
 
 def is_program(x):
@@ -328,7 +346,9 @@ def test_no_key_is_used_twice(script):
     def updates(state):
         return jax.lax.scan(lambda state, _: module.update(state, env), state, length=2)
 
-    check_key_reuse_jaxpr(jax.make_jaxpr(updates)(state).jaxpr)
+    program = jax.make_jaxpr(updates)(state).jaxpr
+    check_key_reuse_jaxpr(program)
+    assert not list(copied_keys(program))
     check_key_reuse_jaxpr(traced_init(script, config).jaxpr)
     seeds = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), state)
     evaluate = functools.partial(module.evaluate.__wrapped__, env=env, episodes=4)
