@@ -207,12 +207,29 @@ def run_updates(update, state, env, num_updates: int):
         raise UsageError(f"call warmup before train: {reason}")
     began = time.perf_counter()
     first = int(state.updates[0])
-    state, sums, finite = jax.block_until_ready(compiled_updates(update, state, env, num_updates))
+    sums, finite, done = 0.0, 0, 0
+    while done < num_updates:
+        # Sums of more updates would lose digits in float32.
+        count = min(1000, num_updates - done)
+        state, *part = jax.block_until_ready(compiled_updates(update, state, env, count))
+        sums, finite = add_part(sums, finite, done, *part)
+        done += count
     seconds = time.perf_counter() - began
     config = state.config
     report = summarize(sums, finite, first, num_updates, config.steps_per_update)
     report["charts/SPS"] = num_updates * config.steps_per_update * config.num_seeds / seconds
     return state, report
+
+
+def add_part(sums, finite, done: int, more_sums, more_finite):
+    """Add what `compiled_updates` returns to the sums of `done` updates, in float64."""
+    if not done:
+        return jax.tree.map(lambda x: np.asarray(x, float), more_sums), more_finite
+
+    def add_finite(count, more):
+        return np.where(np.asarray(count) == done, count + more, count)
+
+    return jax.tree.map(np.add, sums, more_sums), jax.tree.map(add_finite, finite, more_finite)
 
 
 def compile_updates(update, state, env):
@@ -475,7 +492,7 @@ def evaluate_policies(evaluate, state, env) -> dict:
 
 
 def show(config, env, init, evaluate) -> None:
-    """What --evaluate does: play fresh episodes with a trained agent, and film one (--video).
+    """What --evaluate does: play fresh episodes with a trained agent, and film another (--video).
 
     The episodes are others than those that chose the best checkpoint: their keys are made from
     --seed. The result is printed, and written to evaluations/ in the run's directory.
@@ -537,4 +554,4 @@ def show(config, env, init, evaluate) -> None:
             write_gif(config.video, env, episode)
         except OSError as error:
             raise UsageError(f"{config.video!r} cannot be written: {error.strerror}") from None
-        print(f"video of {int(episode.length)} steps: {config.video}")
+        print(f"video of {int(episode.length)} steps, {policy} actions: {config.video}")

@@ -133,13 +133,14 @@ def describe(episodes, diverged=(), policy: str = "greedy") -> str:
     low, high = result["interval"]
     bounds = f"(95 % interval {low:.2f} to {high:.2f})"
     text = f"{policy} return over {episodes.returns.shape[1]} episodes: "
+    lost = f" ({len(diverged)} diverged)" if diverged else ""
     if "mean" in result:
-        return text + f"{result['mean']:.2f} {bounds}"
+        return text + f"{result['mean']:.2f} {bounds}{lost}"
     means = result["means"]
     text += f"median of {len(means)} seeds {result['median']:.2f}, "
     text += f"IQM {result['iqm']:.2f} {bounds}; "
     text += "the seeds: " + " ".join(f"{mean:.2f}" for mean in means)
-    return text + (f" ({len(diverged)} diverged)" if diverged else "")
+    return text + lost
 
 
 def as_json(value):

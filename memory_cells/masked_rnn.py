@@ -81,8 +81,8 @@ class MemoryCell(nn.RNNCellBase):
         def narrow(leaf):
             return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
 
-        def init(*args):
-            return jax.tree.map(narrow, init_fn(*args))
+        def init(*args, **kwargs):
+            return jax.tree.map(narrow, init_fn(*args, **kwargs))
 
         return super().param(name, init, *init_args, **options)
 

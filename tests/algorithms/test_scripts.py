@@ -328,7 +328,8 @@ def test_a_run_from_the_command_line(script, tmp_path, run_here):
     for policy, line in zip(policies, shown, strict=True):
         assert line.startswith(f"checkpoint of step 192: {policy} return over 4 episodes: ")
     assert re.fullmatch(rf"saved to {run_dir}/evaluations/[\d-]+\.json", saved)
-    length = int(re.fullmatch(r"video of (\d+) steps: agent.gif", filmed)[1])
+    video = rf"video of (\d+) steps, {policies[-1]} actions: agent.gif"
+    length = int(re.fullmatch(video, filmed)[1])
     film = Image.open(tmp_path / "agent.gif")
     assert film.size in ((300, 200), (300, 300))
     # Equal frames in succession become one, which is shown for longer.

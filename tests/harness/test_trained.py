@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import as_command, assert_same, tiny, words
 
-from algorithms import dqn, ppo
+from algorithms import dqn, drqn, ppo, sacd
 from env_adapters.environment import Statistics
 from env_adapters.episodes import Episodes
 from experiment import Run, UsageError, seed_keys
@@ -230,7 +230,7 @@ def test_target_networks_are_taken_over(tmp_path):
     [
         ({"hidden_size": 16}, r"actor_head/kernel has the shape \(16, 2\), in training \(8, 2\)"),
         ({"num_layers": 2}, "params/params/torsos_0/Dense_2/bias was not there in training"),
-        ({"env_kwargs": {}}, "reads normalised observations; add normalize_obs True to env_kwargs"),
+        ({"env_kwargs": {}}, "its observations were normalised; set normalize_obs to True"),
     ],
 )
 def test_a_run_that_does_not_fit_is_refused(changes, message, kept, tmp_path):
@@ -238,6 +238,32 @@ def test_a_run_that_does_not_fit_is_refused(changes, message, kept, tmp_path):
     with pytest.raises(UsageError, match=f"init_from '{kept}' does not fit: .*{message}"):
         beginning(ppo, config, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_has_the_same_shapes_and_is_another_function_is_refused(tmp_path):
+    config = tiny(drqn, log=())
+    source = make_run(tmp_path / "source", drqn, config)
+    new = replace(config, init_from=str(source))
+    normalized = {"normalize_obs": True, **config.env_kwargs}
+    for changes, message in (
+        ({"rescale": True}, "rescale was False, not True"),
+        (
+            {"env_kwargs": normalized},
+            "observations were not normalised; set normalize_obs to False",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            beginning(drqn, replace(new, **changes), tmp_path)
+
+
+def test_alpha_that_is_not_tuned_is_that_of_the_new_run(tmp_path):
+    config = tiny(sacd, log=())
+    source = make_run(tmp_path / "source", sacd, config)
+    for autotune in (True, False):
+        options = {"init_from": str(source), "alpha": 0.25, "autotune": autotune}
+        state = beginning(sacd, replace(config, **options), tmp_path)
+        expected = 64.0 if autotune else np.log(0.25)
+        np.testing.assert_allclose(state.params["params"]["log_alpha"], expected, rtol=1e-6)
 
 
 def test_seeds_that_do_not_fit_or_diverged_are_refused(tmp_path):
