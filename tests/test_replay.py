@@ -103,10 +103,10 @@ def test_nothing_is_sampled_before_it_is_written():
         buffer = add(buffer, 0)
         with pytest.raises(ValueError, match=message):
             replay.sample(buffer, jax.random.key(0))
-        # A compiled program cannot refuse.
+        # A compiled program cannot refuse: the rows are no steps.
         sample = jax.jit(replay.sample)
-        assert (sample(buffer, jax.random.key(0)).weight == 0.0).all()
-        assert (sample(add(buffer, 1), jax.random.key(0)).weight == 1.0).all()
+        assert sample(buffer, jax.random.key(0)).batch.final.all()
+        assert not sample(add(buffer, 1), jax.random.key(0)).batch.final[:-1].any()
 
 
 # --- Priorities ----------------------------------------------------------------------------------

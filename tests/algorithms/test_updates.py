@@ -52,10 +52,11 @@ def test_the_learning_rate_that_is_applied_is_reported_and_falls_to_zero(script)
         np.testing.assert_allclose(metrics["charts/learning_rate"], rate, rtol=1e-6, atol=0)
         return jax.tree.map(lambda a, b: a - b, state.params, before.params)
 
-    # The first step of Adam has the size of the learning rate.
-    first = change(UPDATES // 2, 5e-4, first=0)
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(first))
-    np.testing.assert_allclose(largest, 5e-4, rtol=0.02)
+    # The first step of Adam has the size of the learning rate; RAdam's that of the gradient.
+    if "pqn" not in script:
+        first = change(UPDATES // 2, 5e-4, first=0)
+        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(first))
+        np.testing.assert_allclose(largest, 5e-4, rtol=0.02)
     # From one state, steps in one direction.
     half, quarter = change(UPDATES // 2, 5e-4), change(3 * UPDATES // 4, 2.5e-4)
     assert_close(quarter, jax.tree.map(lambda x: x / 2, half), rtol=1e-3, atol=3e-7)

@@ -19,6 +19,7 @@ from harness.checkpoints import Checkpoints
 from harness.metrics import GREEDY, GREEDY_LENGTH, SAMPLED, SAMPLED_LENGTH, read_metrics
 from harness.options import launch
 from harness.run_dir import open_run_dir
+from harness.trained import begin_with
 
 NORMALIZED = {"normalize_obs": True, "normalize_reward": True}
 CONFIG = tiny(ppo, env="test::Coin", env_kwargs=NORMALIZED, log=("file",), eval_policy="both")
@@ -256,14 +257,12 @@ def test_what_has_the_same_shapes_and_is_another_function_is_refused(tmp_path):
             beginning(drqn, replace(new, **changes), tmp_path)
 
 
-def test_alpha_that_is_not_tuned_is_that_of_the_new_run(tmp_path):
-    config = tiny(sacd, log=())
-    source = make_run(tmp_path / "source", sacd, config)
-    for autotune in (True, False):
-        options = {"init_from": str(source), "alpha": 0.25, "autotune": autotune}
-        state = beginning(sacd, replace(config, **options), tmp_path)
-        expected = 64.0 if autotune else np.log(0.25)
-        np.testing.assert_allclose(state.params["params"]["log_alpha"], expected, rtol=1e-6)
+@pytest.mark.parametrize(("autotune", "expected"), [(True, 64.0), (False, np.log(0.25))])
+def test_alpha_that_is_not_tuned_is_that_of_the_new_run(autotune, expected):
+    config = tiny(sacd, alpha=0.25, autotune=autotune)
+    state = sacd.init(config, seed_keys(config))
+    state = begin_with(state_at(sacd, config, 64), state)
+    np.testing.assert_allclose(state.params["params"]["log_alpha"], expected, rtol=1e-6)
 
 
 def test_seeds_that_do_not_fit_or_diverged_are_refused(tmp_path):
