@@ -5,14 +5,13 @@
     state, report = run_updates(update, state, env, num_updates)    # train all seeds
     show(config, env, init, evaluate)                               # --evaluate
 
-The parts are in `harness/`: options.py, run_dir.py, checkpoints.py, metrics.py.
+The parts are in `harness/`: options.py, sizes.py, run_dir.py, checkpoints.py, trained.py,
+metrics.py and signals.py.
 """
 
-import contextlib
 import gc
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from env_adapters.episodes import check_drawable, record, write_gif
+from env_adapters.registry import make
 from env_adapters.task import Box, Discrete
 from harness.checkpoints import Checkpoints
 from harness.errors import Diverged, Options, RunError, UsageError
@@ -38,7 +38,9 @@ from harness.metrics import (
     summarize_episodes,
 )
 from harness.options import Experiment, check_sizes, launch
+from harness.output import warn
 from harness.run_dir import (
+    CONFIG_FILE,
     MAY_DIFFER_ON_EVALUATE,
     check_same,
     extend,
@@ -49,6 +51,7 @@ from harness.run_dir import (
     save_evaluation,
     script_of,
 )
+from harness.signals import answered, end_at_once, say
 from harness.sizes import check_memory, num_bytes
 from harness.trained import begin_with, check_not_lost, first_difference, load_trained, restore
 from loggers import check_keys, make_logger
@@ -129,7 +132,13 @@ def check_config(config, actions, bounded: bool = False) -> None:
     if jax.config.jax_enable_x64:
         advice = 'call jax.config.update("jax_enable_x64", False) first'
         raise ValueError(f"training is in 32 bits, and jax_enable_x64 is set: {advice}")
-    env = config.make_env()
+    try:
+        env = config.make_env()
+    except ValueError:
+        # Some scripts have actions rescaled, which discrete ones are not: ask without that.
+        env = make(config.env, **config.env_kwargs)
+        if isinstance(env.action_space, actions):
+            raise
     space = env.action_space
     other = OTHER_ACTIONS.get(script_of(config).stem)
     advice = f"; {other}.py has them" if other else ""
@@ -198,12 +207,29 @@ def run_updates(update, state, env, num_updates: int):
         raise UsageError(f"call warmup before train: {reason}")
     began = time.perf_counter()
     first = int(state.updates[0])
-    state, sums, finite = jax.block_until_ready(compiled_updates(update, state, env, num_updates))
+    sums, finite, done = 0.0, 0, 0
+    while done < num_updates:
+        # Sums of more updates would lose digits in float32.
+        count = min(1000, num_updates - done)
+        state, *part = jax.block_until_ready(compiled_updates(update, state, env, count))
+        sums, finite = add_part(sums, finite, done, *part)
+        done += count
     seconds = time.perf_counter() - began
     config = state.config
     report = summarize(sums, finite, first, num_updates, config.steps_per_update)
     report["charts/SPS"] = num_updates * config.steps_per_update * config.num_seeds / seconds
     return state, report
+
+
+def add_part(sums, finite, done: int, more_sums, more_finite):
+    """Add what `compiled_updates` returns to the sums of `done` updates, in float64."""
+    if not done:
+        return jax.tree.map(lambda x: np.asarray(x, float), more_sums), more_finite
+
+    def add_finite(count, more):
+        return np.where(np.asarray(count) == done, count + more, count)
+
+    return jax.tree.map(np.add, sums, more_sums), jax.tree.map(add_finite, finite, more_finite)
 
 
 def compile_updates(update, state, env):
@@ -212,6 +238,12 @@ def compile_updates(update, state, env):
     state, *_ = jax.block_until_ready(compiled_updates(update, state, env, 0))
     seconds = time.perf_counter() - began
     return state, Report({"charts/compile_seconds": seconds}, environment_steps(state))
+
+
+def tell(config, text: str) -> None:
+    """Print what a run is doing, if it is shown on a terminal."""
+    if {"console", "dashboard"} & set(config.log):
+        print(text, flush=True)
 
 
 @partial(jax.jit, static_argnames=("rollout", "env"), donate_argnames="state")
@@ -270,8 +302,8 @@ class Run:
                     run.evaluate(evaluate, state, env)
 
     Reports and evaluations happen after the same updates whether or not the run was interrupted.
-    SIGTERM and Ctrl-C end the loop at the next report, after a checkpoint; a second Ctrl-C ends it
-    at once.
+    SIGTERM and Ctrl-C end the loop at the next report, after a checkpoint; a second one ends the
+    process at once. Before the first update the first one does: there is nothing to save.
 
     Raises:
       UsageError: the directory or a logger cannot be used.
@@ -285,10 +317,12 @@ class Run:
             trained = load_trained(config, partial(shapes, init=init), like)
         self.config = config
         self.signal = None  # the first signal that asked the run to stop
-        self.handlers = {}  # signal handlers to restore
+        self.signal_time = 0.0  # when it arrived
+        self.phase = "starting"  # then "training", then "closing"
         self.evaluation = {}  # policy -> episodes of the last evaluation
         self.saved_step = None  # step of the last checkpoint
         self.dir, self.lock = open_run_dir(config)
+        self.identity = os.stat(self.dir)
         self.checkpoints = Checkpoints(self.dir, config.keep_checkpoints)
         notes = {"metrics_bytes": 0, "diverged": ()}
         if config.resume and self.checkpoints.steps():
@@ -302,7 +336,7 @@ class Run:
             extend(self.dir, config, self.saved_step or 0)
         self._announce(like)
         forget_after(self.dir / METRICS_FILE, notes["metrics_bytes"])
-        self.logger = make_logger(config, self.dir, notes["diverged"])
+        self.logger = make_logger(config, self.dir, notes["diverged"], self.saved_step)
 
     def _announce(self, like):
         """What a user might not expect of this run."""
@@ -317,6 +351,9 @@ class Run:
             print(f"--total-steps {config.total_steps:,} trains {trained:,}: {updates}", flush=True)
 
     def __enter__(self):
+        self.signals = answered(self._answer)
+        self.signals.__enter__()
+        tell(self.config, "compiling, usually 10 to 50 s; cached for later runs of this kind")
         return self
 
     @property
@@ -325,7 +362,9 @@ class Run:
 
     def next_chunk(self, state) -> int:
         """Steps to train until the next report; 0 if the run is complete or has been stopped."""
-        self._listen()
+        gc.enable()
+        self.phase = "training"
+        self._check_dir()
         config = self.config
         if self.signal and self.saved_step != environment_steps(state):
             self._checkpoint(state)
@@ -347,6 +386,8 @@ class Run:
         The checkpoint's score is the mean return of the last of them: if both are evaluated, that
         of the policy as it was trained, which draws its actions.
         """
+        if not self.evaluation:
+            tell(self.config, "compiling the first evaluation")
         self.evaluation = evaluate_policies(evaluate, state, env)
         report = {}
         for policy, episodes in self.evaluation.items():
@@ -370,6 +411,7 @@ class Run:
         try:
             self.checkpoints.save(state, step, score, **notes)
         except OSError as error:
+            self._check_dir()
             free = shutil.disk_usage(self.dir).free / 2**20
             where = f"{self.checkpoints.folder} ({free:,.0f} MiB free)"
             reason = error.strerror or str(error).splitlines()[0]
@@ -383,36 +425,45 @@ class Run:
             return "there is no checkpoint yet"
         return f"the last checkpoint is of step {self.saved_step:,}, {advice} {self.dir}"
 
-    def _listen(self):
-        """Let signals wait for the next report. Before the first chunk there is nothing to save."""
-        gc.enable()
-        if self.handlers or threading.current_thread() is not threading.main_thread():
+    def _check_dir(self):
+        """Notice that the directory was deleted, or that another one has its name."""
+        try:
+            same = os.path.samestat(os.stat(self.dir), self.identity)
+            same = same and (self.dir / CONFIG_FILE).exists()
+        except (FileNotFoundError, NotADirectoryError):
+            same = False
+        except OSError:  # a network that is down, for example
             return
+        if not same:
+            gone = f"the run directory {str(self.dir)!r} was deleted or moved"
+            raise RunError(f"{gone}, the run cannot continue")
 
-        def stop(number, _):
-            if self.signal and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signal = number
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping at the next report; press Ctrl-C again to stop at once\n")
-
-        self.handlers = {
-            number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+    def _answer(self, number):
+        """What happens when a signal arrives; in a thread of its own, the main one may be busy."""
+        now = time.monotonic()
+        if self.signal is None and self.phase != "starting":
+            self.signal, self.signal_time = number, now
+            what = "stopping at the next report" if self.phase == "training" else "closing the logs"
+            say(f"{what}; press Ctrl-C again to stop at once")
+        elif now > self.signal_time + 0.1:  # `timeout`, for one, sends each signal twice
+            say(f"interrupted; {self._how_to_continue()}")
+            # What they hold is lost to a process that ends; they have a second to write it.
+            closing = threading.Thread(target=self.logger.close, daemon=True)
+            closing.start()
+            closing.join(1.0)
+            end_at_once(number)
 
     def __exit__(self, kind, error, _):
+        self.phase = "closing"
         complete = self.saved_step == self.config.num_updates * self.config.steps_per_update
-        if kind is KeyboardInterrupt:
-            print(f"interrupted; {self._how_to_continue()}", file=sys.stderr)
-        elif kind is None and not complete:
+        if kind is None and not complete:
             print(f"stopped; {self._how_to_continue()}", file=sys.stderr)
         try:
             self.logger.close()
             self.checkpoints.close()
         finally:
             self.lock.release()
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
+            self.signals.__exit__(None, None, None)
         if kind is Diverged:
             advice = self._how_to_continue("the last good one: look at it with --evaluate")
             raise RunError(f"{error}; {advice}") from None
@@ -441,7 +492,7 @@ def evaluate_policies(evaluate, state, env) -> dict:
 
 
 def show(config, env, init, evaluate) -> None:
-    """What --evaluate does: play fresh episodes with a trained agent, and film one (--video).
+    """What --evaluate does: play fresh episodes with a trained agent, and film another (--video).
 
     The episodes are others than those that chose the best checkpoint: their keys are made from
     --seed. The result is printed, and written to evaluations/ in the run's directory.
@@ -463,7 +514,8 @@ def show(config, env, init, evaluate) -> None:
     state, step, notes = restore(config.evaluate, like, config.best, "evaluate")
     diverged = dict(notes["diverged"])
     fresh = jax.vmap(partial(jax.random.fold_in, data=FRESH))(seed_keys(config))
-    results = evaluate_policies(evaluate, state.replace(key=fresh), env)
+    state = state.replace(key=fresh)
+    results = evaluate_policies(evaluate, state, env)
 
     chooser = evaluated_policies(saved)[-1]
     which = f" (the best {chooser} return)" if config.best else ""
@@ -491,8 +543,7 @@ def show(config, env, init, evaluate) -> None:
         path = save_evaluation(Path(config.evaluate), contents)
         print(f"saved to {path}")
     except OSError as error:
-        reason = f"the evaluation was not saved: {error.strerror}"
-        print(f"warning: {reason}", file=sys.stderr)
+        warn(f"the evaluation was not saved: {error.strerror}")
 
     if config.video:
         policy = list(results)[-1]
@@ -503,4 +554,4 @@ def show(config, env, init, evaluate) -> None:
             write_gif(config.video, env, episode)
         except OSError as error:
             raise UsageError(f"{config.video!r} cannot be written: {error.strerror}") from None
-        print(f"video of {int(episode.length)} steps: {config.video}")
+        print(f"video of {int(episode.length)} steps, {policy} actions: {config.video}")

@@ -6,7 +6,9 @@
 A metric is a scalar, or an array with one value per seed. "Nothing to report" (no episode has
 ended yet) is a missing name, or nan for the seeds concerned; it is never a zero.
 
-To add a backend, write a class with the methods of `Backend` and enter it in `make_logger`.
+To add a backend, write a class with the methods of `Backend` and enter it in `make_logger`, and the
+library that it needs in `LIBRARIES`. `Memory` keeps reports for a notebook.
+
 `python loggers.py` shows runs from their files, while they run or later, several side by side:
 
     python loggers.py runs/a runs/b                   # the dashboard
@@ -16,11 +18,14 @@ To add a backend, write a class with the methods of `Backend` and enter it in `m
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import logging
 import os
 import queue
+import re
 import shutil
+import struct
 import sys
 import threading
 import time
@@ -29,7 +34,7 @@ from typing import Protocol
 
 import numpy as np
 
-from harness.errors import Diverged, UsageError
+from harness.errors import Diverged, UsageError, import_optional
 from harness.metrics import (
     GREEDY,
     METRICS_FILE,
@@ -37,17 +42,13 @@ from harness.metrics import (
     SAMPLED,
     Report,
     as_json,
-    evaluated_policies,
+    parse_record,
     read_metrics,
     scalars,
 )
+from harness.output import warn
 from harness.run_dir import CONFIG_FILE
-
-
-def warn(text: str) -> None:
-    """Print a warning, if the terminal takes it: stderr may go to a disk that is full."""
-    with contextlib.suppress(OSError):
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+from harness.text import duration, fitted
 
 
 class Backend(Protocol):
@@ -193,62 +194,84 @@ class Background:
 
 
 class Console:
-    """One line per report; a column shows the mean over seeds (± their standard deviation)."""
+    """One line per report and one per evaluation, of at most 80 characters.
 
-    COLUMNS = {  # heading: (metric, format)
-        "SPS": ("charts/SPS", "{:,.0f}"),
-        "return": (RETURN, "{:.2f}"),
-        "length": ("charts/episodic_length", "{:.0f}"),
-        "entropy": ("losses/entropy", "{:.3f}"),
-        "value loss": ("losses/value_loss", "{:.2g}"),
-        "approx kl": ("losses/approx_kl", "{:.4f}"),
-        "epsilon": ("charts/epsilon", "{:.2f}"),
-        "alpha": ("losses/alpha", "{:.3f}"),
-        "td loss": ("losses/td_loss", "{:.2g}"),
-        "q value": ("losses/q_values", "{:.2f}"),
-        "greedy return": (GREEDY, "{:.2f}"),
-        "sampled return": (SAMPLED, "{:.2f}"),
-    }
-    # The columns are those that the first report has, these, and those of evaluations.
-    ALWAYS = (RETURN, "charts/episodic_length")
+    Columns show the mean over seeds; returns also have its standard deviation. What has no room
+    here is in the run's file.
+    """
+
+    WIDTH = 80
+    COLUMNS = (  # heading, metric, format, digits; the most important first
+        ("SPS", "charts/SPS", "{:,.0f}", 9),
+        ("return", RETURN, "{:.2f}", 8),
+        ("length", "charts/episodic_length", "{:.0f}", 6),
+        ("epsilon", "charts/epsilon", "{:.2f}", 4),
+        ("alpha", "losses/alpha", "{:.3f}", 7),
+        ("value loss", "losses/value_loss", "{:.2g}", 8),
+        ("td loss", "losses/td_loss", "{:.2g}", 8),
+        ("entropy", "losses/entropy", "{:.3f}", 7),
+        ("approx kl", "losses/approx_kl", "{:.4f}", 7),
+        ("q value", "losses/q_values", "{:.2f}", 8),
+    )
+    ALWAYS = (RETURN, "charts/episodic_length")  # the first report may not have them yet
+    EVALUATIONS = {"greedy": GREEDY, "sampled": SAMPLED}
 
     def __init__(self, config, final_step):
         self.final_step = final_step
-        self.width = 14 if config.num_seeds == 1 else 19
-        self.evaluated = [f"eval/{policy}_return" for policy in evaluated_policies(config)]
-        self.columns = {}
+        self.num_seeds = config.num_seeds
+        self.step_width = max(7, len(f"{final_step:,}"))
+        self.columns = []
+        self.began = None  # (seconds, step) of the first report
 
     def log(self, metrics, step):
         if "charts/compile_seconds" in metrics:
             print(f"compiled in {metrics['charts/compile_seconds']:.1f} s", flush=True)
-        shown = {name for name, _ in self.COLUMNS.values()}
-        if not self.columns and shown & metrics.keys():
-            present = {*self.ALWAYS, *self.evaluated, *metrics}
-            self.columns = {
-                heading: (name, form)
-                for heading, (name, form) in self.COLUMNS.items()
-                if name in present
-            }
-            self._print(f"{'step':>12}", self.columns)
-        cells = [self._cell(metrics.get(name), form) for name, form in self.columns.values()]
-        if any(cells):
-            self._print(f"{step:>12,} {step / self.final_step:>4.0%}", cells)
+        head = f"{step:>{self.step_width},} {step / max(1, self.final_step):>4.0%}"
+        row = f"{head} {self._time_left(step):>8}"
+        if not self.columns and any(name in metrics for _, name, *_ in self.COLUMNS):
+            self._choose_columns({*self.ALWAYS, *metrics}, len(row))
+        cells = [
+            f" {self._cell(metrics.get(name), form, digits, name == RETURN):>{width}}"
+            for _, name, form, digits, width in self.columns
+        ]
+        if any(cell.strip() for cell in cells):
+            print(row + "".join(cells), flush=True)
+        evaluated = [
+            f"{policy} {self._cell(metrics[name], '{:.2f}', 8, spread=True)}"
+            for policy, name in self.EVALUATIONS.items()
+            if np.isfinite(metrics.get(name, np.nan)).any()
+        ]
+        if evaluated:
+            print(f"{head} eval: {', '.join(evaluated)}", flush=True)
 
-    def _cell(self, value, form):
-        if value is None:
+    def _time_left(self, step):
+        now = time.perf_counter()
+        began, first = self.began = self.began or (now, step)
+        if step <= first:
             return ""
-        values = np.ravel(value)
+        return duration((now - began) / (step - first) * max(0, self.final_step - step))
+
+    def _choose_columns(self, present, used):
+        """Choose those that fit, and print their headings."""
+        for heading, name, form, digits in self.COLUMNS:
+            spread = len(" ± ") + 7 if name == RETURN and self.num_seeds > 1 else 0
+            width = max(len(heading), digits + spread)
+            if name in present and used + 1 + width <= self.WIDTH:
+                used += 1 + width
+                self.columns.append((heading, name, form, digits, width))
+        headings = "".join(f" {heading:>{width}}" for heading, *_, width in self.columns)
+        print(f"{'step':>{self.step_width}} {'left':>13}{headings}", flush=True)
+
+    def _cell(self, value, form, digits, spread=False):
+        values = np.ravel(np.nan if value is None else value)
         finite = values[np.isfinite(values)]
         if not finite.size:
             return ""
-        spread = f" ± {form.format(finite.std())}" if finite.size > 1 else ""
-        return form.format(finite.mean()) + spread
-
-    def _print(self, head, cells):
-        print(f"{head:<17}" + "".join(f"{cell:>{self.width}}" for cell in cells), flush=True)
+        mean = fitted(finite.mean(), form, digits)
+        return f"{mean} ± {fitted(finite.std(), form, 7)}" if finite.size > 1 and spread else mean
 
     def close(self):
-        sys.stdout.flush()
+        print(end="", flush=True)
 
 
 class File:
@@ -261,6 +284,7 @@ class File:
 
     def __init__(self, run_dir):
         self.path = Path(run_dir) / METRICS_FILE
+        self._repair_end()
         past = read_metrics(self.path)
         trained = past[-1]["time"] if past else 0.0
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115, closed in close()
@@ -268,7 +292,23 @@ class File:
         self.waiting = b""  # lines that could not be written yet
         self.warned = False
 
+    def _repair_end(self):
+        """Cut off an unfinished last line: the next report would become a part of it."""
+        if not self.path.exists():
+            return
+        complete, end, rest = self.path.read_bytes().rpartition(b"\n")
+        if rest and parse_record(rest):
+            with open(self.path, "ab") as file:
+                file.write(b"\n")  # it is all that was missing
+        elif rest:
+            os.truncate(self.path, len(complete + end))
+            warn(f"{str(self.path)!r}: the last line was not finished and is left out")
+
     def log(self, metrics, step):
+        if not self.path.exists() and self.path.parent.exists():
+            warn(f"{METRICS_FILE} was deleted; it begins again at step {step:,}")
+            self.file.close()
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115, closed in close()
         record = {"step": step, "time": round(time.perf_counter() - self.start, 3)}
         record |= {name: as_json(value) for name, value in metrics.items()}
         self.waiting += json.dumps(record).encode() + b"\n"
@@ -297,26 +337,54 @@ class File:
         self.file.close()
 
 
+LIBRARIES = {  # backend: its module, and what to pass to `pip install` if it has another name
+    "tensorboard": ("tensorboardX", None),
+    "wandb": ("wandb", None),
+    "neptune": ("neptune", "neptune<2"),
+    "dashboard": ("rich.live", None),
+}
+
+
+def library(name: str):
+    """The module that a backend needs; UsageError if it is not installed."""
+    module, package = LIBRARIES[name]
+    return import_optional(module, f"logger {name}", package)
+
+
 class TensorBoard:
     """Event files with the names of `scalars`, and the config as text.
 
     The event files of a process that was killed may have gaps, and may end with reports that the
-    resumed run will make again. A resumed run therefore rewrites them from metrics.jsonl.
+    resumed run will make again. A resumed run rewrites them from metrics.jsonl, if that has all
+    their steps; otherwise it continues them, and what will be made again is marked as void.
     """
 
-    def __init__(self, run_dir, config, about):
-        from tensorboardX import SummaryWriter
+    TABLES = ("sources", "packages")  # facts about a run that fill a page of their own
 
-        path = Path(run_dir) / METRICS_FILE
-        if path.exists():
-            for old in Path(run_dir).glob("events.out.tfevents.*"):
-                old.unlink()
-        self.run_dir = run_dir
-        self.writer = SummaryWriter(str(run_dir))
-        facts = dataclasses.asdict(config) | about
-        rows = "\n".join(f"|{name}|{value}|" for name, value in facts.items())
-        self.writer.add_text("config", f"|field|value|\n|-|-|\n{rows}")
-        self._repeat(read_metrics(path))
+    def __init__(self, run_dir, config, about, step):
+        tensorboard = library("tensorboard")
+        self.run_dir = Path(run_dir).absolute()  # "s3:x" would be an address
+        old = [path for path in self.run_dir.glob(EVENT_FILES) if path.is_file()]
+        past = read_metrics(self.run_dir / METRICS_FILE)
+        seen = {reported for path in old for reported in event_steps(path)}
+        first_again = 0 if step is None else step + 1
+        kept = {reported for reported in seen if reported < first_again}
+        is_covered = kept <= {record["step"] for record in past} and not (seen and step is None)
+        if is_covered:
+            for path in old:
+                path.unlink()
+        void = None if is_covered else first_again
+        suffix = "" if is_covered else f".{len(old)}"  # the name has but the second
+        self.writer = tensorboard.SummaryWriter(
+            str(self.run_dir), purge_step=void, filename_suffix=suffix
+        )
+        tables = {name: about[name] for name in self.TABLES if isinstance(about.get(name), dict)}
+        rest = {name: value for name, value in about.items() if name not in tables}
+        for name, facts in ({"config": dataclasses.asdict(config), "about": rest} | tables).items():
+            rows = "\n".join(f"|{cell(name)}|{cell(value)}|" for name, value in facts.items())
+            self.writer.add_text(name, f"|name|value|\n|-|-|\n{rows}")
+        if is_covered:
+            self._repeat(past)
 
     def _repeat(self, past):
         """Write past reports, as if training had been without a pause until now."""
@@ -329,13 +397,53 @@ class TensorBoard:
             self.log(metrics, record["step"], now - seconds_ago)
 
     def log(self, metrics, step, walltime=None):
-        if shutil.disk_usage(self.run_dir).free < 2**20:  # tensorboardX hangs when the disk is full
+        # tensorboardX hangs when the disk is full. If the directory is gone, `Run` says so.
+        if self.run_dir.exists() and shutil.disk_usage(self.run_dir).free < 2**20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for name, value in scalars(metrics).items():
             self.writer.add_scalar(name, value, step, walltime)
 
     def close(self):
         self.writer.close()
+
+
+def plain(value):
+    """The value with its text as UTF-8 can hold it; a path may be of bytes that are not."""
+    if isinstance(value, dict):
+        return {plain(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(entry) for entry in value)
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
+EVENT_FILES = "events.out.tfevents.*"
+
+
+def cell(value) -> str:
+    """A value as the text of a cell in a table of TensorBoard's."""
+    return str(plain(value)).replace("|", "\\|").replace("\n", " ")
+
+
+def event_steps(path: Path):
+    """The steps of the scalars in an event file, up to its end or to what is broken in it.
+
+    A record is 8 bytes of length, 4 of a checksum, the event, and 4 of another checksum.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboardX.proto.event_pb2 import Event
+
+    with open(path, "rb") as file:
+        while len(head := file.read(12)) == 12:
+            (size,) = struct.unpack("<Q", head[:8])
+            if size > path.stat().st_size:
+                return
+            try:
+                event = Event.FromString(file.read(size))
+            except DecodeError:
+                return
+            file.seek(4, os.SEEK_CUR)
+            if any(value.HasField("simple_value") for value in event.summary.value):
+                yield event.step
 
 
 class WandB:
@@ -345,16 +453,15 @@ class WandB:
     """
 
     def __init__(self, run_dir, config, about):
-        import wandb
-
+        wandb = library("wandb")
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "memory-rl"),
-            name=Path(run_dir).name,
+            name=plain(Path(run_dir).name),
             id=about["id"],
             resume="allow" if config.wandb_mode == "online" else None,
             dir=run_dir,
             mode=config.wandb_mode,
-            config=dataclasses.asdict(config) | {"about": about},
+            config=plain(dataclasses.asdict(config) | {"about": about}),
             settings=wandb.Settings(console="off", silent=True),
         )
 
@@ -368,19 +475,20 @@ class WandB:
 class Neptune:
     """Neptune (client 1.x), configured by its environment variables (NEPTUNE_PROJECT, ...).
 
-    Offline it writes to `<run>/.neptune/offline`, which
-    `neptune sync --path <run> --offline-only` uploads.
+    The hosted service has ended, and its data were deleted after 2026-03-05. What works is a server
+    of one's own (NEPTUNE_API_TOKEN names it), and offline mode, which needs none: it writes to
+    `<run>/.neptune/offline`, which `neptune sync --path <run> --offline-only` uploads to a server.
     """
 
     def __init__(self, run_dir, config, about):
         os.environ["NEPTUNE_DATA_DIRECTORY"] = str(Path(run_dir) / ".neptune")
-        import neptune
+        neptune = library("neptune")
         from neptune.utils import stringify_unsupported
 
         logging.getLogger("neptune").setLevel(logging.ERROR)
         self.run = neptune.init_run(
             mode=config.neptune_mode,
-            name=Path(run_dir).name,
+            name=plain(Path(run_dir).name),
             custom_run_id=about["id"],
             source_files=[],
             capture_stdout=False,
@@ -388,8 +496,8 @@ class Neptune:
             capture_hardware_metrics=False,
             git_ref=False,
         )
-        self.run["config"] = stringify_unsupported(dataclasses.asdict(config))
-        self.run["about"] = stringify_unsupported(about)
+        self.run["config"] = stringify_unsupported(plain(dataclasses.asdict(config)))
+        self.run["about"] = stringify_unsupported(plain(about))
 
     def log(self, metrics, step):
         for name, value in scalars(metrics).items():
@@ -406,7 +514,7 @@ class Dashboard:
     """The live screen of harness/dashboard.py, for terminals."""
 
     def __init__(self, run_dir, config, about):
-        from rich.live import Live
+        Live = library("dashboard").Live
 
         from harness.dashboard import History, draw
 
@@ -422,19 +530,49 @@ class Dashboard:
         self.live.stop()
 
 
+class Memory:
+    """Keeps the reports, for a notebook: `Logger([memory])`, and then `memory.series(metric)`.
+
+    Attributes:
+      records: the reports as they came, {"step": step, metric: array, ...}.
+    """
+
+    def __init__(self):
+        self.records = []
+
+    def log(self, metrics, step):
+        self.records.append({"step": step} | metrics)
+
+    def series(self, name):
+        """The steps (reports,), and the values of a metric, (reports,) or (reports, S)."""
+        reports = [record for record in self.records if name in record]
+        steps = np.array([record["step"] for record in reports])
+        return steps, np.array([record[name] for record in reports])
+
+    def close(self):
+        """Keep everything."""
+
+
 # --- Making a logger -----------------------------------------------------------------------------
 
 
 def check_keys(config) -> None:
-    """Refuse a config whose loggers lack an API key, before a run is begun.
+    """Refuse a config whose loggers lack a library or an API key, before a run is begun.
 
     Raises:
       UsageError: names what is missing.
     """
+    for name in config.log:
+        if name in LIBRARIES:
+            library(name)
     if "wandb" in config.log and config.wandb_mode == "online":
-        import wandb
-
-        if not wandb.api.api_key:
+        wandb = library("wandb")
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # it prints where it found one
+                has_key = wandb.login(prompt=False, verify=False)
+        except wandb.errors.AuthenticationError as error:
+            raise UsageError(f"wandb has no API key that it can use: {error}") from None
+        if not has_key:
             ways = "run `wandb login`, set WANDB_API_KEY, or choose --wandb-mode offline"
             raise UsageError(f"wandb has no API key: {ways}")
     if "neptune" in config.log and config.neptune_mode != "offline":
@@ -444,7 +582,7 @@ def check_keys(config) -> None:
                 raise UsageError(f"neptune needs {variable}: {ways}")
 
 
-def make_logger(config, run_dir, diverged=()) -> Logger:
+def make_logger(config, run_dir, diverged=(), step: int | None = None) -> Logger:
     """The logger of a run: the backends of `config.log`, writing into `run_dir`.
 
     "console" and "dashboard" both write to the terminal. With "dashboard", only the dashboard does,
@@ -452,6 +590,7 @@ def make_logger(config, run_dir, diverged=()) -> Logger:
 
     Args:
       diverged: of a resumed run, `Logger.diverged` when it was saved, as pairs.
+      step: of a resumed run, the step of its checkpoint; None if it has none.
 
     Raises:
       UsageError: a backend cannot start.
@@ -459,15 +598,15 @@ def make_logger(config, run_dir, diverged=()) -> Logger:
     path = Path(run_dir) / CONFIG_FILE
     about = json.loads(path.read_text()) if path.exists() else {}
     about.pop("config", None)
-    about.setdefault("id", Path(run_dir).name)
+    about["id"] = re.sub(r"[^\w-]+", "-", str(about.get("id", Path(run_dir).name)))  # names files
     names = set(config.log)
     if "dashboard" in names:
         names -= {"console", "dashboard"}
-        names |= {"dashboard" if sys.stdout.isatty() else "console"}
+        names |= {"dashboard" if sys.stdout and sys.stdout.isatty() else "console"}
     make = {
         "console": lambda: Console(config, about.get("final_step", config.total_steps)),
-        "tensorboard": lambda: Background(TensorBoard(run_dir, config, about)),
-        "file": lambda: File(run_dir),
+        "file": lambda: File(run_dir),  # repairs the record that TensorBoard reads
+        "tensorboard": lambda: Background(TensorBoard(run_dir, config, about, step)),
         "wandb": lambda: Background(WandB(run_dir, config, about), patience=300.0),
         "neptune": lambda: Background(Neptune(run_dir, config, about), patience=300.0),
         "dashboard": lambda: Dashboard(run_dir, config, about),

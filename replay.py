@@ -212,6 +212,7 @@ class SequenceReplay:
         return buffer._replace(
             chunks=chunks,
             priorities=buffer.priorities.at[:, first].set(priority),
+            greatest=priority,
         )
 
     def sample(self, buffer: Buffer, key) -> Sample:
@@ -240,7 +241,6 @@ class SequenceReplay:
             start = jax.random.randint(slot_key, (self.batch_size,), 0, num_starts)
             slot = (oldest + start) % self._slots
             weight = jnp.ones(self.batch_size, jnp.float32)
-        weight = jnp.where(num_starts > 0, weight, 0.0)  # nothing is learned of what is not there
 
         def join_chunks(x):
             """(B, chunks, T, ...) -> (length, B, ...)."""
@@ -250,7 +250,10 @@ class SequenceReplay:
         carry, steps = buffer.chunks.experience
         carry = jax.tree.map(lambda x: x[env, slot], carry)
         steps = jax.tree.map(lambda x: join_chunks(x[env[:, None], following]), steps)
-        return Sample(carry, as_seen(steps), weight, (env, slot))
+        batch = as_seen(steps)
+        # Rows that were never written are no steps: nothing is learned from them.
+        batch = batch._replace(final=batch.final | (num_starts <= 0))
+        return Sample(carry, batch, weight, (env, slot))
 
     def set_priorities(self, buffer: Buffer, sample: Sample, error) -> Buffer:
         """The buffer with new priorities of sampled sequences; unchanged if not `prioritized`.

@@ -212,8 +212,10 @@ def make_replay(config: Config):
 # --- Mathematics ---------------------------------------------------------------------------------
 def epsilon(updates, config):
     """The probability of a random action after so many updates, linear in environment steps."""
-    progress = config.progress(updates) / max(1e-9, config.exploration_fraction)
-    return config.start_e + (config.end_e - config.start_e) * jnp.minimum(progress, 1.0)
+    progress = config.progress(updates)
+    fraction = config.exploration_fraction
+    phase = jnp.where(progress < fraction, progress / (fraction or 1.0), 1.0)
+    return config.start_e + (config.end_e - config.start_e) * phase
 
 
 def epsilon_greedy(key, q_values, probability):
@@ -310,7 +312,7 @@ def rollout(state, env):
     metrics = {
         "charts/epsilon": epsilon(state.updates, config),
         "charts/episodic_return": info["episode_return"].sum(where=done),
-        "charts/episodic_length": info["episode_length"].sum(where=done),
+        "charts/episodic_length": info["episode_length"].sum(where=done, dtype=jnp.float32),
         "charts/episodes": done.sum(),
     }
     buffer = make_replay(config).add(state.buffer, first_carry, batch)
@@ -323,12 +325,11 @@ def update(state, env):
     network = make_network(config, env)
     optimizer = make_optimizer(config)
     replay = make_replay(config)
-    first_step = state.updates * config.gradient_steps
     progress = config.progress(state.updates)
     learning_rate = config.learning_rate * (1.0 - config.anneal_lr * progress)
     state, metrics = rollout(state, env)
 
-    def gradient_step(state, step):
+    def gradient_step(state, _):
         key, sample_key = jax.random.split(state.key)
         sample = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
         gradient = jax.grad(td_loss, has_aux=True)
@@ -341,14 +342,13 @@ def update(state, env):
         target_params = optax.periodic_update(
             optax.incremental_update(params, state.target_params, config.tau),
             state.target_params,
-            step,
+            optax.tree.get(opt_state, "count"),  # gradient steps so far, this one included
             config.target_network_frequency,
         )
         state = state.replace(params=params, target_params=target_params, opt_state=opt_state)
         return state.replace(key=key), parts
 
-    steps = first_step + 1 + jnp.arange(config.gradient_steps)
-    state, parts = jax.lax.scan(gradient_step, state, steps)
+    state, parts = jax.lax.scan(gradient_step, state, length=config.gradient_steps)
     metrics |= jax.tree.map(jnp.mean, parts)
     metrics["charts/learning_rate"] = learning_rate
     return state, metrics

@@ -120,8 +120,8 @@ def make_network(config: Config, env):
 
 def make_optimizer(config: Config):
     clip = optax.clip_by_global_norm(config.max_grad_norm)
-    adam = optax.scale_by_adam(eps=1e-5)  # `update` applies the learning rate
-    return flatten_small(optax.chain(clip, adam))
+    radam = optax.scale_by_radam()  # `update` applies the learning rate
+    return flatten_small(optax.chain(clip, radam))
 
 
 # --- State ---------------------------------------------------------------------------------------
@@ -157,8 +157,10 @@ class Transition(NamedTuple):
 # --- Mathematics ---------------------------------------------------------------------------------
 def epsilon(updates, config):
     """The probability of a random action after so many updates, linear in environment steps."""
-    progress = config.progress(updates) / max(1e-9, config.exploration_fraction)
-    return config.start_e + (config.end_e - config.start_e) * jnp.minimum(progress, 1.0)
+    progress = config.progress(updates)
+    fraction = config.exploration_fraction
+    phase = jnp.where(progress < fraction, progress / (fraction or 1.0), 1.0)
+    return config.start_e + (config.end_e - config.start_e) * phase
 
 
 def epsilon_greedy(key, q_values, probability):
@@ -281,7 +283,7 @@ def update(state, env):
         "charts/epsilon": epsilon(state.updates, config),
         "charts/learning_rate": learning_rate,
         "charts/episodic_return": batch.episode_return.sum(where=batch.done),
-        "charts/episodic_length": batch.episode_length.sum(where=batch.done),
+        "charts/episodic_length": batch.episode_length.sum(where=batch.done, dtype=jnp.float32),
         "charts/episodes": batch.done.sum(),
     }
     updates = state.updates + 1

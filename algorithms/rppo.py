@@ -356,7 +356,7 @@ def update(state, env):
         "losses/explained_variance": 1.0 - (returns - batch.value).var() / (returns.var() + 1e-8),
         "charts/learning_rate": learning_rate,
         "charts/episodic_return": batch.episode_return.sum(where=batch.done),
-        "charts/episodic_length": batch.episode_length.sum(where=batch.done),
+        "charts/episodic_length": batch.episode_length.sum(where=batch.done, dtype=jnp.float32),
         "charts/episodes": batch.done.sum(),
     }
     updates = state.updates + 1

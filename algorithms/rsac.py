@@ -345,7 +345,7 @@ def rollout(state, env):
     done = info["episode_done"]
     metrics = {
         "charts/episodic_return": info["episode_return"].sum(where=done),
-        "charts/episodic_length": info["episode_length"].sum(where=done),
+        "charts/episodic_length": info["episode_length"].sum(where=done, dtype=jnp.float32),
         "charts/episodes": done.sum(),
     }
     buffer = make_replay(config).add(state.buffer, first_carry, batch)

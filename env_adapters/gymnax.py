@@ -71,19 +71,10 @@ def make_task(env_id: str, **options) -> Task:
     }
     owner = f"gymnax::{env_id}"
     check_options(owner, options, parameters | arguments)
+    check_sizes(owner, options, arguments)
     # A whole number in place of a float would change the dtypes of the task's state.
     floats = [name for name in options if isinstance(parameters.get(name), float)]
     options |= {name: float(options[name]) for name in floats}
-    if options.get("max_steps_in_episode", 1) < 1:
-        limit = options["max_steps_in_episode"]
-        raise ValueError(f"option max_steps_in_episode of {owner} must be at least 1, got {limit}")
-    for name, value in options.items():
-        if DIVISOR.match(name) and not value > 0:
-            raise ValueError(f"option {name} of {owner} must be greater than 0, got {value}")
-        is_size = name in arguments and type(value) is int and not name.endswith("seed")
-        if is_size and value > LARGEST_SIZE:
-            option = f"option {name} of {owner}"
-            raise ValueError(f"{option} must be at most {LARGEST_SIZE}, got {value}")
     with refusing(owner, options):
         env, params = gymnax.make(env_id, **select(options, arguments))
         params = params.replace(**select(options, parameters))
@@ -119,6 +110,26 @@ def make_task(env_id: str, **options) -> Task:
         render=make_renderer(env_id, env, params),
         masks=MASKS.get(env_id, {}),
     )
+
+
+def check_sizes(owner: str, options: dict, arguments: dict) -> None:
+    """Refuse what would divide by zero, never begin, or not fit into memory.
+
+    Args:
+      arguments: those of the constructor; whole numbers among them are sizes.
+
+    Raises:
+      ValueError: names the option, its value and what is valid.
+    """
+    for name, value in options.items():
+        option = f"option {name} of {owner}"
+        if name == "max_steps_in_episode" and value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
+        if DIVISOR.match(name) and not value > 0:
+            raise ValueError(f"{option} must be greater than 0, got {value}")
+        is_size = name in arguments and type(value) is int and not name.endswith("seed")
+        if is_size and value > LARGEST_SIZE:
+            raise ValueError(f"{option} must be at most {LARGEST_SIZE}, got {value}")
 
 
 def select(options: dict, names) -> dict:

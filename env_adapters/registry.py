@@ -60,13 +60,14 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
     masks = tuple(map(str, mask)) if isinstance(mask, (tuple, list)) else (str(mask),)
     for name, value in options.items():
         if not isinstance(value, (bool, int, float, str, tuple)):
-            kinds = "a number, True or False, a text, or a tuple"
-            raise ValueError(f"option {name} of {id} must be {kinds}, got {value!r}")
-    return _make(full_id(id), masks, tuple(sorted(options.items())))
+            valid = "a number, True or False, a text, or a tuple"
+            raise ValueError(f"option {name} of {id} must be {valid}, got {value!r}")
+    kinds = tuple(type(options[name]) for name in sorted(options))  # 1, 1.0 and True are equal
+    return _make(full_id(id), masks, tuple(sorted(options.items())), kinds)
 
 
 @functools.cache
-def _make(id, mask, options):
+def _make(id, mask, options, kinds=()):
     namespace, separator, env_id = id.partition("::")
     if not separator:
         hint = did_you_mean(id, known_ids(id))

@@ -6,7 +6,8 @@
 `step` counts environment steps. A process can be killed at any moment: orbax makes <step>/ appear
 only when it is complete, and <step>.json, without which a checkpoint does not count, is written
 last. Before a checkpoint is read, its files are compared with their checksums. A damaged one is
-reported, and the one before it is used.
+reported, and the one before it is used. One that cannot be read at the moment (too many open files,
+a network that is down) is not damaged: nothing else is used in its place, and it is never deleted.
 """
 
 import contextlib
@@ -19,15 +20,18 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from harness.errors import UsageError
+from harness.run_dir import CHECKPOINTS_FOLDER
 
-FOLDER = "checkpoints"
-UNFINISHED = "*.orbax-checkpoint-tmp*"  # what orbax names a checkpoint that it still writes
+NEW = "new"  # what is still written: "new" and "new-<step>"
+UNFINISHED = ".orbax-checkpoint-tmp"  # what orbax appends to the name of what it still writes
 
 
 class Checkpoints:
@@ -41,38 +45,49 @@ class Checkpoints:
     def __init__(self, run_dir, keep: int = 2):
         import orbax.checkpoint as ocp
 
-        self.folder = Path(run_dir).absolute() / FOLDER
+        self.folder = Path(run_dir).absolute() / CHECKPOINTS_FOLDER
         self.keep = keep
+        self.damaged: set[int] = set()  # steps that `restore` has found damaged
         self.orbax = ocp.StandardCheckpointer()
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, in order."""
-        paths = self.folder.glob("*.json")
-        return sorted(int(path.stem) for path in paths if path.stem.isdecimal())
+        """The steps of all complete checkpoints, in order.
+
+        Raises:
+          UsageError: the folder cannot be read.
+        """
+        try:
+            return self._steps()
+        except OSError as error:
+            raise UsageError(f"{str(self.folder)!r} cannot be read: {error.strerror}") from None
 
     def save(self, state, step: int, score: float = math.nan, **notes) -> None:
-        """Write a checkpoint and delete old ones.
+        """Write a checkpoint and delete old ones. The run's directory must exist.
 
         Args:
           state: a pytree of arrays, also of typed keys.
           score: the higher the better; nan if there is none.
-          **notes: anything that JSON can hold.
+          **notes: anything that JSON can hold. `metrics_bytes`, the size of the record, and
+            `diverged`, pairs of a seed and its story, are 0 and [] by default.
 
         Raises:
           OSError: it could not be written; earlier checkpoints are unchanged.
         """
         leaves = named_leaves(state)
-        self._delete(step)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         self._check_space(leaves)
-        self._write_arrays(leaves, step)
+        new = self.folder / f"{NEW}-{step}"
+        self._write_arrays(leaves, new)
         about = {
             "score": None if math.isnan(score) else score,
-            "notes": notes,
+            "notes": {"metrics_bytes": 0, "diverged": []} | notes,
             "leaves": {name: describe(leaf) for name, leaf in leaves.items()},
-            "files": checksums(self.folder / str(step)),
+            "files": checksums(new),
         }
+        self._delete(step)
+        os.rename(new, self.folder / str(step))
         self._write_about(about, step)
+        self.damaged.discard(step)
         self._delete_old(step)
 
     def restore(self, like, best: bool = False):
@@ -86,21 +101,27 @@ class Checkpoints:
           The state, its step, and its notes.
 
         Raises:
-          UsageError: there is no checkpoint, or it does not fit `like`.
+          UsageError: there is no checkpoint, it cannot be read, or it does not fit `like`.
         """
         steps = self.steps()[::-1]
         if not steps:
-            reason = "the run did not come to its first evaluation"
+            reason = "the run did not come to its first evaluation, or they were deleted"
             raise UsageError(f"no checkpoint in {str(self.folder)!r}: {reason}")
-        candidates = [*self._best(steps), *steps] if best else steps
-        for step in dict.fromkeys(candidates):  # without repetitions
-            try:
-                about = self._verify(step)
-            except (OSError, ValueError) as error:
-                damage = f"checkpoint {self.folder / str(step)} is damaged ({error})"
-                print(f"warning: {damage}; not used", file=sys.stderr)
-                continue
-            return self._read_arrays(step, about["leaves"], like), step, about["notes"]
+        try:
+            candidates = [*self._best(steps), *steps] if best else steps
+            for step in dict.fromkeys(candidates):  # without repetitions
+                try:
+                    about = self._verify(step)
+                except ValueError as error:
+                    self.damaged.add(step)
+                    damage = f"checkpoint {self.folder / str(step)} is damaged ({error})"
+                    print(f"warning: {damage}; not used", file=sys.stderr)
+                    continue
+                return self._read_arrays(step, about["leaves"], like), step, about["notes"]
+        except OSError as error:
+            reason = error.strerror or str(error).splitlines()[0]
+            failure = f"a checkpoint in {str(self.folder)!r} cannot be read: {reason}"
+            raise UsageError(f"{failure}; it may be sound, so no other one is used") from None
         raise UsageError(f"every checkpoint in {str(self.folder)!r} is damaged")
 
     def close(self) -> None:
@@ -117,22 +138,31 @@ class Checkpoints:
             reason = os.strerror(errno.ENOSPC)
             raise OSError(errno.ENOSPC, f"{reason}, it takes up to {size / 2**20:,.1f} MiB")
 
-    def _write_arrays(self, leaves, step):
+    def _write_arrays(self, leaves, new):
+        remove(new)
         try:
-            with quiet_orbax():
-                self.orbax.save(self.folder / str(step), leaves)
+            with orbax_can_read(self.folder) as folder:
+                self.orbax.save(folder / new.name, filled(leaves))
                 self.orbax.wait_until_finished()
-        except ValueError as error:  # raised by tensorstore if a file cannot be written
-            for unfinished in self.folder.glob(UNFINISHED):
+                self._check_readable(folder / new.name, leaves)
+        except OSError:
+            for unfinished in self.folder.glob(f"{NEW}-*"):
                 remove(unfinished)
-            if number := re.search(r"os_error_code='(\d+)'", str(error)):
-                code = int(number[1])
-                raise OSError(code, os.strerror(code)) from error
-            raise OSError(str(error)) from error
+            raise
+
+    def _check_readable(self, where, leaves):
+        """Raise ValueError if orbax does not find these arrays; their data is not read."""
+        metadata = self.orbax.metadata(where).item_metadata  # None if orbax finds no checkpoint
+        found = {name: describe(leaf) for name, leaf in metadata.tree.items()} if metadata else {}
+        for name, leaf in filled(leaves).items():
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.eval_shape(jax.random.key_data, leaf)
+            if found.get(name) != describe(leaf):
+                raise ValueError(f"it was written, but its {name} cannot be read back")
 
     def _write_about(self, about, step):
         text = json.dumps(about)
-        new = self.folder / "new"
+        new = self.folder / NEW
         with open(new, "w") as file:
             json.dump({"checksum": zlib.crc32(text.encode()), "about": text}, file)
             file.flush()
@@ -140,19 +170,33 @@ class Checkpoints:
         os.replace(new, self.folder / f"{step}.json")
 
     def _delete_old(self, step):
-        """Keep the last checkpoints and the best one; delete everything else in the folder."""
-        # A run that went back to an earlier checkpoint has not reached the later steps again.
-        past = [saved for saved in self.steps() if saved <= step]
-        kept = {*past[-self.keep :], *self._best(past)}
-        for path in self.folder.iterdir():  # a killed process may have left other files
-            if not path.stem.isdecimal() or int(path.stem) not in kept:
-                remove(path)
+        """Keep the last checkpoints and the best one; delete what else was written by a run."""
+        with contextlib.suppress(OSError):  # what cannot be read now is looked at the next time
+            complete = self._steps()
+            past = [saved for saved in complete if saved <= step and saved not in self.damaged]
+            kept = {*past[-self.keep :], *self._best(past)}
+            # Later ones are damaged, or else this run would have begun there.
+            kept |= {saved for saved in complete if saved > step and not self._is_damaged(saved)}
+            for path in list(self.folder.iterdir()):
+                name = path.name.removesuffix(".json")
+                is_unfinished = name.startswith(NEW) or UNFINISHED in name
+                if is_unfinished or (name.isdecimal() and int(name) not in kept):
+                    remove(path)
 
     def _delete(self, step):
         remove(self.folder / f"{step}.json")
         remove(self.folder / str(step))
 
     # --- Reading -----------------------------------------------------------------------------
+
+    def _steps(self) -> list[int]:
+        """As `steps`, but raises OSError. (`Path.glob` takes what it cannot read for empty.)"""
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        stems = [name.removesuffix(".json") for name in names if name.endswith(".json")]
+        return sorted(int(stem) for stem in stems if stem.isdecimal())
 
     def _about(self, step) -> dict:
         """The contents of <step>.json; raises ValueError if it is damaged."""
@@ -161,26 +205,43 @@ class Checkpoints:
             saved = json.loads(file.read_bytes())
             if zlib.crc32(saved["about"].encode()) != saved["checksum"]:
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
+            about = json.loads(saved["about"])
+        except FileNotFoundError:
+            raise ValueError(f"{file.name} is missing") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{file.name} has changed") from None
-        return json.loads(saved["about"])
+        if not is_complete(about):
+            raise ValueError(f"{file.name} is not complete")
+        return about
 
     def _verify(self, step) -> dict:
         """The contents of <step>.json; raises ValueError if any file is damaged."""
         about = self._about(step)
+        files = about["files"]
         found = checksums(self.folder / str(step))
-        for name, checksum in about["files"].items():
+        for name in sorted(files.keys() | found.keys()):
             if name not in found:
                 raise ValueError(f"{name} is missing")
-            if found[name] != checksum:
+            if name not in files:
+                raise ValueError(f"{name} is not one of its files")
+            if found[name] != files[name]:
                 raise ValueError(f"{name} has changed")
         return about
+
+    def _is_damaged(self, step) -> bool:
+        """Whether it was found damaged, by `restore` or now by a look at <step>.json."""
+        if step not in self.damaged:
+            try:
+                self._about(step)
+            except ValueError:
+                self.damaged.add(step)
+        return step in self.damaged
 
     def _best(self, steps) -> list[int]:
         """The step with the highest score, the last one if several have it; [] without scores."""
         scores = {}
         for step in steps:
-            with contextlib.suppress(OSError, ValueError):  # damaged; `restore` reports it
+            with contextlib.suppress(ValueError):  # damaged; `restore` reports it
                 scores[step] = self._about(step)["score"]
         scored = [step for step, score in scores.items() if score is not None]
         return [max(scored, key=lambda step: (scores[step], step))] if scored else []
@@ -205,20 +266,45 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
             for name, leaf in wanted.items()
         }
-        leaves = self.orbax.restore(where, shapes)
+        with orbax_can_read(self.folder) as folder:
+            leaves = self.orbax.restore(folder / where.name, filled(shapes))
+        for name, leaf in shapes.items():
+            if not leaf.size:
+                leaves[name] = jnp.zeros(leaf.shape, leaf.dtype)
         return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
 
 
 @contextlib.contextmanager
-def quiet_orbax():
-    """Inside the block, orbax does not log the tracebacks of errors that it raises as well."""
+def orbax_can_read(folder: Path):
+    """A path of `folder` for orbax, which inside the block is quiet and raises OSErrors.
+
+    Orbax finds its own files by patterns, so that it reads `[1]` in a path as `1`; tensorstore
+    takes a backslash for a slash, and only UTF-8. Such a folder gets a link with a plain name.
+    Errors of files reach Python as ValueErrors; orbax logs their tracebacks as well.
+    """
     logger = logging.getLogger("absl")
     before = logger.disabled
     logger.disabled = True
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            if not has_plain_path(folder):
+                place = next(filter(has_plain_path, (tempfile.gettempdir(), "/tmp")))
+                place = stack.enter_context(tempfile.TemporaryDirectory(dir=place))
+                link = Path(place) / CHECKPOINTS_FOLDER
+                link.symlink_to(folder)
+                folder = link
+            yield folder
+    except ValueError as error:
+        if number := re.search(r"os_error_code='(\d+)'", str(error)):
+            code = int(number[1])
+            raise OSError(code, os.strerror(code)) from error
+        raise OSError(str(error)) from error
     finally:
         logger.disabled = before
+
+
+def has_plain_path(folder) -> bool:
+    return bool(re.fullmatch(r"[\w/.,+=@ -]*", str(folder), re.ASCII))
 
 
 def named_leaves(tree) -> dict:
@@ -232,20 +318,55 @@ def describe(leaf) -> list:
     return [list(leaf.shape), str(leaf.dtype)]
 
 
+def filled(leaves: dict) -> dict:
+    """The leaves without those of size 0, which orbax refuses."""
+    return {name: leaf for name, leaf in leaves.items() if leaf.size}
+
+
+def is_complete(about) -> bool:
+    """Whether this is what `save` writes into <step>.json, all of it with the right types."""
+    try:
+        score, notes, leaves, files = (about[k] for k in ("score", "notes", "leaves", "files"))
+        size, diverged = notes["metrics_bytes"], notes["diverged"]
+        # The leading axis of every leaf is that of the seeds; not all of them have diverged.
+        num_seeds = min(shape[0] for shape, _ in leaves.values()) if diverged else 1
+        parts = (
+            score is None or math.isfinite(score),
+            type(size) is int and size >= 0,
+            all(type(seed) is int and type(story) is str for seed, story in diverged),
+            {seed for seed, _ in diverged} < set(range(num_seeds)),
+            all(type(shape) is list and type(dtype) is str for shape, dtype in leaves.values()),
+            files and all(type(checksum) is str for checksum in files.values()),
+        )
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
+        return False
+    return all(parts)
+
+
 def checksums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file in `folder`, by its path from there."""
+    """The SHA-256 of every file in `folder`, by its path from there; not of links and hidden files.
+
+    Raises:
+      OSError: something there cannot be read; if there is no such folder, it is empty.
+    """
+
+    def stop(error):
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
     sums = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256")
-            sums[str(path.relative_to(folder))] = digest.hexdigest()
+    for place, _, names in os.walk(folder, onerror=stop):
+        for path in (Path(place) / name for name in names if name[0] != "."):
+            if path.is_file() and not path.is_symlink():
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256")
+                sums[str(path.relative_to(folder))] = digest.hexdigest()
     return sums
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if it exists."""
-    if path.is_dir():
+    """Delete a file, link or folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

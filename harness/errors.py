@@ -124,6 +124,6 @@ def fits(value, hint) -> bool:
     if origin is dict:
         items = value.items() if isinstance(value, dict) else [(None, None)]
         return all(fits(name, parts[0]) and fits(item, parts[1]) for name, item in items)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return any(fits(value, part) for part in parts)
     return type(value) is hint or (hint is float and type(value) is int)

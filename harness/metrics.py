@@ -2,9 +2,12 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
+
+from harness.output import warn
 
 METRICS_FILE = "metrics.jsonl"
 RETURN = "charts/episodic_return"
@@ -77,6 +80,7 @@ def iqm(values):
 
 def interval(values, statistic=iqm, resamples: int = 2000):
     """The 95 % bootstrap interval (percentiles) of a statistic of the values (S,): low, high."""
+    resamples = min(resamples, max(100, 10**6 // len(values)))  # many values need fewer
     draws = np.random.default_rng(0).choice(values, (resamples, len(values)))
     return tuple(np.percentile(statistic(draws), [2.5, 97.5]).tolist())
 
@@ -129,13 +133,14 @@ def describe(episodes, diverged=(), policy: str = "greedy") -> str:
     low, high = result["interval"]
     bounds = f"(95 % interval {low:.2f} to {high:.2f})"
     text = f"{policy} return over {episodes.returns.shape[1]} episodes: "
+    lost = f" ({len(diverged)} diverged)" if diverged else ""
     if "mean" in result:
-        return text + f"{result['mean']:.2f} {bounds}"
+        return text + f"{result['mean']:.2f} {bounds}{lost}"
     means = result["means"]
     text += f"median of {len(means)} seeds {result['median']:.2f}, "
     text += f"IQM {result['iqm']:.2f} {bounds}; "
     text += "the seeds: " + " ".join(f"{mean:.2f}" for mean in means)
-    return text + (f" ({len(diverged)} diverged)" if diverged else "")
+    return text + lost
 
 
 def as_json(value):
@@ -150,10 +155,59 @@ def as_json(value):
 
 
 def read_metrics(path: Path, start: int = 0) -> list[dict]:
-    """The records of a metrics file from byte `start` on, without an unfinished last line."""
-    if not path.exists():
+    """The records of a metrics file from byte `start` on, without an unfinished last line.
+
+    Lines that are not records are left out; the first ones of a file are named in a warning.
+    "bytes" of a record is its size, with that of the broken lines before it.
+    """
+    path = Path(path)
+    if not path.is_file():
         return []
     with open(path, "rb") as file:
         file.seek(start)
-        lines = file.read().splitlines(keepends=True)
-    return [json.loads(line) | {"bytes": len(line)} for line in lines if line.endswith(b"\n")]
+        *lines, _ = file.read().split(b"\n")  # after the last line end: nothing, or unfinished
+    records, broken, size = [], [], 0
+    for index, line in enumerate(lines):
+        size += len(line) + 1
+        record = parse_record(line)
+        if record is None:
+            broken.append(index)
+        else:
+            records.append(record | {"bytes": size})
+            size = 0
+    if broken and path.absolute() not in NAMED:
+        NAMED.add(path.absolute())
+        with open(path, "rb") as file:
+            first = file.read(start).count(b"\n") + broken[0] + 1
+        more = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
+        warn(f"{str(path)!r}: line {first} is broken and left out{more}")
+    return records
+
+
+NAMED: set[Path] = set()  # files whose broken lines have been named
+
+
+def parse_record(line: bytes) -> dict | None:
+    """The record in a line of a metrics file, None if it is not one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    step, time = record.get("step"), record.get("time")
+    if type(step) is not int or not 0 <= step < 2**63:
+        return None
+    if not is_number(time) or not math.isfinite(time):
+        return None
+    for name, value in record.items():
+        values = value if isinstance(value, list) else [value]
+        if "/" in name and not all(entry is None or is_number(entry) for entry in values):
+            return None
+    return record
+
+
+def is_number(value) -> bool:
+    """Whether a value from JSON is a number that a float can hold."""
+    is_small = isinstance(value, int) and abs(value) <= sys.float_info.max
+    return is_small or isinstance(value, float)

@@ -19,7 +19,10 @@ from typing import Annotated, Literal
 import tyro
 
 from harness.errors import RunError, UsageError, check_types
+from harness.output import keep_output_open, lost_output
 from harness.run_dir import load_config, script_of
+from harness.signals import answered, end_at_once
+from harness.text import clean
 
 BackendName = Literal["console", "file", "tensorboard", "wandb", "neptune", "dashboard"]
 DEFAULT_LOG: tuple[BackendName, ...] = ("console", "file", "tensorboard")
@@ -45,7 +48,7 @@ class Experiment:
     eval_episodes: EvalEpisodes = 100  # episodes of an evaluation, of each policy
     num_eval_envs: int = 100  # parallel environments of an evaluation
     keep_checkpoints: int = 2  # last checkpoints to keep, besides the one with the best evaluation
-    evaluate: str = ""  # directory of a run: play fresh episodes with its last checkpoint
+    evaluate: str = ""  # directory of a run that plays fresh episodes; --sample draws its actions
     best: bool = False  # with --evaluate, --init-from: take the checkpoint of the best evaluation
     video: str = ""  # with --evaluate: write an episode of the first seed to this .gif
     compilation_cache: str = "~/.cache/memory-rl"  # folder of compiled programs; empty: keep none
@@ -109,6 +112,7 @@ MAY_BE_LARGE = (
     "n_step",
 )
 MAX_LAYERS = 1000  # every layer is traced on its own
+MAX_DIGITS = 100  # of a whole number; 1e999999999 would fill the memory
 
 
 def launch(main, config_class):
@@ -120,26 +124,38 @@ def launch(main, config_class):
     # Tracing makes many objects and no garbage: collecting it is a sixth of the start. `Run`
     # enables it again.
     gc.disable()
+    keep_output_open()
     keep_32_bits()
     try:
         if not issubclass(config_class, Experiment):
-            return main(tyro.cli(config_class))
-        try:
-            config = parse(config_class)
-        except BrokenPipeError:  # --help | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+            main(tyro.cli(config_class))
+            return check_output()
+        config = parse(config_class)
         use_compilation_cache(config.compilation_cache)
 
         from fast import use_fast_random
 
         use_fast_random()
-        main(config)
+        with answered(end_at_once):
+            main(config)
+        if config.evaluate:
+            check_output()
     except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {clean(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:  # of jax: a `check_memory` that counted too little
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(1)
+
+
+def check_output() -> None:
+    """Raise a RunError if what was printed did not arrive; a closed pipe is none."""
+    if error := lost_output():
+        raise RunError(f"the output cannot be written: {error.strerror}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -157,6 +173,9 @@ def parse(config_class):
     parser.add_argument("--resume", nargs="?")
     parser.add_argument("--evaluate", nargs="?")
     given, _ = parser.parse_known_args(words)
+    for option in ("resume", "evaluate"):
+        if getattr(given, option) == "":  # an unset variable of the shell, perhaps
+            raise UsageError(f"{option} needs the directory of a run, got ''")
     if given.resume and given.evaluate:
         raise UsageError("--resume and --evaluate exclude each other")
     saved = {}
@@ -273,7 +292,10 @@ def read_whole_numbers(info):
         # Not by way of float, which has too few digits: 1e23 would be another number.
         with contextlib.suppress(decimal.InvalidOperation):
             number = decimal.Decimal(text)
-            if "." not in text and number.is_finite() and number == number.to_integral_value():
+            has_exponent = "e" in text.lower()  # 5.0 is meant to be a number, 1.5e6 a whole one
+            if has_exponent and number.is_finite() and number.adjusted() > MAX_DIGITS:
+                raise ValueError(f"{text!r} is too large")
+            if has_exponent and number.is_finite() and number == number.to_integral_value():
                 return int(number)
         raise ValueError(f"{text!r} is not a whole number")
 

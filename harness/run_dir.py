@@ -23,9 +23,12 @@ import time
 from pathlib import Path
 
 from harness.errors import UsageError, check_types
+from harness.metrics import METRICS_FILE
+from harness.output import warn
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 # Fields that may be given beside --resume or --evaluate and differ from the run's own config.
 MAY_DIFFER_ON_RESUME = {
@@ -131,6 +134,7 @@ def open_run_dir(config):
     script = script_of(config)
     path = Path(config.resume or config.run_dir or unused_name(config, script.stem))
     if config.resume:
+        refuse_links(path)
         saved = load_config(config.resume, type(config))
         if config.total_steps < saved.total_steps:
             less = f"total_steps may only grow, from {saved.total_steps} to {config.total_steps}"
@@ -241,6 +245,8 @@ def read_about(run_dir) -> dict:
       UsageError: there is no such run, or the file is damaged.
     """
     path = Path(run_dir) / CONFIG_FILE
+    if path.exists() and not path.is_file():  # a pipe would keep its reader waiting
+        raise UsageError(f"{path} is damaged: it is not a file")
     try:
         about = json.loads(path.read_text())
     except OSError as error:
@@ -320,27 +326,45 @@ def check_versions(run_dir: Path, here: dict) -> None:
             raise UsageError(f"{str(run_dir)!r} was begun with {name} {was}, not {now}: {advice}")
 
 
+def refuse_links(run_dir: Path) -> None:
+    """Refuse to continue a run whose files are links: what they lead to would be changed.
+
+    Raises:
+      UsageError: names the link.
+    """
+    names = (METRICS_FILE, LOCK_FILE, CHECKPOINTS_FOLDER, "wandb", ".neptune")
+    for path in (run_dir / name for name in names):
+        if path.is_symlink():
+            advice = "put there what it leads to"
+            raise UsageError(f"{str(path)!r} is a link, a run writes only its own files: {advice}")
+
+
 def forget_after(path: Path, size: int) -> None:
     """Cut a metrics file to its size at the checkpoint; what came after will be written again.
 
     Raises:
       UsageError: it cannot be written.
     """
-    if path.exists():
-        try:
-            os.truncate(path, min(size, path.stat().st_size))
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            lost = f"{found:,} of {size:,} bytes that it had at the checkpoint"
+            warn(f"{str(path)!r} has {lost}: reports are missing")
+        elif found > size:
+            os.truncate(path, size)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def is_running(run_dir: Path) -> bool:
     """Whether a process holds the lock of this run."""
     from filelock import FileLock, Timeout
 
-    if not (run_dir / LOCK_FILE).exists():
+    lock = run_dir / LOCK_FILE
+    if lock.is_symlink() or not lock.exists():  # older filelocks empty what a link leads to
         return False
     try:
-        with FileLock(run_dir / LOCK_FILE, blocking=False):
+        with FileLock(lock, blocking=False):
             return False
     except Timeout:
         return True

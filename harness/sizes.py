@@ -40,6 +40,7 @@ def check_memory(config, shapes):
         "a network of hidden_size": num_bytes(learning),
         "a batch of num_envs": playing,
         "an evaluation in num_eval_envs": playing * eval_envs // config.num_envs,
+        "a table of eval_episodes": 8 * config.eval_episodes * config.num_seeds,
     }
     if hasattr(like, "buffer"):
         buffer = num_bytes(like.buffer)

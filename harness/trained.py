@@ -74,9 +74,14 @@ def load_trained(config, shapes, like):
     ours = one_seed(parameters(like))
     if difference := first_difference(ours, one_seed(parameters(theirs))):
         raise UsageError(f"init_from {run!r} does not fit: {difference}")
-    if observation_moments(theirs) and not observation_moments(like):
-        needed = "it reads normalised observations; add normalize_obs True to env_kwargs"
-        raise UsageError(f"init_from {run!r} does not fit: {needed}")
+    if bool(observation_moments(theirs)) != bool(observation_moments(like)):
+        had = bool(observation_moments(theirs))
+        needed = f"its observations were {'' if had else 'not '}normalised"
+        raise UsageError(f"init_from {run!r} does not fit: {needed}; set normalize_obs to {had}")
+    for name in ("cell", "cell_kwargs", "rescale"):  # with equal shapes, yet another function
+        was, now = getattr(source, name, None), getattr(config, name, None)
+        if was != now:
+            raise UsageError(f"init_from {run!r} does not fit: {name} was {was!r}, not {now!r}")
     state, _, notes = restore(run, theirs, config.best, "begin with")
     if notes["diverged"]:
         seeds = ", ".join(f"seed_{seed}" for seed, _ in notes["diverged"])
@@ -92,7 +97,9 @@ def observation_moments(state):
 def begin_with(trained, state):
     """A fresh state with the parameters and the normalisation statistics of a trained one.
 
-    Its optimizer, environments, schedules and keys are those of a new run.
+    Its optimizer, environments, schedules and keys are those of a new run, and so is alpha if it is
+    not tuned. In PPO and PQN each environment's first observation was scaled without the trained
+    statistics.
     """
 
     def spread(old, new):
@@ -102,6 +109,9 @@ def begin_with(trained, state):
         return spread(old.mean(axis=1, keepdims=True), new)  # the environments share them
 
     changes = jax.tree.map(spread, parameters(trained), parameters(state))
+    if not getattr(state.config, "autotune", True):  # alpha is an option of the new run
+        for name, tree in parameters(state).items():
+            changes[name]["params"]["log_alpha"] = tree["params"]["log_alpha"]
     statistics = state.env_state.statistics
     for name in ("obs", "returns"):
         old = getattr(trained.env_state.statistics, name, None)

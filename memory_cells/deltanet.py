@@ -11,9 +11,9 @@ beta_scale = 2, the transition I - beta k k^T can have negative eigenvalues, whi
 such as a parity needs (Grazzi et al. 2024, arXiv 2411.12537).
 
 The norm divides a read by its own size, so it magnifies the rounding of reads that are small next
-to what the memory holds. Both ways to compute a sequence store and read with an error of 1e-7 of
+to what the memory holds. Both ways to compute a sequence store and read with an error of 5e-7 of
 the largest read. With inputs of size 1, outputs are accurate to 1e-6 of the largest. With inputs of
-1e4, which no script has, values are erased down to their rounding: errors are 1e-4 with 32
+1e4, which no script has, values are erased down to their rounding: errors are 5e-4 with 32
 features, and up to 0.3 with 8, whose heads have 2 channels.
 
 Carry: S (B, heads, d, d), and the convolution's last inputs (B, K - 1, 3 H), zeros.

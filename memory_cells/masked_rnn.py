@@ -64,19 +64,25 @@ class MemoryCell(nn.RNNCellBase):
     def initial_carry_like(self, xs):
         """The carry at the start of an episode, for the environments of `xs` (T, B, D)."""
         initial = self.initialize_carry(jax.random.key(0), xs.shape[1:])
-        # In float64 if xs is.
-        cast = lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, xs.dtype))  # noqa: E731
-        initial = jax.tree.map(cast, initial)
+
+        def widen(leaf):  # to float64 if xs is
+            is_single = leaf.dtype in (jnp.float32, jnp.complex64)
+            return leaf.astype(jnp.promote_types(leaf.dtype, xs.dtype)) if is_single else leaf
+
+        initial = jax.tree.map(widen, initial)
         if self.learned_carry:
             return jax.tree.map(jnp.add, initial, self.initial_offset)
         return initial
 
     @nn.nowrap
     def param(self, name, init_fn, *init_args, **options):
-        """A parameter in float32, as those of Flax's layers are, also if JAX_ENABLE_X64 is set."""
+        """A parameter in float32, as in Flax's layers, where JAX_ENABLE_X64 would give float64."""
 
-        def init(*args):
-            return init_fn(*args).astype(jnp.float32)
+        def narrow(leaf):
+            return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
+
+        def init(*args, **kwargs):
+            return jax.tree.map(narrow, init_fn(*args, **kwargs))
 
         return super().param(name, init, *init_args, **options)
 

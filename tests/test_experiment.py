@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from algorithms import ppo
 from experiment import Run, RunError, UsageError, seed_keys, show, vmap_seeds
 from harness.checkpoints import Checkpoints
 from harness.metrics import read_metrics
-from harness.run_dir import load_config, open_run_dir
-from loggers import Logger
+from harness.run_dir import is_running, load_config, open_run_dir
+from loggers import Logger, event_steps
 
 CONFIG = tiny(ppo)
 PPO = ppo.__file__
@@ -101,7 +102,8 @@ def test_resuming_is_as_if_nothing_had_happened(
 ):
     """N updates + save + load + N updates equal 2 N updates bit for bit, and so do the logs."""
     module = importlib.import_module(f"algorithms.{script}")
-    config = tiny(module, num_seeds=2, log=("file",), log_every=2, **changes)
+    log = ("file", "tensorboard") if script == "ppo" else ("file",)
+    config = tiny(module, num_seeds=2, log=log, log_every=2, **changes)
     config = in_updates(config, 6, 3)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     main_in(whole, module, config)
@@ -117,6 +119,9 @@ def test_resuming_is_as_if_nothing_had_happened(
 
     main_in(broken, module, config, resume="run")
     assert records(broken / "run") == records(whole / "run")
+    events = [sorted((folder / "run").glob("events*")) for folder in (broken, whole)]
+    (resumed_events, whole_events) = ([{*event_steps(file)} for file in files] for files in events)
+    assert resumed_events == whole_events and len(resumed_events) == ("tensorboard" in log)
     step, expected = final_leaves(whole / "run", module, config)
     resumed_step, actual = final_leaves(broken / "run", module, config)
     assert step == resumed_step == config.total_steps
@@ -235,6 +240,27 @@ def test_when_no_seed_is_left_the_run_stops():
         ppo.train(state, config.make_env(), Logger(), config.steps_per_update)
 
 
+@pytest.mark.parametrize("how", ["deleted", "emptied", "replaced"])
+def test_a_run_whose_directory_is_gone_ends_with_a_sentence(how, tmp_path, monkeypatch, capfd):
+    next_chunk = Run.next_chunk
+
+    def delete_first(run, state):
+        if int(state.updates[0]) == 1:
+            shutil.rmtree("run")
+            if how != "deleted":
+                Path("run").mkdir()
+            if how == "replaced":
+                Path("run", "config.json").touch()
+        return next_chunk(run, state)
+
+    monkeypatch.setattr(Run, "next_chunk", delete_first)
+    config = in_updates(CONFIG, 4, 2, log_every=1, log=("file", "tensorboard"))
+    with pytest.raises(RunError, match="the run directory 'run' was deleted or moved"):
+        main_in(tmp_path, ppo, config)
+    assert not capfd.readouterr().err
+    assert not list(tmp_path.glob("run/checkpoints"))
+
+
 def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path):
     with disk(tmp_path, "size=1m"):
         config = replace(CONFIG, log=("file",), hidden_size=64, keep_checkpoints=40)
@@ -275,20 +301,66 @@ def test_signals_save_first(script, number, tmp_path):
     assert steps and records(run_dir)[-1]["step"] == steps[-1]
 
 
+def test_the_first_signal_stops_a_run_and_the_second_ends_it(tmp_path, monkeypatch, capfd):
+    ended = []
+    monkeypatch.setattr(experiment, "end_at_once", ended.append)
+    monkeypatch.chdir(tmp_path)
+    config = replace(CONFIG, log=("file",), run_dir="run")
+    with pytest.raises(SystemExit) as stopped, Run(config, ppo.init) as run:
+        run._answer(signal.SIGTERM)  # nothing is trained yet
+        assert ended == [signal.SIGTERM]
+        assert run.next_chunk(run.state) > 0
+        run._answer(signal.SIGINT)
+        run._answer(signal.SIGINT)  # at the same moment: sent twice
+        assert ended == [signal.SIGTERM] and run.signal == signal.SIGINT
+        assert run.next_chunk(run.state) == 0
+        time.sleep(0.11)
+        run._answer(signal.SIGTERM)
+        assert ended == [signal.SIGTERM] * 2
+    assert stopped.value.code == 128 + signal.SIGINT
+    lines = capfd.readouterr().err.split()
+    assert lines.count("interrupted;") == 2 and lines.count("stopping") == 1
+    assert "the last checkpoint is of step 0" in " ".join(lines)
+
+
+def test_a_second_signal_ends_a_run_that_is_busy_at_once(tmp_path):
+    """In an evaluation of hours; a terminal that is lost ends nothing."""
+    run_dir = tmp_path / "run"
+    busy = ("--eval-episodes", 100_000_000, "--eval-every", 1, "--log", "console", "file")
+    process = start("ppo", *command_line("ppo"), *busy, "--run-dir", run_dir)
+    for line in process.stdout:
+        if "%" in line:
+            break
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    lines = iter(process.stderr.readline, "")
+    assert any(line.startswith("stopping at the next report; press Ctrl-C") for line in lines)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=5)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert last_line(errors) == "interrupted; there is no checkpoint yet"
+    assert records(run_dir) and not is_running(run_dir)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_thirty_kills_lose_at_most_one_interval(script, tmp_path):
-    """SIGKILL at random moments; the resumed run ends as the one that was left alone."""
+    """SIGKILL at random moments; the resumed run ends as the one that was left alone.
+
+    Every second one waits until a checkpoint is being written. At least 20 come after the first
+    checkpoint.
+    """
     args = ["--env", "gymnax::CartPole-v1", "--num-seeds", 2, "--eval-episodes", 4]
     args += ["--total-steps", 1_000_000, "--eval-every", 20_000, "--log-every", 3]
     args += ["--log", "file", "tensorboard"]
     whole, moments = tmp_path / "whole", np.random.default_rng(0)
     module = importlib.import_module(f"algorithms.{script}")
     assert start(script, *args, "--run-dir", whole).wait() == 0
-    config, kills = load_config(str(whole), module.Config), 0
+    config, kills, later_kills = load_config(str(whole), module.Config), 0, 0
     _, expected = final_leaves(whole, module, config)
-    while kills < 30:
+    while kills < 30 or later_kills < 20:
         broken, reached = tmp_path / f"broken after {kills} kills", 0
         process = start(script, *args, "--run-dir", broken)
         while True:
@@ -296,6 +368,9 @@ def test_thirty_kills_lose_at_most_one_interval(script, tmp_path):
                 assert process.wait(moments.uniform(1, 12)) == 0, process.stderr.read()
                 break
             except subprocess.TimeoutExpired:
+                while kills % 2 and process.poll() is None:
+                    if any((broken / "checkpoints").glob("new*")):
+                        break
                 process.kill()
                 process.wait()
                 kills += 1
@@ -303,6 +378,7 @@ def test_thirty_kills_lose_at_most_one_interval(script, tmp_path):
             logged = [record["step"] for record in read_metrics(broken / "metrics.jsonl")]
             assert last >= max(logged, default=0) - 20_000 and last >= reached
             reached = last
+            later_kills += last > 0
             assert "damaged" not in process.stderr.read()
             has_begun = (broken / "config.json").exists()
             again = ("--resume", broken) if has_begun else (*args, "--run-dir", broken)

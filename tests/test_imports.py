@@ -25,7 +25,8 @@ env_adapters: harness fast
 memory_cells: harness.errors
     | parts < masked_rnn < * < xlstm < __init__
 harness: fast
-    | errors, metrics < run_dir, checkpoints, sizes < options, trained < dashboard
+    | errors, text, identity < output, signals < metrics < run_dir < checkpoints, sizes
+    < options, trained, history < plots < dashboard
 fast: nothing
 replay: nothing
 """

@@ -151,7 +151,8 @@ def test_probabilities_and_weights_are_those_of_the_priorities(num_envs, slots, 
         first = i - chunks + 1
         if first < 0:
             continue
-        priorities |= {(env, first): greatest or 1.0 for env in range(num_envs)}
+        greatest = greatest or 1.0
+        priorities |= {(env, first): greatest for env in range(num_envs)}
         for env in range(num_envs):
             priorities.pop((env, i - slots), None)  # what begins there was written over
         counts = dict.fromkeys(priorities, 0)
@@ -190,7 +191,7 @@ def test_the_priority_is_of_errors_of_steps():
     steps = np.where(final, np.nan, error)
     expected = 0.9 * np.nanmax(steps, axis=0) + 0.1 * np.nanmean(steps, axis=0)
     np.testing.assert_allclose(after.priorities[sample.indices], expected, rtol=1e-6)
-    np.testing.assert_allclose(after.greatest, expected.max(), rtol=1e-6)
+    np.testing.assert_allclose(after.greatest, max(1.0, expected.max()), rtol=1e-6)
     for bad in (np.nan, np.inf):
         other = replay.set_priorities(after, sample, jnp.asarray(error * 2).at[3].set(bad))
         hit = final[3]

@@ -2,8 +2,10 @@
 
 import importlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import SCRIPTS, tiny
 
@@ -46,4 +48,24 @@ def test_no_exploration_phase_at_all(script):
     module = importlib.import_module(f"algorithms.{script}")
     config = tiny(module, exploration_fraction=0.0)
     epsilon = module.epsilon(jnp.arange(3), config)
-    np.testing.assert_allclose(epsilon, [config.start_e, config.end_e, config.end_e], rtol=1e-6)
+    np.testing.assert_allclose(epsilon, 3 * [config.end_e], rtol=1e-6)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_optimizer_is_the_one_that_is_documented(script):
+    """Its steps times the learning rate; RAdam differs from Adam after a few."""
+    module = importlib.import_module(f"algorithms.{script}")
+    config = tiny(module)
+    expected = optax.radam(0.1) if "pqn" in script else optax.adam(0.1, eps=1e-5)
+    if hasattr(config, "max_grad_norm"):
+        expected = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), expected)
+    own = module.make_optimizer(config)
+    params = {"w": jnp.ones(3)}
+    own_state, expected_state = own.init(params), expected.init(params)
+    for step in range(9):
+        gradient = {"w": jnp.array([1.0, -20.0, 1e-3]) * (1.0 + step % 3)}
+        own_change, own_state = own.update(gradient, own_state, params)
+        expected_change, expected_state = expected.update(gradient, expected_state, params)
+        own_change = jax.tree.map(lambda x: -0.1 * x, own_change)
+        np.testing.assert_allclose(own_change["w"], expected_change["w"], rtol=1e-5)
+    assert optax.tree.get(own_state, "count") == 9

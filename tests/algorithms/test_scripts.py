@@ -303,11 +303,14 @@ def test_a_run_from_the_command_line(script, tmp_path, run_here):
     if script in REPLAY:
         assert re.fullmatch(r"replay buffer: [\d.]+ MiB", lines.pop(0))
     assert lines.pop(0) == "--total-steps 200 trains 192: whole updates of 32"
+    assert lines.pop(0).startswith("compiling, ")
+    lines.remove("compiling the first evaluation")
     compiled, *lines, saved = lines
     table, evaluations = lines[: -len(policies)], lines[-len(policies) :]
     assert compiled.startswith("compiled in ") and saved == f"saved to {run_dir}"
     for policy, line in zip(policies, evaluations, strict=True):
         assert line.startswith(f"{policy} return over 4 episodes: median of 2 seeds ")
+    assert max(map(len, table)) <= 80
     # A heading, reports at updates 2, 3, 5 and 6, evaluations at 3 and 6. With replay, the steps
     # of the first update are collected before it, as learning_starts says.
     assert len(table) == 1 + 4 - (script in REPLAY) + 2
@@ -325,7 +328,8 @@ def test_a_run_from_the_command_line(script, tmp_path, run_here):
     for policy, line in zip(policies, shown, strict=True):
         assert line.startswith(f"checkpoint of step 192: {policy} return over 4 episodes: ")
     assert re.fullmatch(rf"saved to {run_dir}/evaluations/[\d-]+\.json", saved)
-    length = int(re.fullmatch(r"video of (\d+) steps: agent.gif", filmed)[1])
+    video = rf"video of (\d+) steps, {policies[-1]} actions: agent.gif"
+    length = int(re.fullmatch(video, filmed)[1])
     film = Image.open(tmp_path / "agent.gif")
     assert film.size in ((300, 200), (300, 300))
     # Equal frames in succession become one, which is shown for longer.

@@ -165,6 +165,17 @@ def test_statistics_are_those_of_all_that_all_environments_saw(id):
     np.testing.assert_allclose(state.statistics.obs.count, 4 * 201, rtol=1e-5)
 
 
+def test_either_can_be_normalised_alone():
+    plain, obs_only, reward_only = (
+        make(PENDULUM, **options)
+        for options in ({}, {"normalize_obs": True}, {"normalize_reward": True})
+    )
+    assert obs_only.observation_space.high == 10.0
+    np.testing.assert_array_equal(reward_only.observation_space.high, plain.observation_space.high)
+    states = [env.reset(jax.random.key(0))[1].statistics for env in (obs_only, reward_only)]
+    assert [(x.obs is None, x.returns is None) for x in states] == [(False, True), (True, False)]
+
+
 def test_without_the_axis_every_environment_has_its_own():
     first, (obs, *_), _ = normal_rollout(make(PENDULUM, **LONG))
     _, (normal_obs, *_), _ = normal_rollout(make(PENDULUM, **LONG, **BOTH), axis_name=None)

@@ -30,6 +30,18 @@ def test_play_plays_the_number_it_is_asked_for(num_envs, episodes):
     np.testing.assert_array_equal(result.lengths, np.full(episodes, 7))
 
 
+def test_episodes_differ_from_one_another():
+    """Side by side and one after the other: each environment has keys of its own, and new ones."""
+    env = make("test::Coin")
+    played = jax.jit(lambda key: play(env, zero_policy, lambda _: (), key, 40, 160))
+    lengths = np.asarray(played(jax.random.key(0)).lengths).reshape(4, 40)
+    assert all(set(row) == {1, 9} for row in lengths)  # the others at the same time
+    repeated = [(x == y).mean() for x, y in zip(lengths, lengths[1:], strict=False)]
+    assert max(repeated) < 0.8
+    other = np.asarray(played(jax.random.key(1)).lengths).reshape(4, 40)
+    assert (other != lengths).any()
+
+
 def test_play_hands_the_policy_what_a_memory_reads():
     """Start, previous action and previous reward are those of the step before: it checks them."""
 

@@ -11,6 +11,7 @@ from helpers import check_conformance, check_picture, checked_ends
 
 from env_adapters import craftax, navix, popgym_arcade
 from env_adapters import gxm as adapter
+from env_adapters.host_gymnasium import Shrink
 from envs import make
 
 PONG = "gxm::Gymnasium/ALE/Pong-v5"
@@ -86,6 +87,11 @@ def test_atari_depends_on_the_keys_and_on_nothing_else():
     assert single[1][2].shape == (30, 1, 84, 84, 4)
 
 
+def test_clipping_can_be_switched_off():
+    clips = [make(PONG, noop_max=1, reward_clipping=x)._task.clip_reward for x in (True, False)]
+    assert clips == [True, False]
+
+
 def test_atari_actions_stick():
     """With probability 1 they always do: the game sees the idle action of the beginning."""
     actions = jnp.full((20, 1), 3)
@@ -109,7 +115,7 @@ def test_returns_are_the_score_of_the_game(game, steps):
         _, state, reward, *ends, info = env.step(inputs[0], carry, inputs[1])
         return state, (reward, info["episode_return"], info["episode_done"])
 
-    state = env.reset(key)[1]
+    obs, state = env.reset(key)
     _, (reward, score, done) = jax.jit(lambda s: jax.lax.scan(step, s, (keys, actions)))(state)
     sticks = jax.vmap(lambda key: jax.random.bernoulli(jax.random.split(key)[0], 0.25, (4,)))(keys)
 
@@ -122,6 +128,9 @@ def test_returns_are_the_score_of_the_game(game, steps):
         ale.act(ale_py.Action.FIRE)
     for _ in range(jax.random.randint(key, (), 0, 30)):
         ale.act(held)
+    rows, columns = (Shrink(pixels, 84) for pixels in ale.getScreenDims())
+    screen = np.rint(columns.columns(rows.rows(ale.getScreenGrayscale())))
+    np.testing.assert_array_equal(obs[..., -1], screen)  # after the idle frames
     rewards = []
     for row, action in zip(np.asarray(sticks), np.asarray(actions), strict=True):
         rewards.append(0)

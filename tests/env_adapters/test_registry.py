@@ -12,6 +12,12 @@ def test_equal_arguments_give_the_same_object():
     assert make(CARTPOLE) is not make(CARTPOLE, mask=("velocity",))
 
 
+def test_an_option_of_another_type_is_another_option():
+    make(CARTPOLE, delay=1)
+    with pytest.raises(ValueError, match="option delay of .* must be int, got True"):
+        make(CARTPOLE, delay=True)
+
+
 def meant(name):
     """The regular expression of the hint at `name`."""
     return rf" \(did you mean '{name}'\?\)"

@@ -63,7 +63,9 @@ def rollout(task, steps=60, **options):
     first = jax.eval_shape(env.reset, jax.random.key(0))[0]
     space = env.observation_space
     assert (first.shape, first.dtype) == (space.shape, space.dtype)
-    return *jax.device_get(run(jax.random.key(3))), env
+    obs, *results = jax.device_get(run(jax.random.key(3)))
+    assert (obs >= space.low).all() and (obs <= space.high).all()
+    return obs, *results, env
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,44 @@ def test_entries_are_hidden_one_by_one_or_all_at_once():
     assert np.abs(np.corrcoef(single.T) - np.eye(3)).max() < 0.08
     assert (together == together[:, :1]).all()
     assert (rollout(ones_task(), steps=2, flicker=0.3)[-1].observation_space.low == 0.0).all()
+
+
+def test_what_hides_comes_after_noise_and_before_the_past():
+    hiding = {"mask_probability": 0.3, "flicker": 0.3}
+    obs, *_ = rollout(ones_task(), steps=1000, noise=0.5, frame_stack=2, **hiding)
+    np.testing.assert_array_equal(obs[1:, :3], obs[:-1, 3:])  # seen once, remembered as it was
+    dark = (obs[:, 3:] == 0).all(axis=1)
+    assert abs(dark.mean() - (0.3 + 0.7 * 0.3**3)) < 0.05
+    hidden = (obs[~dark, 3:] == 0).mean()
+    assert abs(hidden - 0.3) < 0.06 and len(np.unique(obs)) > 1000
+
+
+@pytest.mark.parametrize("name", ["sticky_actions", "noise", "mask_probability", "flicker"])
+def test_wrappers_have_keys_of_their_own(name):
+    """What they draw does not follow from what the task draws in the same step."""
+
+    def reset(key):
+        obs = jax.random.uniform(key, (1,), minval=1.0, maxval=2.0)
+        return obs, (obs, jnp.int32(0))
+
+    def step(key, state, action):
+        obs, _ = reset(key)
+        return obs, (obs, action), 0.0, False, False
+
+    task = wrap(Task(reset, step, Box(1.0, 2.0, (1,)), Discrete(2), 9), "test::Any", {name: 0.5})
+    key_of_reset, *keys_of_steps = jax.random.split(jax.random.key(0), (3, 2000))
+    obs, state = jax.vmap(task.reset)(key_of_reset)
+    drawn = [(obs, state)]
+    for action, keys in enumerate(keys_of_steps):
+        actions = jnp.full(2000, action)
+        obs, state, *_ = jax.vmap(task.step)(keys, state, actions)
+        drawn.append((obs, state))
+    for obs, state in drawn[2:] if name == "sticky_actions" else drawn:
+        own, action = state.inner if name == "sticky_actions" else state
+        change = action if name == "sticky_actions" else (obs - own)[:, 0]
+        change = change if name in ("sticky_actions", "noise") else obs[:, 0] == 0
+        assert np.std(change) > 0.3
+        assert abs(np.corrcoef(change, own[:, 0])[0, 1]) < 0.1
 
 
 def test_sticky_actions():

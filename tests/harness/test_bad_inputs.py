@@ -1,12 +1,16 @@
 """Mistakes get one sentence and exit code 2, before anything is compiled or written."""
 
+import dataclasses
 import importlib
 import os
 
 import jax
+import numpy as np
 import pytest
-from helpers import as_command, run_script, words
+from helpers import TASKS, as_command, run_script, words
 
+from algorithms import ppo, ppo_continuous, sac
+from envs import Box
 from harness import sizes
 from harness.options import launch
 
@@ -53,6 +57,13 @@ BAD = [
     ("--env-kwargs gravity nan", "option gravity of gymnax::CartPole-v1 must be finite, got nan"),
     ("--total-steps 1.5e0", "'1.5e0' is not a whole number"),
     ("--total-steps 1e5.0", "'1e5.0' is not a whole number"),
+    ("--total-steps 5000.0", "'5000.0' is not a whole number"),
+    ("--total-steps 1.23e1", "'1.23e1' is not a whole number"),
+    ("--total-steps 1e999999999", "'1e999999999' is too large"),
+    ("--total-steps " + "9" * 5000, "is not a whole number"),
+    ("--eval-episodes 2147483647 --num-eval-envs 1", "a table of eval_episodes 2147483647 takes"),
+    ("--resume=", "resume needs the directory of a run, got ''"),
+    ("--evaluate=", "evaluate needs the directory of a run, got ''"),
     ("--total-steps 1e-1", "'1e-1' is not a whole number"),
     ("--total-steps inf", "'inf' is not a whole number"),
     ("--total-steps 1,000", "'1,000' is not a whole number"),
@@ -66,7 +77,7 @@ BAD = [
     ("--eval-every -5", "eval_every must be greater than 0, got -5"),
     ("--keep-checkpoints 0", "keep_checkpoints must be greater than 0, got 0"),
     ("--num-envs 100000000 --total-steps 1e11", "a rollout of num_steps 128 with num_envs 10000"),
-    ("--num-envs 1e8 --num-steps 1 --total-steps 1e9 --num-seeds 100", "for num_seeds 100 takes"),
+    ("--num-envs 1e8 --num-steps 1 --num-seeds 100 --total-steps 1e9", "for num_seeds 100 takes"),
     (
         "--hidden-size 200000",
         "a matrix of hidden_size 200000 takes 149.0 GiB, the run at least 149",
@@ -189,12 +200,43 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
 ):
     module = importlib.import_module(f"algorithms.{script}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sizes, "free_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(sizes, "free_memory", lambda: 15 * 2**30)
     with as_command(script, *args.split()), pytest.raises(SystemExit) as ended:
         launch(module.main, module.Config)
     output = capsys.readouterr()
     assert ended.value.code == 2 and message in words(output.err), output.err
     assert not output.out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "space", "message"),
+    [
+        (ppo_continuous, Box(-1.0, 1.0, (2, 3)), r"that are vectors, .* have the shape \(2, 3\)"),
+        (ppo_continuous, Box(-1.0, 1.0, ()), r"that are vectors, .* have the shape \(\)"),
+        (
+            sac,
+            Box(-np.inf, np.inf, (2,)),
+            "with bounds, .* have none; ppo_continuous.py needs none",
+        ),
+    ],
+)
+def test_actions_that_a_script_cannot_take(script, space, message, monkeypatch):
+    task = dataclasses.replace(TASKS["Constant"](), action_space=space)
+    name = f"Odd{len(space.shape)}"  # environments are cached by their names
+    monkeypatch.setitem(TASKS, name, lambda: task)
+    with pytest.raises(ValueError, match=f"this script needs .*actions {message}"):
+        script.Config(env=f"test::{name}")
+
+
+def test_memory_that_runs_out_later_is_a_sentence_too(capsys):
+    def main(config):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 5 bytes.\nMore")
+
+    with as_command("ppo"), pytest.raises(SystemExit) as ended:
+        launch(main, ppo.Config)
+    assert ended.value.code == 1
+    sentence = "error: out of memory: RESOURCE_EXHAUSTED: Out of memory: 5 bytes.\n"
+    assert capsys.readouterr().err == sentence
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Runs are shown from their files, while they run and later."""
 
-import json
+import gc
 import os
 import shutil
 import subprocess
@@ -10,34 +10,12 @@ import time
 import numpy as np
 import pytest
 from filelock import FileLock
-from helpers import ROOT
-from PIL import Image
+from helpers import ROOT, make_run, write_records
 
-from harness.dashboard import draw, load, sparkline
-from harness.metrics import GREEDY, RETURN
-
-
-def make_run(path, seeds=3, reports=30, script="rppo", cell="gru", level=100.0, total=3000):
-    """The files of a run."""
-    path.mkdir()
-    config = {"env": "gymnax::CartPole-v1", "mask": [], "env_kwargs": {}, "cell": cell, "seed": 0}
-    config |= {"hidden_size": 8, "total_steps": total, "num_seeds": seeds, "run_dir": str(path)}
-    about = {"script": script, "config": config, "final_step": total}
-    (path / "config.json").write_text(json.dumps(about))
-    with open(path / "metrics.jsonl", "w") as file:
-        for i in range(reports):
-            returns = [level * i / reports + seed for seed in range(seeds)]
-            record = {
-                "step": 100 * (i + 1),
-                "time": 0.5 * i,
-                "charts/SPS": 5000.0,
-                "losses/value_loss": returns,
-                "charts/episodic_return": [*returns[:-1], None],
-                GREEDY: returns,
-                "system/memory_mb": 512.0,
-            }
-            file.write(json.dumps(record) + "\n")
-    return path
+from harness.dashboard import MAX_LOSSES, MAX_SEEDS, Look, draw, main, sparkline
+from harness.errors import UsageError
+from harness.history import load
+from harness.options import launch
 
 
 def show(renderable, width):
@@ -58,7 +36,7 @@ def test_the_dashboard_shows_everything_at_every_width(width, seeds, tmp_path):
     progress = ("67%", "2,000 of 3,000 steps", "5,000 steps/s")
     for piece in ("gymnax::CartPole-v1", *progress, "512 MB", "value loss"):
         assert piece in flat, piece
-    assert f"0:00:0{seeds // 5} left" in flat  # 1,000 steps of every seed at 5,000 steps/s
+    assert "0:00:05 left" in flat  # of 1,000 steps: every 100 steps have taken 0.5 seconds
     if seeds > 1:
         assert "greedy return seed_4" in flat and "greedy return IQM" in flat
         assert "97.00 [95.67, 98.67]" in flat
@@ -77,18 +55,51 @@ def test_sparklines():
     assert sparkline([1.0, np.nan, 1.0], 8, 1, 1) == "▁ ▁" and sparkline([], 8, 0, 1) == ""
 
 
-def look(*args):
-    command = [sys.executable, str(ROOT / "loggers.py"), *map(str, args)]
-    environment = os.environ | {"COLUMNS": "160"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+def test_values_of_any_size_have_sparklines():
+    assert sparkline([-3e38, 3e38], 8, -3e38, 3e38) == "▁█"
 
 
-def test_runs_are_shown_from_their_files(tmp_path):
-    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", script="ppo", reports=12)]
-    result = look(*runs)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+def test_names_are_shown_as_text(tmp_path):
+    name = "a[gru]b [/foo] \x1b[31m"
+    run_dir = make_run(tmp_path / name.replace("/", "|"), env=name)
+    write_records(run_dir, [{"step": 1, "time": 1.0, f"losses/{name}": 1.0}])
+    text = show(draw(load(run_dir), name), 160)
+    title, *_, loss, _ = text.splitlines()
+    assert " a[gru]b [/foo] \\x1b[31m a[gru]b [|foo] \\x1b[31m ─" in title
+    assert "a[gru]b [/foo] \\x1b[31m 1 " in loss
+    assert "\x1b" not in text.replace(name, "")
+
+
+def test_many_seeds_and_losses_are_counted(tmp_path):
+    run_dir = make_run(tmp_path / "run", seeds=MAX_SEEDS + 5)
+    record = {"step": 1, "time": 1.0, "eval/greedy_return": [*range(MAX_SEEDS + 5)]}
+    write_records(run_dir, [record | {f"losses/x{i:02}": 1.0 for i in range(MAX_LOSSES + 7)}])
+    text = show(draw(load(run_dir)), 100)
+    assert f"seed_{MAX_SEEDS - 1} " in text and f"seed_{MAX_SEEDS} " not in text
+    assert "and 5 more seeds" in text and "and 7 more " in text
+
+
+def test_a_run_of_no_steps_and_no_speed_is_shown(tmp_path):
+    run_dir = make_run(tmp_path / "run", seeds=1, total=0)
+    write_records(run_dir, [{"step": 0, "time": 1.0, "charts/SPS": 0.0}] * 2)
+    text = show(draw(load(run_dir)), 80)
+    assert "0 of 0 steps" in text and "0 steps/s" in text and "left" not in text
+
+
+# --- The command line ----------------------------------------------------------------------------
+
+
+def look(*run_dirs, **options):
+    """What `python loggers.py` does, in this process."""
+    main(Look(run_dirs, **options))
+
+
+def test_runs_are_shown_from_their_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    look(make_run(tmp_path / "a"), make_run(tmp_path / "b", hidden_size=16, reports=12))
+    lines = capsys.readouterr().out.splitlines()
     assert any(" a ─" in line and " b ─" in line for line in lines)  # side by side
+    assert any("rppo gru hidden_size=8 " in line and "hidden_size=16 " in line for line in lines)
     assert any("complete" in line and "stopped" in line for line in lines)
 
 
@@ -110,34 +121,77 @@ def test_a_running_run_is_followed_until_it_ends(tmp_path):
     assert "3,000 of 3,000 steps" in output and "complete" in output
 
 
-def test_a_run_that_went_back_is_read_again(tmp_path):
-    run_dir = make_run(tmp_path / "run")
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    history = load(run_dir)
-    (run_dir / "metrics.jsonl").write_text("".join(lines[:10]))
-    history.poll()
-    assert history.step == 1000 and len(history.series[RETURN]) == 10
-    assert history.values(RETURN).shape == (10, 3)
-    assert history.values("losses/no such").shape == (0, 1)
+def test_a_replayed_run_ends(tmp_path, capsys):
+    look(make_run(tmp_path / "run", reports=30), speed=1e6)
+    assert "3,000 of 3,000 steps" in capsys.readouterr().out
 
 
-def test_curves_of_any_runs(tmp_path):
-    runs = [make_run(tmp_path / f"gru{i}", level=100 + i) for i in range(2)]
-    runs += [make_run(tmp_path / "lstm", cell="lstm")]
-    runs += [make_run(tmp_path / "ppo", script="ppo", seeds=1)]
+def test_strays_among_runs_are_named_once_and_left_out(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latest").symlink_to(run)
+    look(*sorted(tmp_path.iterdir()), run)
+    output, errors = capsys.readouterr()
+    assert output.count("╭") == 1  # the run, once
+    empty = f"no run in '{tmp_path / 'empty'}': config.json: No such file or directory"
+    notes = f"no run in '{tmp_path / 'notes.txt'}': config.json: Not a directory"
+    assert errors == f"warning: left out: {empty}; {notes}\n"
+    shutil.rmtree(run)
+    with pytest.raises(UsageError, match="^no run in .*empty.*; no run in .*; and 1 more$"):
+        look(*sorted(tmp_path.iterdir()), tmp_path / "gone")
+
+
+def test_curves_are_drawn_into_a_file(tmp_path, capsys):
     curves = tmp_path / "curves.png"
-    result = look(*runs, "--plot", curves)
-    assert result.returncode == 0, result.stderr
-    assert Image.open(curves).size[0] > 400
-    unfinished = make_run(tmp_path / "unfinished", reports=3)
-    with_gaps = look(runs[0], unfinished, "--plot", curves, "--metric", RETURN)
-    assert with_gaps.returncode == 0
-    for args in ((), (runs[0], "--plot", "no/x.png"), (runs[0], "--plot", "x.doc")):
-        refused = look(*args)
-        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
-    refused = look(*runs, "--plot", curves, "--metric", "eval/return")
-    assert refused.returncode == 2
-    assert "has no metric 'eval/return'; it has: charts/SPS, " in refused.stderr
-    shutil.rmtree(runs[0])
-    refused = look(*runs)
-    assert refused.returncode == 2 and refused.stderr.startswith(f"error: no run in '{runs[0]}'")
+    look(make_run(tmp_path / "run"), plot=str(curves), metric="charts/SPS")
+    assert capsys.readouterr().out == f"figure: {curves}\n"
+    assert curves.read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"speed": -1.0}, "speed must be 0 or a finite number above it, got -1.0"),
+        ({"speed": float("nan")}, "speed must be 0 or a finite number above it, got nan"),
+        ({"speed": float("inf")}, "speed must be 0 or a finite number above it, got inf"),
+        ({"plot": "no/x.png"}, "plot must be a .png in a folder that exists, got 'no/x.png'"),
+        ({"plot": "x.doc"}, "plot must be a .png in a folder that exists, got 'x.doc'"),
+        ({"plot": "x.png", "speed": 2.0}, "speed replays runs in the dashboard"),
+        ({"metric": "charts/SPS"}, "metric ('charts/SPS') is for --plot"),
+    ],
+)
+def test_impossible_options_are_refused(options, sentence, tmp_path):
+    with pytest.raises(UsageError) as refused:
+        look(tmp_path, **options)
+    assert sentence in str(refused.value)
+
+
+def test_no_runs_are_refused():
+    with pytest.raises(UsageError, match="name the directories of one or more runs"):
+        look()
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "sentence"),
+    [
+        ("rich", {}, "the dashboard needs rich, which is not installed: pip install rich"),
+        ("matplotlib.figure", {"plot": "x.png"}, "--plot needs matplotlib, which is not installed"),
+    ],
+)
+def test_missing_libraries_are_named(module, options, sentence, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UsageError) as refused:
+        look(make_run(tmp_path / "run"), **options)
+    assert sentence in str(refused.value)
+
+
+def test_errors_on_the_terminal_are_text(capsys, monkeypatch):
+    def fail(config):
+        raise UsageError(f"no {config.plot}")
+
+    monkeypatch.setattr(sys, "argv", ["loggers.py", "run", "--plot", "\x1b[31m\n.png"])
+    with pytest.raises(SystemExit, match="2"):
+        launch(fail, Look)
+    gc.enable()  # launch disables it
+    assert capsys.readouterr().err == "error: no \\x1b[31m\\n.png\n"

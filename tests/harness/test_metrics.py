@@ -89,5 +89,6 @@ def test_evaluation_in_words_and_numbers():
     assert describe(episodes, {2: "story"}) == healthy
     single = SimpleNamespace(returns=np.array([[4.0, 4.0]]), lengths=np.ones((1, 2)))
     assert describe(single) == beginning + "4.00 (95 % interval 4.00 to 4.00)"
+    assert describe(episodes, {1: "a", 2: "b"}).endswith(" (2 diverged)")
     assert describe(single, policy="sampled").startswith("sampled return over 2 episodes: 4.00 ")
     assert summarize_episodes(single, "sampled").keys() == {SAMPLED, SAMPLED_LENGTH}

@@ -27,6 +27,7 @@ def config_of(module, *args):
         ("2E+5", 200_000),
         ("20e4", 200_000),
         ("2000000e-1", 200_000),
+        ("1.5e6", 1_500_000),
         ("123456789e-0", 123_456_789),
     ],
 )
@@ -43,9 +44,10 @@ def test_the_command_line_without_options_is_the_config_without_arguments():
 
 
 def test_every_kind_of_option_is_read():
-    words = "--env-kwargs gravity 9.5 max_steps_in_episode 1e2 --mask 0 1 --no-anneal-lr --gamma 1"
+    words = "--env-kwargs gravity 9.0 max_steps_in_episode 1e2 --mask 0 1 --no-anneal-lr --gamma 1"
     config = config_of(rppo, *words.split(), "--log", "console", "file", "--cell=lstm", "--seed=3")
-    assert config.env_kwargs == {"gravity": 9.5, "max_steps_in_episode": 100}
+    assert config.env_kwargs == {"gravity": 9.0, "max_steps_in_episode": 100}
+    assert type(config.env_kwargs["gravity"]) is float
     assert config.mask == ("0", "1") and config.log == ("console", "file")
     assert (config.anneal_lr, config.gamma, config.cell, config.seed) == (False, 1.0, "lstm", 3)
     assert config_of(ppo, "--episodes", "7") == config_of(ppo, "--eval_episodes", "7")

@@ -14,7 +14,7 @@ from helpers import ROOT, as_command, disk, tiny, words
 from algorithms import ppo, rppo
 from experiment import UsageError, show
 from harness.options import launch
-from harness.run_dir import load_config, open_run_dir, provenance
+from harness.run_dir import forget_after, is_running, load_config, open_run_dir, provenance
 
 CONFIG = tiny(ppo)
 
@@ -172,6 +172,7 @@ TEXTS = [
     (b"{", "it is not JSON"),
     (b"\xff\xfe", "it is not JSON"),
     (b"[" * 100_000, "it is not JSON"),
+    (b"9" * 5_000, "it is not JSON"),  # more digits than Python reads
     (b"[1, 2]", "it is not the config of a run"),
     (b"null", "it is not the config of a run"),
     (b'"ppo"', "it is not the config of a run"),
@@ -213,6 +214,45 @@ def test_an_edited_config_is_checked_like_the_command_line(
     assert message in refused(tmp_path, json.dumps(about).encode(), capsys)
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_config_that_is_no_file_is_refused(make, tmp_path):
+    make(tmp_path / "config.json")
+    with pytest.raises(UsageError, match="config.json is damaged: it is not a file"):
+        load_config(str(tmp_path), ppo.Config)
+
+
 @pytest.mark.parametrize(("text", "message"), TEXTS)
 def test_a_damaged_config_is_named(text, message, tmp_path, capsys):
     assert f"config.json is damaged: {message}" in refused(tmp_path, text, capsys)
+
+
+def test_nothing_outside_of_a_run_is_changed_through_a_link(tmp_path):
+    """A run directory may come from a stranger."""
+    run_dir, victim = tmp_path / "run", tmp_path / "victim"
+    open_run_dir(replace(CONFIG, run_dir=str(run_dir)))[1].release()
+    victim.mkdir()
+    (victim / "1.json").write_text("precious")
+    (run_dir / ".lock").unlink(missing_ok=True)
+    links = {"metrics.jsonl": victim / "1.json", ".lock": victim / "1.json"}
+    links |= {"checkpoints": victim, "wandb": victim, ".neptune": victim}
+    for name, target in links.items():
+        (run_dir / name).symlink_to(target)
+        with pytest.raises(UsageError, match=f"/run/{name}' is a link, a run writes only its own"):
+            open_run_dir(replace(CONFIG, resume=str(run_dir)))
+        assert not is_running(run_dir)
+        (run_dir / name).unlink()
+    assert [path.read_text() for path in victim.iterdir()] == ["precious"]
+    (tmp_path / "link").symlink_to(run_dir)  # the directory itself may be one
+    open_run_dir(replace(CONFIG, resume=str(tmp_path / "link")))[1].release()
+
+
+def test_a_record_that_has_lost_reports_is_said(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    forget_after(path, 0)
+    assert not path.exists() and not capsys.readouterr().err
+    path.write_text("12345678")
+    forget_after(path, 5)
+    assert path.read_text() == "12345" and not capsys.readouterr().err
+    forget_after(path, 9)
+    lost = "has 5 of 9 bytes that it had at the checkpoint: reports are missing"
+    assert capsys.readouterr().err == f"warning: '{path}' {lost}\n"

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from helpers import as_command, assert_same, tiny, words
 
-from algorithms import dqn, ppo
+from algorithms import dqn, drqn, ppo, sacd
 from env_adapters.environment import Statistics
+from env_adapters.episodes import Episodes
 from experiment import Run, UsageError, seed_keys
 from harness.checkpoints import Checkpoints
-from harness.metrics import SAMPLED
+from harness.metrics import GREEDY, GREEDY_LENGTH, SAMPLED, SAMPLED_LENGTH, read_metrics
 from harness.options import launch
 from harness.run_dir import open_run_dir
 
@@ -121,6 +122,39 @@ def test_an_evaluation_is_printed_and_saved_with_what_made_it(run_dir, capsys):
     assert saved["command"][1:3] == ["--evaluate", str(run_dir)] and "commit" in saved["git"]
 
 
+@pytest.mark.parametrize(
+    ("eval_policy", "logged", "score"),
+    [
+        ("greedy", {GREEDY: [1.0], GREEDY_LENGTH: [7.0]}, 1.0),
+        ("sample", {SAMPLED: [2.0], SAMPLED_LENGTH: [8.0]}, 2.0),
+        (
+            "both",
+            {GREEDY: [1.0], GREEDY_LENGTH: [7.0], SAMPLED: [2.0], SAMPLED_LENGTH: [8.0]},
+            2.0,
+        ),
+    ],
+)
+def test_the_policy_that_was_trained_chooses_the_best_checkpoint(
+    eval_policy, logged, score, tmp_path
+):
+    def evaluate(state, env, episodes, greedy=True):
+        means = (1.0, 7.0) if greedy else (2.0, 8.0)
+        return Episodes(*(np.full((1, episodes), mean) for mean in means))
+
+    config = replace(CONFIG, eval_policy=eval_policy, run_dir=str(tmp_path / "run"))
+    run = Run(config, ppo.init)
+    run.evaluate(evaluate, run.state, config.make_env())
+    run.logger.close()
+    run.lock.release()
+    (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert {name: record[name] for name in record if name.startswith("eval/")} == logged
+    about = json.loads(json.loads((run.checkpoints.folder / "0.json").read_text())["about"])
+    means = {"greedy": 1.0, "sampled": 2.0}
+    means = {policy: mean for policy, mean in means.items() if f"eval/{policy}_return" in logged}
+    assert about["score"] == score and about["notes"]["returns"] == means
+    run.checkpoints.close()
+
+
 def test_the_last_checkpoint_is_evaluated_without_best(run_dir, capsys):
     output = command("--evaluate", run_dir, "--eval-policy", "greedy", capsys=capsys)
     assert output.startswith("checkpoint of step 64: greedy return over 64 episodes: ")
@@ -196,7 +230,7 @@ def test_target_networks_are_taken_over(tmp_path):
     [
         ({"hidden_size": 16}, r"actor_head/kernel has the shape \(16, 2\), in training \(8, 2\)"),
         ({"num_layers": 2}, "params/params/torsos_0/Dense_2/bias was not there in training"),
-        ({"env_kwargs": {}}, "reads normalised observations; add normalize_obs True to env_kwargs"),
+        ({"env_kwargs": {}}, "its observations were normalised; set normalize_obs to True"),
     ],
 )
 def test_a_run_that_does_not_fit_is_refused(changes, message, kept, tmp_path):
@@ -204,6 +238,32 @@ def test_a_run_that_does_not_fit_is_refused(changes, message, kept, tmp_path):
     with pytest.raises(UsageError, match=f"init_from '{kept}' does not fit: .*{message}"):
         beginning(ppo, config, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_has_the_same_shapes_and_is_another_function_is_refused(tmp_path):
+    config = tiny(drqn, log=())
+    source = make_run(tmp_path / "source", drqn, config)
+    new = replace(config, init_from=str(source))
+    normalized = {"normalize_obs": True, **config.env_kwargs}
+    for changes, message in (
+        ({"rescale": True}, "rescale was False, not True"),
+        (
+            {"env_kwargs": normalized},
+            "observations were not normalised; set normalize_obs to False",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            beginning(drqn, replace(new, **changes), tmp_path)
+
+
+def test_alpha_that_is_not_tuned_is_that_of_the_new_run(tmp_path):
+    config = tiny(sacd, log=())
+    source = make_run(tmp_path / "source", sacd, config)
+    for autotune in (True, False):
+        options = {"init_from": str(source), "alpha": 0.25, "autotune": autotune}
+        state = beginning(sacd, replace(config, **options), tmp_path)
+        expected = 64.0 if autotune else np.log(0.25)
+        np.testing.assert_allclose(state.params["params"]["log_alpha"], expected, rtol=1e-6)
 
 
 def test_seeds_that_do_not_fit_or_diverged_are_refused(tmp_path):
