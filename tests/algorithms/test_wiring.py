@@ -359,3 +359,19 @@ def test_no_key_is_used_twice(script):
     assert program.reaches("key") == {"key"}
     first = traced_init(script, config)
     assert first.reaches("params") == first.reaches("env_state") == {"key"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_minibatches_are_drawn_at_random(script, monkeypatch):
+    """What was collected being given, a key still decides what is learned."""
+    module, config = module_of(script), one_gradient_step(module_of(script), num_minibatches=2)
+    env, state = config.make_env(), state_of(script, config)
+    _, collected = jax.eval_shape(lambda state: module.rollout(state, env), state)
+
+    def learn(collected, **fields):
+        monkeypatch.setattr(module, "rollout", lambda state, env: (state, collected))
+        return fields_of(module.update(state.replace(**fields), env)[0])
+
+    program = traced(learn, collected=collected, **fields_of(state))
+    assert "key" in program.reaches("params")
+    assert "key" not in program.reaches("env_state")
