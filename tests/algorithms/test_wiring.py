@@ -83,6 +83,7 @@ PLUMBING = {
     "neptune_mode": "offline",
     "run_dir": "elsewhere",
     "resume": "runs/a",
+    "init_from": "runs/a",  # replaces what `init` made, before the first update
     "eval_every": 7,
     "eval_episodes": 3,
     "num_eval_envs": 2,
