@@ -53,8 +53,11 @@ def main(command: Command) -> None:
     use_fast_random()
     for name in ("steps", "num_envs"):
         value = getattr(command, name)
-        if value < 1:
-            raise UsageError(f"{name} must be greater than 0, got {value}")
+        if not 0 < value < 2**31:
+            valid = "greater than 0 and less than 2**31"
+            raise UsageError(f"{name} must be {valid}, got {value}")
+    if not 0 <= command.seed < 2**31:
+        raise UsageError(f"seed must be 0 or more and less than 2**31, got {command.seed}")
     if not command.what:
         list_namespaces()
     elif command.what in NAMESPACES:

@@ -28,9 +28,8 @@ import jax
 import jax.numpy as jnp
 
 from harness.errors import UsageError
-from harness.run_dir import CHECKPOINTS_FOLDER
+from harness.run_dir import CHECKPOINTS_FOLDER, NEW, write_whole
 
-NEW = "new"  # what is still written: "new" and "new-<step>"
 UNFINISHED = ".orbax-checkpoint-tmp"  # what orbax appends to the name of what it still writes
 
 
@@ -162,12 +161,8 @@ class Checkpoints:
 
     def _write_about(self, about, step):
         text = json.dumps(about)
-        new = self.folder / NEW
-        with open(new, "w") as file:
-            json.dump({"checksum": zlib.crc32(text.encode()), "about": text}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.folder / f"{step}.json")
+        checked = {"checksum": zlib.crc32(text.encode()), "about": text}
+        write_whole(self.folder / f"{step}.json", json.dumps(checked))
 
     def _delete_old(self, step):
         """Keep the last checkpoints and the best one; delete what else was written by a run."""
@@ -179,7 +174,7 @@ class Checkpoints:
             kept |= {saved for saved in complete if saved > step and not self._is_damaged(saved)}
             for path in list(self.folder.iterdir()):
                 name = path.name.removesuffix(".json")
-                is_unfinished = name.startswith(NEW) or UNFINISHED in name
+                is_unfinished = name.lstrip(".").startswith(NEW) or UNFINISHED in name
                 if is_unfinished or (name.isdecimal() and int(name) not in kept):
                     remove(path)
 
@@ -266,8 +261,12 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
             for name, leaf in wanted.items()
         }
-        with orbax_can_read(self.folder) as folder:
-            leaves = self.orbax.restore(folder / where.name, filled(shapes))
+        try:
+            with orbax_can_read(self.folder) as folder:
+                leaves = self.orbax.restore(folder / where.name, filled(shapes))
+        except (LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+            # Orbax trusts its own files, but the checksums may be those of files that never were.
+            raise OSError(f"orbax does not understand it ({error!r})") from None
         for name, leaf in shapes.items():
             if not leaf.size:
                 leaves[name] = jnp.zeros(leaf.shape, leaf.dtype)

@@ -13,6 +13,7 @@ import tyro
 from harness.errors import UsageError, import_optional
 from harness.history import History, load, mean_of_finite
 from harness.metrics import GREEDY, RETURN, SAMPLED, interval, iqm
+from harness.options import is_folder
 from harness.output import warn
 from harness.plots import label_of, plot
 from harness.run_dir import is_running
@@ -228,7 +229,7 @@ def main(config: Look) -> None:
     if not 0 <= config.speed < math.inf:
         raise UsageError(f"speed must be 0 or a finite number above it, got {config.speed}")
     path = Path(config.plot)
-    if config.plot and not (path.suffix == ".png" and path.parent.is_dir()):
+    if config.plot and not (path.suffix == ".png" and is_folder(path.parent)):
         raise UsageError(f"plot must be a .png in a folder that exists, got {config.plot!r}")
     if config.plot and config.speed:
         raise UsageError("speed replays runs in the dashboard, it does not go with plot")

@@ -222,9 +222,7 @@ def check_fields(value, fields: dict, prefix: str = "") -> None:
 
 
 def is_whole(value, valid: range) -> bool:
-    """Whether a value read from JSON is a whole number in this range."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    """Whether a value read from JSON is a whole number in this range, written without a point."""
     return type(value) is int and value in valid
 
 

@@ -128,7 +128,7 @@ def launch(main, config_class):
     keep_32_bits()
     try:
         if not issubclass(config_class, Experiment):
-            main(tyro.cli(config_class))
+            main(tyro.cli(config_class, registry=registry))
             return check_output()
         config = parse(config_class)
         use_compilation_cache(config.compilation_cache)
@@ -172,8 +172,9 @@ def parse(config_class):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?")
     parser.add_argument("--evaluate", nargs="?")
+    parser.add_argument("--init-from", nargs="?")
     given, _ = parser.parse_known_args(words)
-    for option in ("resume", "evaluate"):
+    for option in ("resume", "evaluate", "init_from"):
         if getattr(given, option) == "":  # an unset variable of the shell, perhaps
             raise UsageError(f"{option} needs the directory of a run, got ''")
     if given.resume and given.evaluate:
@@ -360,7 +361,13 @@ def use_compilation_cache(folder: str) -> None:
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
         os.execv(sys.executable, sys.orig_argv)
     if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        try:
+            path = Path(folder).expanduser()
+        except RuntimeError as error:  # there is no such user, or none at all
+            if folder != Experiment.compilation_cache:
+                raise UsageError(f"compilation_cache {folder!r}: {error}") from None
+            return
+        jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         # Beyond this size the least recently used programs are deleted.
@@ -465,7 +472,17 @@ def check_gif(name: str, path: str) -> None:
     Raises:
       ValueError: names the option, the path and what is valid.
     """
-    if not path.endswith(".gif"):
+    if Path(path).suffix != ".gif":
         raise ValueError(f"{name} must be a file name that ends in .gif, got {path!r}")
-    if not Path(path).parent.is_dir():
+    if not is_folder(Path(path).parent):
         raise ValueError(f"{name} must be in a folder that exists, got {path!r}")
+    if is_folder(path):
+        raise ValueError(f"{name} must be a file, and {path!r} is a folder")
+
+
+def is_folder(path) -> bool:
+    """Whether this is a folder; no path that the file system refuses is one."""
+    try:
+        return Path(path).is_dir()
+    except OSError:
+        return False

@@ -8,6 +8,7 @@ evaluations/   what --evaluate found, one JSON file each time
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import inspect
@@ -28,6 +29,7 @@ from harness.output import warn
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
+NEW = "new"  # begins the name of what is still being written, after a dot where it is a file
 CHECKPOINTS_FOLDER = "checkpoints"
 
 # Fields that may be given beside --resume or --evaluate and differ from the run's own config.
@@ -43,6 +45,9 @@ MAY_DIFFER_ON_RESUME = {
     "keep_checkpoints",
     "compilation_cache",
 }
+# Those of them that say what to do, and what to read and write outside of the run's directory: they
+# are never taken from a run, which may be a stranger's.
+OF_THE_COMMAND = ("run_dir", "resume", "evaluate", "video", "compilation_cache")
 MAY_DIFFER_ON_EVALUATE = MAY_DIFFER_ON_RESUME | {
     "seed",
     "env_kwargs",
@@ -163,6 +168,10 @@ def open_run_dir(config):
     except Timeout:
         raise UsageError(f"run directory {str(path)!r} is in use by another process") from None
     except FileExistsError:
+        if not path.exists():
+            above = next(folder for folder in path.parents if os.path.lexists(folder))
+            reason = f"{str(above)!r} is no directory"
+            raise UsageError(f"run directory {str(path)!r} cannot be made: {reason}") from None
         if not config.run_dir:  # two runs took the same name at the same moment
             return open_run_dir(config)
         raise UsageError(
@@ -175,11 +184,25 @@ def open_run_dir(config):
     return path, lock
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that other processes find either complete or not at all.
+
+    A file of the temporary name is never written through: it may be a link that leads elsewhere.
+    """
+    new = path.with_name(f".{NEW}-{secrets.token_hex(4)}")
+    try:
+        with open(new, "x") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
 def write_json(path: Path, contents: dict) -> None:
-    """Write a file that other processes find either complete or not at all."""
-    new = path.with_name(".new")
-    new.write_text(json.dumps(contents, indent=2) + "\n")
-    os.replace(new, path)
+    write_whole(path, json.dumps(contents, indent=2) + "\n")
 
 
 def extend(path: Path, config, step: int) -> None:
@@ -207,6 +230,8 @@ def extend(path: Path, config, step: int) -> None:
 def save_evaluation(run_dir: Path, contents: dict) -> Path:
     """Write a new file in evaluations/, named after the moment."""
     folder = run_dir / "evaluations"
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, f"{str(folder)!r} is a link")
     folder.mkdir(exist_ok=True)
     stem = time.strftime("%Y%m%d-%H%M%S")
     twins = (f"{stem}-{number}" for number in itertools.count(2))
@@ -245,15 +270,16 @@ def read_about(run_dir) -> dict:
       UsageError: there is no such run, or the file is damaged.
     """
     path = Path(run_dir) / CONFIG_FILE
-    if path.exists() and not path.is_file():  # a pipe would keep its reader waiting
-        raise UsageError(f"{path} is damaged: it is not a file")
     try:
-        about = json.loads(path.read_text())
+        is_other = path.exists() and not path.is_file()  # a pipe would keep its reader waiting
+        about = None if is_other else json.loads(path.read_text())
     except OSError as error:
         reason = f"{path} cannot be read ({error.strerror})"
         raise UsageError(f"no run in {str(run_dir)!r}: {reason}") from None
     except (ValueError, RecursionError):
         raise UsageError(f"{path} is damaged: it is not JSON") from None
+    if is_other:
+        raise UsageError(f"{path} is damaged: it is not a file")
     if not isinstance(about, dict):
         raise UsageError(f"{path} is damaged: it is not the config of a run")
     for part, (kind, may_lack) in PARTS.items():
@@ -285,6 +311,8 @@ def load_config(run_dir: str, config_class):
         made = f"{run_dir!r} was made by another version of {script}.py"
         raise UsageError(f"{made}: its config differs in {different}")
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    defaults = config_class.__dataclass_fields__
+    values |= {name: defaults[name].default for name in OF_THE_COMMAND}
     try:
         check_types(config_class, values)
         return config_class(**values)

@@ -65,7 +65,13 @@ def test_an_environment_is_tried(tmp_path):
             ("gymnax::CartPole-v1", "--env-kwargs", "dely", "3"),
             "has no option 'dely' (did you mean 'delay'?)",
         ),
-        (("gymnax::CartPole-v1", "--steps", "0"), "steps must be greater than 0, got 0"),
+        (("gymnax::CartPole-v1", "--steps", "0"), "steps must be greater than 0 and less than"),
+        (("gymnax::CartPole-v1", "--steps", "1e12"), "less than 2**31, got 1000000000000"),
+        (("gymnax::CartPole-v1", "--seed", "1e20"), "seed must be 0 or more and less than 2**31"),
+        (
+            ("gymnax::CartPole-v1", "--gif", f"{'a' * 300}/x.gif"),
+            "gif must be in a folder that exists, got",
+        ),
         (
             ("gymnax::CartPole-v1", "--gif", "a.mp4"),
             "gif must be a file name that ends in .gif, got 'a.mp4'",

@@ -13,8 +13,16 @@ from helpers import ROOT, as_command, disk, tiny, words
 
 from algorithms import ppo, rppo
 from experiment import UsageError, show
-from harness.options import launch
-from harness.run_dir import forget_after, is_running, load_config, open_run_dir, provenance
+from harness.options import launch, parse
+from harness.run_dir import (
+    forget_after,
+    is_running,
+    load_config,
+    open_run_dir,
+    provenance,
+    save_evaluation,
+    write_whole,
+)
 
 CONFIG = tiny(ppo)
 
@@ -22,7 +30,8 @@ CONFIG = tiny(ppo)
 def test_a_run_directory_holds_the_config_and_where_it_comes_from(tmp_path):
     config = replace(CONFIG, run_dir=str(tmp_path / "a" / "run"), log=("file",))
     path, lock = open_run_dir(config)
-    assert load_config(str(path), ppo.Config) == config
+    of_the_command = {"run_dir": "", "compilation_cache": ppo.Config.compilation_cache}
+    assert load_config(str(path), ppo.Config) == replace(config, **of_the_command)
     saved = json.loads((path / "config.json").read_text())
     git = ["git", "-C", ROOT, "rev-parse", "HEAD"]
     head = subprocess.run(git, capture_output=True, text=True)
@@ -244,6 +253,44 @@ def test_nothing_outside_of_a_run_is_changed_through_a_link(tmp_path):
     assert [path.read_text() for path in victim.iterdir()] == ["precious"]
     (tmp_path / "link").symlink_to(run_dir)  # the directory itself may be one
     open_run_dir(replace(CONFIG, resume=str(tmp_path / "link")))[1].release()
+
+
+def test_what_is_written_anew_is_not_written_through_a_link(tmp_path):
+    run_dir, victim = tmp_path / "run", tmp_path / "victim"
+    open_run_dir(replace(CONFIG, run_dir=str(run_dir)))[1].release()
+    victim.write_text("precious")
+    for name in (".new", "new", "config.json"):
+        (run_dir / name).unlink(missing_ok=True)
+        (run_dir / name).symlink_to(victim)
+    write_whole(run_dir / "config.json", "{}")
+    assert (run_dir / "config.json").read_text() == "{}" and victim.read_text() == "precious"
+    (run_dir / "evaluations").symlink_to(tmp_path)
+    with pytest.raises(OSError, match="is a link"):
+        save_evaluation(run_dir, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "victim"}
+
+
+def test_what_to_do_is_never_taken_from_a_run(about, tmp_path, monkeypatch):
+    """A stranger may have written it: a folder of compiled programs would be executed."""
+    monkeypatch.chdir(tmp_path)
+    leaks = {"compilation_cache": "cache", "video": "a.gif", "run_dir": "x"}
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for option, other in (("--resume", "evaluate"), ("--evaluate", "resume")):
+        config = about["config"] | leaks | {other: "other"}
+        (run_dir / "config.json").write_text(json.dumps(about | {"config": config}))
+        with as_command("ppo", option, "run"):
+            parsed = parse(ppo.Config)
+        assert not (parsed.video or parsed.run_dir or getattr(parsed, other))
+        assert parsed.compilation_cache == "~/.cache/memory-rl"
+
+
+def test_a_run_in_a_folder_that_leads_nowhere_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path / "gone")
+    for run_dir in ("", "runs/x"):
+        with pytest.raises(UsageError, match="cannot be made: 'runs' is no directory"):
+            open_run_dir(replace(CONFIG, run_dir=run_dir))
 
 
 def test_a_record_that_has_lost_reports_is_said(tmp_path, capsys):
