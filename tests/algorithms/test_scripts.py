@@ -39,7 +39,7 @@ from harness.options import launch
 
 PAIRS = [  # most lines the second may remove from the first, and add to it
     ("ppo", "rppo", 45, 110),
-    ("dqn", "drqn", 60, 150),
+    ("dqn", "drqn", 60, 155),
     ("pqn", "rpqn", 45, 105),
     ("ppo", "ppo_continuous", 35, 75),
     ("rppo", "rppo_continuous", 35, 75),

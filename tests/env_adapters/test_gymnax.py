@@ -117,7 +117,7 @@ def test_whole_numbers_serve_where_the_default_is_a_float():
         ),
         ("BernoulliBandit-misc", {"max_steps_in_episode": 0.5}, "must be at least 1, got 0.5"),
         ("BernoulliBandit-misc", {"reward_prob": 2}, "reward_prob of .* between 0 and 1, got 2"),
-        ("CartPole-v1", {"gravity": np.nan}, "gravity of .* must be a finite number .* got nan"),
+        ("CartPole-v1", {"gravity": np.nan}, "gravity of .* must be finite, got nan"),
         ("CartPole-v1", {"length": 0.0}, "length of .* must be greater than 0, got 0.0"),
         ("Acrobot-v1", {"available_torque": 1}, "has no option 'available_torque'; valid options"),
         ("DeepSea-bsuite", {"size": 10**9}, "size of .* must be at most 1000, got 1000000000"),
