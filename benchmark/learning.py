@@ -86,6 +86,7 @@ MINATAR_OPTIONS = (
 )
 POPGYM = "--env popjaxrl::"
 FOUR_ENVS = "--num-envs 4 --gradient-steps 4"
+NORMALIZED = "--env-kwargs normalize_obs True normalize_reward True"
 MORE = {  # what the table has besides: {command: seeds}
     f"ppo.py {POPGYM}RepeatFirstEasy --total-steps 1_000_000": 3,
     f"ppo.py {POPGYM}StatelessCartPoleEasy --total-steps 1_000_000": 3,
@@ -98,6 +99,12 @@ MORE = {  # what the table has besides: {command: seeds}
     f"sac.py --env brax::inverted_pendulum --total-steps 20_000 {FOUR_ENVS}": 1,
     f"sac.py --env mujoco::HalfCheetah-v4 --total-steps 300_000 {FOUR_ENVS}": 1,
     f"sac.py --env mujoco::Hopper-v4 --total-steps 300_000 {FOUR_ENVS}": 1,
+    f"drqn.py {CARTPOLE} {GRU} --total-steps 500_000 --prioritized": 5,
+    f"dqn.py {CARTPOLE} {NORMALIZED}": 3,
+    f"drqn.py {CARTPOLE} {GRU} --total-steps 500_000 {NORMALIZED}": 3,
+    f"sac.py {PENDULUM} {NORMALIZED}": 3,
+    f"rsac.py {PENDULUM} {GRU} {NORMALIZED}": 3,
+    f"sacd.py {CARTPOLE} {NORMALIZED}": 3,
 }
 ORDER = (  # of the scripts in tables
     "ppo.py",

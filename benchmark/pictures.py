@@ -19,7 +19,8 @@ RUNS = {"PPO, no memory": f"ppo.py {TASK}", "recurrent PPO, GRU": f"rppo.py {TAS
 def film(command, path):
     script = str(ROOT / "algorithms" / command.split()[0])
     subprocess.run(
-        [sys.executable, script, "--evaluate", str(run_dir(command)), "--video", str(path)],
+        [sys.executable, script, "--evaluate", str(run_dir(command)), "--video", str(path)]
+        + ["--eval-policy", "greedy"],
         check=True,
     )
 
