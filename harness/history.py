@@ -80,7 +80,7 @@ class History:
         step = record.get("step")
         if not is_whole(step, range(self.step, 2**63)):
             return
-        self.step = int(step)
+        self.step = step
         seconds = number(record.get("time", time.monotonic()))
         if math.isfinite(seconds):
             self.clock = [*self.clock[:1], (seconds, self.step)]

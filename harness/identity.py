@@ -21,7 +21,6 @@ PLUMBING = frozenset(
         "run_dir",
         "resume",
         "evaluate",
-        "sample",
         "video",
         "eval_every",
         "eval_episodes",

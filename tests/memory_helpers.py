@@ -225,6 +225,13 @@ def split_heads(x, num_heads):
     return np.stack(np.split(x, num_heads, axis=-1), axis=-2)
 
 
+def delta_inputs(params, xs, starts, num_heads):
+    """Queries, keys and values of the delta rule (T, B, heads, d): 2406.06484, section 3.3."""
+    qkv = silu(short_conv(params["conv"], dense(params["qkv"], xs), starts))
+    q, k, v = (split_heads(x, num_heads) for x in np.split(qkv, 3, axis=-1))
+    return unit(q) / np.sqrt(q.shape[-1]), unit(k), v
+
+
 def delta_rule(q, k, v, beta, decay, starts):
     """Reads of S' = decay (I - beta k k^T) S + beta k v^T, per head: (T, B, heads, d)."""
     ys = np.zeros_like(v)

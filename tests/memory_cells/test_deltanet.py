@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 from memory_helpers import (
     H,
+    delta_inputs,
     delta_rule,
     dense,
     perturbed,
     rms_norm,
     run_float64,
-    short_conv,
     sigmoid,
-    silu,
-    split_heads,
-    unit,
 )
 
 from memory_cells import make_cell
@@ -27,11 +24,8 @@ from memory_cells.parts.chunkwise import delta_memory
 
 def deltanet_reference(p, xs, starts):
     """2406.06484, sections 2 and 3.3, with beta up to 2 (2411.12537); of two heads."""
-    qkv = silu(short_conv(p["conv"], dense(p["qkv"], xs), starts))
-    q, k, v = (split_heads(x, 2) for x in np.split(qkv, 3, axis=-1))
     beta = 2 * sigmoid(dense(p["beta"], xs))
-    q = unit(q) / np.sqrt(H / 2)
-    reads = delta_rule(q, unit(k), v, beta, np.ones_like(beta), starts)
+    reads = delta_rule(*delta_inputs(p, xs, starts, 2), beta, np.ones_like(beta), starts)
     return dense(p["output"], rms_norm(p["norm"], reads, 1e-5).reshape(xs.shape[:2] + (H,)))
 
 

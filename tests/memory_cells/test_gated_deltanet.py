@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 from memory_helpers import (
     H,
+    delta_inputs,
     delta_rule,
     dense,
     fresh_parameters,
     perturbed,
     rms_norm,
     run_float64,
-    short_conv,
     sigmoid,
     silu,
-    split_heads,
-    unit,
 )
 
 from memory_cells import make_cell
@@ -26,13 +24,10 @@ from memory_cells import make_cell
 
 def gated_deltanet_reference(p, xs, starts):
     """2412.06464, sections 3.1 and 3.4, with the decay of Mamba-2; of two heads."""
-    qkv = silu(short_conv(p["conv"], dense(p["qkv"], xs), starts))
-    q, k, v = (split_heads(x, 2) for x in np.split(qkv, 3, axis=-1))
     beta = sigmoid(dense(p["beta"], xs))
     time_step = np.log1p(np.exp(dense(p["alpha"], xs)))
     decay = np.exp(-np.exp(p["log_A"]) * time_step)
-    q = unit(q) / np.sqrt(H / 2)
-    reads = delta_rule(q, unit(k), v, beta, decay, starts)
+    reads = delta_rule(*delta_inputs(p, xs, starts, 2), beta, decay, starts)
     reads = rms_norm(p["norm"], reads, 1e-5).reshape(xs.shape[:2] + (H,))
     return dense(p["output"], reads * silu(dense(p["gate"], xs)))
 
