@@ -5,8 +5,8 @@
     state, report = run_updates(update, state, env, num_updates)    # train all seeds
     show(config, env, init, evaluate)                               # --evaluate
 
-The parts are in `harness/`: options.py, sizes.py, run_dir.py, checkpoints.py, trained.py,
-metrics.py and signals.py.
+The parts are in `harness/`: options.py, devices.py, sizes.py, run_dir.py, checkpoints.py,
+trained.py, metrics.py and signals.py.
 """
 
 import gc
@@ -26,6 +26,16 @@ from env_adapters.episodes import check_drawable, record, write_gif
 from env_adapters.registry import make
 from env_adapters.task import Box, Discrete
 from harness.checkpoints import Checkpoints
+from harness.devices import (
+    ONE_PART,
+    describe_parts,
+    divide,
+    mean_over_devices,
+    on_devices,
+    place,
+    shardings,
+    with_own_keys,
+)
 from harness.errors import Diverged, Options, RunError, UsageError
 from harness.metrics import (
     METRICS_FILE,
@@ -39,6 +49,7 @@ from harness.metrics import (
 )
 from harness.options import Experiment, check_sizes, launch
 from harness.output import warn
+from harness.processes import from_first, greatest, is_first, lost_another
 from harness.run_dir import (
     CONFIG_FILE,
     MAY_DIFFER_ON_EVALUATE,
@@ -54,7 +65,7 @@ from harness.run_dir import (
 from harness.signals import answered, end_at_once, say
 from harness.sizes import check_memory, num_bytes
 from harness.trained import begin_with, check_not_lost, first_difference, load_trained, restore
-from loggers import check_keys, make_logger
+from loggers import Logger, check_keys, make_logger
 
 __all__ = [
     "Experiment",
@@ -67,6 +78,7 @@ __all__ = [
     "environment_steps",
     "fill_buffer",
     "launch",
+    "mean_over_devices",
     "report_chunks",
     "run_updates",
     "seed_keys",
@@ -170,26 +182,35 @@ def compiled_updates(update, state, env, num_updates):
     Returns:
       The state, the sums of the metrics (S,), and for how many updates each sum stayed finite (S,).
     """
-    # A single seed with a memory or a replay buffer trains faster as a batch of one: XLA then
-    # updates the buffer in place. Without them it trains and compiles faster unbatched.
-    batch = jax.vmap if hasattr(state, "carry") or hasattr(state, "buffer") else vmap_seeds
-    # jit lets eval_shape and the loop share one tracing.
-    update_seeds = jax.jit(batch(partial(update, env=env)))
+    parts = divide(state.config)
+    update = with_own_keys(update, parts)
 
-    def body(_, loop):
-        state, sums, finite = loop
-        state, metrics = update_seeds(state)
-        sums = jax.tree.map(jnp.add, sums, metrics)
-        finite = jax.tree.map(lambda count, total: count + jnp.isfinite(total), finite, sums)
-        return state, sums, finite
+    def run(state, num_updates):
+        # A single seed with a memory or a replay buffer trains faster as a batch of one: XLA then
+        # updates the buffer in place. Without them it trains and compiles faster unbatched.
+        is_batch = hasattr(state, "carry") or hasattr(state, "buffer")
+        batch = jax.vmap if is_batch else vmap_seeds
+        # jit lets eval_shape and the loop share one tracing.
+        update_seeds = jax.jit(batch(partial(update, env=env)))
 
-    metrics = jax.eval_shape(update_seeds, state)[1]
-    # Sums of whole numbers, too, are floats: the steps of many episodes do not fit into int32.
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), metrics)
-    counts = jax.tree.map(lambda x: jnp.zeros(x.shape, int), metrics)
-    # The number of updates is not known when this compiles: a last, shorter chunk does not compile
-    # again.
-    return jax.lax.fori_loop(0, num_updates, body, (state, zeros, counts))
+        def body(_, loop):
+            state, sums, finite = loop
+            state, metrics = update_seeds(state)
+            sums = jax.tree.map(jnp.add, sums, metrics)
+            finite = jax.tree.map(lambda count, total: count + jnp.isfinite(total), finite, sums)
+            return state, sums, finite
+
+        metrics = jax.eval_shape(update_seeds, state)[1]
+        # Sums of whole numbers, too, are floats: the steps of many episodes do not fit into int32.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), metrics)
+        counts = jax.tree.map(lambda x: jnp.zeros(x.shape, int), metrics)
+        # The number of updates is not known when this compiles: a last, shorter chunk does not
+        # compile again.
+        loop = jax.lax.fori_loop(0, num_updates, body, (state, zeros, counts))
+        return loop[0], loop[1:]
+
+    state, (sums, finite) = on_devices(run, parts)(state, num_updates)
+    return state, sums, finite
 
 
 def run_updates(update, state, env, num_updates: int):
@@ -201,12 +222,14 @@ def run_updates(update, state, env, num_updates: int):
     Raises:
       UsageError: the state has a replay buffer that `warmup` has not filled.
     """
-    learning_starts = getattr(state.config, "learning_starts", 0)
-    if int(state.updates[0]) < learning_starts // state.config.steps_per_update:
+    config = state.config
+    first = updates_done(state)
+    learning_starts = getattr(config, "learning_starts", 0)
+    if first < learning_starts // config.steps_per_update:
         reason = f"its replay buffer is to hold learning_starts ({learning_starts}) steps first"
         raise UsageError(f"call warmup before train: {reason}")
+    state = place(state, divide(config))
     began = time.perf_counter()
-    first = int(state.updates[0])
     sums, finite, done = 0.0, 0, 0
     while done < num_updates:
         # Sums of more updates would lose digits in float32.
@@ -215,7 +238,6 @@ def run_updates(update, state, env, num_updates: int):
         sums, finite = add_part(sums, finite, done, *part)
         done += count
     seconds = time.perf_counter() - began
-    config = state.config
     report = summarize(sums, finite, first, num_updates, config.steps_per_update)
     report["charts/SPS"] = num_updates * config.steps_per_update * config.num_seeds / seconds
     return state, report
@@ -234,6 +256,7 @@ def add_part(sums, finite, done: int, more_sums, more_finite):
 
 def compile_updates(update, state, env):
     """Compile `run_updates` for this state and run no update: the same state, and a `Report`."""
+    state = place(state, divide(state.config))
     began = time.perf_counter()
     state, *_ = jax.block_until_ready(compiled_updates(update, state, env, 0))
     seconds = time.perf_counter() - began
@@ -242,24 +265,35 @@ def compile_updates(update, state, env):
 
 def tell(config, text: str) -> None:
     """Print what a run is doing, if it is shown on a terminal."""
-    if {"console", "dashboard"} & set(config.log):
+    if {"console", "dashboard"} & set(config.log) and is_first():
         print(text, flush=True)
 
 
 @partial(jax.jit, static_argnames=("rollout", "env"), donate_argnames="state")
+def compiled_rollouts(rollout, state, env):
+    """`learning_starts` steps of every seed: the state, which is used up (donated)."""
+    num_rollouts = state.config.learning_starts // state.config.steps_per_update
+    parts = divide(state.config)
+    rollout = with_own_keys(rollout, parts)
+
+    def fill(state):
+        return jax.lax.fori_loop(0, num_rollouts, lambda _, state: rollout(state, env)[0], state)
+
+    return on_devices(lambda state: (jax.vmap(fill)(state), ()), parts)(state)[0]
+
+
 def fill_buffer(rollout, state, env):
     """Take `learning_starts` steps of every seed into the replay buffers, before the first update.
+
+    Nothing happens if updates have been done: the buffers are full.
 
     Args:
       rollout: (state, env) -> (state, metrics), of one seed.
       state: the states of all seeds; it is used up (donated).
     """
-    num_rollouts = state.config.learning_starts // state.config.steps_per_update
-
-    def fill(state):
-        return jax.lax.fori_loop(0, num_rollouts, lambda _, state: rollout(state, env)[0], state)
-
-    return jax.vmap(fill)(state)
+    if updates_done(state):
+        return state
+    return compiled_rollouts(rollout, place(state, divide(state.config)), env)
 
 
 def report_chunks(config, num_steps: int):
@@ -274,9 +308,14 @@ def report_chunks(config, num_steps: int):
         remaining -= num_updates
 
 
+def updates_done(state) -> int:
+    """The updates that each seed has done, on whatever devices the seeds are."""
+    return int(state.updates.addressable_shards[0].data[0])
+
+
 def environment_steps(state) -> int:
     """The environment steps that each seed has trained for."""
-    return int(state.updates[0]) * state.config.steps_per_update
+    return updates_done(state) * state.config.steps_per_update
 
 
 # -------------------------------------------------------------------------------------------------
@@ -321,22 +360,36 @@ class Run:
         self.phase = "starting"  # then "training", then "closing"
         self.evaluation = {}  # policy -> episodes of the last evaluation
         self.saved_step = None  # step of the last checkpoint
-        self.dir, self.lock = open_run_dir(config)
+        self.parts = divide(config)
+        self.lock = None
+        self.dir = Path(from_first(self._open))
         self.identity = os.stat(self.dir)
         self.checkpoints = Checkpoints(self.dir, config.keep_checkpoints)
         notes = {"metrics_bytes": 0, "diverged": ()}
+        where = shardings(like, self.parts) if self.parts.count > 1 else None
         if config.resume and self.checkpoints.steps():
-            self.state, self.saved_step, notes = self.checkpoints.restore(like)
+            self.state, self.saved_step, notes = self.checkpoints.restore(like, where=where)
+            self._compare(notes.get("parts", ONE_PART))
         else:
             check_not_lost(self.dir, "continue from")
-            self.state = init(config, seed_keys(config))
+            make = partial(init, config)
+            if where:  # no device ever holds all of it
+                make = jax.jit(make, out_shardings=where)
+            self.state = make(seed_keys(config))
             if trained:
-                self.state = begin_with(trained, self.state)
-        if config.resume:
-            extend(self.dir, config, self.saved_step or 0)
-        self._announce(like)
-        forget_after(self.dir / METRICS_FILE, notes["metrics_bytes"])
-        self.logger = make_logger(config, self.dir, notes["diverged"], self.saved_step)
+                self.state = place(begin_with(trained, self.state), self.parts)
+        if is_first():
+            if config.resume:
+                extend(self.dir, config, self.saved_step or 0)
+            self._announce(like)
+            forget_after(self.dir / METRICS_FILE, notes["metrics_bytes"])
+            self.logger = make_logger(config, self.dir, notes["diverged"], self.saved_step)
+        else:
+            self.logger = Logger(diverged=notes["diverged"])
+
+    def _open(self):
+        path, self.lock = open_run_dir(self.config)
+        return str(path)
 
     def _announce(self, like):
         """What a user might not expect of this run."""
@@ -349,6 +402,16 @@ class Run:
         if trained != config.total_steps:
             updates = f"whole updates of {config.steps_per_update:,}"
             print(f"--total-steps {config.total_steps:,} trains {trained:,}: {updates}", flush=True)
+        if self.parts.count > 1:
+            print(f"{self.parts.count} devices, {describe_parts(self.parts)}", flush=True)
+
+    def _compare(self, parts):
+        """Say so if the run is continued in other parts than those of its last checkpoint."""
+        if tuple(parts) != self.parts and is_first():
+            before = int(np.prod(parts))
+            change = f"trained on {before} devices so far, now on {self.parts.count}"
+            exactly = f"--num-devices {before} would continue exactly"
+            warn(f"{change}: numbers will differ from those of an uninterrupted run; {exactly}")
 
     def __enter__(self):
         self.signals = answered(self._answer)
@@ -366,18 +429,19 @@ class Run:
         self.phase = "training"
         self._check_dir()
         config = self.config
+        self.signal = greatest(self.signal or 0) or None  # processes stop together
         if self.signal and self.saved_step != environment_steps(state):
             self._checkpoint(state)
         if self.signal:
             return 0
-        done = int(state.updates[0])
+        done = updates_done(state)
         period = self.updates_per_evaluation
         end = min(config.num_updates, (done // period + 1) * period)
         return min(config.log_every, end - done) * config.steps_per_update
 
     def evaluation_is_due(self, state) -> bool:
         """True after every `eval_every` steps, rounded down to whole updates, and at the end."""
-        done = int(state.updates[0])
+        done = updates_done(state)
         return done % self.updates_per_evaluation == 0 or done == self.config.num_updates
 
     def evaluate(self, evaluate, state, env) -> None:
@@ -388,7 +452,7 @@ class Run:
         """
         if not self.evaluation:
             tell(self.config, "compiling the first evaluation")
-        self.evaluation = evaluate_policies(evaluate, state, env)
+        self.evaluation = evaluate_policies(evaluate, state, env, self.parts)
         report = {}
         for policy, episodes in self.evaluation.items():
             report |= summarize_episodes(episodes, policy)
@@ -407,6 +471,7 @@ class Run:
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             "diverged": list(self.logger.diverged.items()),
             "returns": returns or {},  # policy -> mean return, if it was just evaluated
+            "parts": self.parts,
         }
         try:
             self.checkpoints.save(state, step, score, **notes)
@@ -456,20 +521,23 @@ class Run:
     def __exit__(self, kind, error, _):
         self.phase = "closing"
         complete = self.saved_step == self.config.num_updates * self.config.steps_per_update
-        if kind is None and not complete:
+        if kind is None and not complete and is_first():
             print(f"stopped; {self._how_to_continue()}", file=sys.stderr)
         try:
             self.logger.close()
             self.checkpoints.close()
         finally:
-            self.lock.release()
+            if self.lock:
+                self.lock.release()
             self.signals.__exit__(None, None, None)
+        if lost_another(error):
+            raise RunError(f"another process of this run is gone; {self._how_to_continue()}")
         if kind is Diverged:
             advice = self._how_to_continue("the last good one: look at it with --evaluate")
             raise RunError(f"{error}; {advice}") from None
         if kind is None and not complete:
             sys.exit(128 + self.signal)
-        if kind is None:
+        if kind is None and is_first():
             for policy, episodes in self.evaluation.items():
                 print(describe(episodes, self.logger.diverged, policy))
             if not self.evaluation:
@@ -477,18 +545,23 @@ class Run:
             print(f"saved to {self.dir}")
 
 
-def evaluate_as(policy: str, evaluate, state, env, episodes: int, **options):
+def evaluate_as(policy: str, evaluate, state, env, episodes: int, parts=ONE_PART, **options):
     """What a script's `evaluate` returns for one of the policies, "greedy" or "sampled"."""
     if hasattr(state.config, "eval_policy"):  # the others have the greedy policy only
         options["greedy"] = policy == "greedy"
-    return evaluate(state, env, episodes, **options)
+    function = partial(evaluate, env=env, episodes=episodes, **options)
+    if parts == ONE_PART:
+        return function(state)
+    return jax.jit(on_devices(function, parts, returns_state=False))(state)
 
 
-def evaluate_policies(evaluate, state, env) -> dict:
+def evaluate_policies(evaluate, state, env, parts=ONE_PART) -> dict:
     """Policy -> its episodes (S, eval_episodes), for the policies that the config names."""
     episodes = state.config.eval_episodes
     policies = evaluated_policies(state.config)
-    return {policy: evaluate_as(policy, evaluate, state, env, episodes) for policy in policies}
+    return {
+        policy: evaluate_as(policy, evaluate, state, env, episodes, parts) for policy in policies
+    }
 
 
 def show(config, env, init, evaluate) -> None:

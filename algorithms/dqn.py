@@ -36,6 +36,7 @@ from experiment import (
     compile_updates,
     fill_buffer,
     launch,
+    mean_over_devices,
     report_chunks,
     run_updates,
     show,
@@ -141,7 +142,7 @@ class State(struct.PyTreeNode):
     opt_state: Any
     env_state: Any  # (N, ...)
     obs: jax.Array  # (N, ...), what the next action is chosen from
-    buffer: Any  # Transition (1, buffer_size, ...), and where the next one goes
+    buffer: Any  # Transition (N, buffer_size // N, ...), and where the next one goes
     key: jax.Array  # ()
     updates: jax.Array  # (), how many have been done
     config: Config = struct.field(pytree_node=False)
@@ -159,6 +160,7 @@ class Transition(NamedTuple):
 
 def make_replay(config: Config):
     return ItemReplay(
+        num_envs=config.num_envs,
         buffer_size=config.buffer_size,
         batch_size=config.batch_size,
     )
@@ -252,6 +254,7 @@ def update(state, env):
         sample = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
         gradient = jax.grad(td_loss, has_aux=True)
         gradients, parts = gradient(state.params, state.target_params, network, config, sample)
+        gradients = mean_over_devices(gradients)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, optax.tree.scale(-learning_rate, changes))
@@ -308,8 +311,7 @@ def init(config: Config, key) -> State:
 
 def warmup(state: State, env, logger) -> State:
     """Fill the buffer with `learning_starts` steps, unless that was done; compile the update."""
-    if state.updates[0] == 0:
-        state = fill_buffer(rollout, state, env)
+    state = fill_buffer(rollout, state, env)
     state, report = compile_updates(update, state, env)
     logger.log(report, report.step)
     return state

@@ -43,6 +43,7 @@ from experiment import (
     compile_updates,
     fill_buffer,
     launch,
+    mean_over_devices,
     report_chunks,
     run_updates,
     show,
@@ -334,6 +335,7 @@ def update(state, env):
         sample = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
         gradient = jax.grad(td_loss, has_aux=True)
         gradients, parts = gradient(state.params, state.target_params, network, config, sample)
+        gradients = mean_over_devices(gradients)
         buffer = replay.set_priorities(state.buffer, sample, parts.pop("error"))
         state = state.replace(buffer=buffer)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
@@ -399,8 +401,7 @@ def init(config: Config, key) -> State:
 
 def warmup(state: State, env, logger) -> State:
     """Fill the buffer with `learning_starts` steps, unless that was done; compile the update."""
-    if state.updates[0] == 0:
-        state = fill_buffer(rollout, state, env)
+    state = fill_buffer(rollout, state, env)
     state, report = compile_updates(update, state, env)
     logger.log(report, report.step)
     return state

@@ -38,6 +38,7 @@ from experiment import (
     check_config,
     compile_updates,
     launch,
+    mean_over_devices,
     report_chunks,
     run_updates,
     show,
@@ -249,7 +250,9 @@ def ppo_loss(params, network, config, carry, batch, advantage, returns):
     log_ratio = log_prob - batch.log_prob
     ratio = jnp.exp(log_ratio)
     if config.normalize_advantage and advantage.size > 1:  # one alone would become 0
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        mean = mean_over_devices(advantage.mean())
+        variance = mean_over_devices(((advantage - mean) ** 2).mean())
+        advantage = (advantage - mean) / (jnp.sqrt(variance) + 1e-8)
     clipped_ratio = jnp.clip(ratio, 1.0 - config.clip_coef, 1.0 + config.clip_coef)
     policy_loss = -jnp.minimum(ratio * advantage, clipped_ratio * advantage).mean()
 
@@ -332,6 +335,7 @@ def update(state, env):
         minibatch = jax.tree.map(lambda x: x[:, envs], (batch, advantages, returns))
         gradient = jax.grad(ppo_loss, has_aux=True)
         gradients, parts = gradient(params, network, config, carry, *minibatch)
+        gradients = mean_over_devices(gradients)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, opt_state, params)
         params = optax.apply_updates(params, optax.tree.scale(-learning_rate, changes))

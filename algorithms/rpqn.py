@@ -39,6 +39,7 @@ from experiment import (
     check_config,
     compile_updates,
     launch,
+    mean_over_devices,
     report_chunks,
     run_updates,
     show,
@@ -304,6 +305,7 @@ def update(state, env):
         minibatch = jax.tree.map(lambda x: x[:, envs], (batch, targets))
         gradient = jax.grad(td_loss, has_aux=True)
         gradients, parts = gradient(params, network, carry, *minibatch)
+        gradients = mean_over_devices(gradients)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, opt_state, params)
         params = optax.apply_updates(params, optax.tree.scale(-learning_rate, changes))

@@ -45,6 +45,7 @@ from experiment import (
     compile_updates,
     fill_buffer,
     launch,
+    mean_over_devices,
     report_chunks,
     run_updates,
     show,
@@ -367,6 +368,7 @@ def update(state, env):
         sample = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
         gradient = jax.grad(sac_loss, has_aux=True)
         gradients, parts = gradient(state.params, state.target_params, network, sample, loss_key)
+        gradients = mean_over_devices(gradients)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, optax.tree.scale(-learning_rate, changes))
@@ -425,8 +427,7 @@ def init(config: Config, key) -> State:
 
 def warmup(state: State, env, logger) -> State:
     """Fill the buffer with `learning_starts` steps, unless that was done; compile the update."""
-    if state.updates[0] == 0:
-        state = fill_buffer(rollout, state, env)
+    state = fill_buffer(rollout, state, env)
     state, report = compile_updates(update, state, env)
     logger.log(report, report.step)
     return state

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from env_adapters.task import Box, Task, cast, strong
+from harness.devices import DEVICES, axes_in_use
 
 
 class EnvState(NamedTuple):
@@ -224,14 +225,12 @@ class Moments(NamedTuple):
 
     def update(self, x):
         """Take in x, or the x of all environments that are vmapped with axis_name="envs"."""
-        try:
-            number = jax.lax.psum(1, "envs")
-            mean = jax.lax.pmean(x, "envs")
-            var = jax.lax.pmean((x - mean) ** 2, "envs")
-        except NameError:  # there is no axis of that name
-            number = 1
-            mean = x
-            var = jnp.zeros_like(x)
+        axes = axes_in_use("envs")
+        if axes:
+            axes += axes_in_use(DEVICES)  # which share these environments
+        number = jax.lax.psum(1, axes)
+        mean = jax.lax.pmean(x, axes)
+        var = jax.lax.pmean((x - mean) ** 2, axes)
         count = self.count + number
         weight = number / count
         change = mean - self.mean

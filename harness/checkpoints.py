@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from harness.errors import UsageError
+from harness.processes import is_first, wait_for_all
 from harness.run_dir import CHECKPOINTS_FOLDER, NEW, write_whole
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # what orbax appends to the name of what it still writes
@@ -73,10 +74,20 @@ class Checkpoints:
           OSError: it could not be written; earlier checkpoints are unchanged.
         """
         leaves = named_leaves(state)
-        self.folder.mkdir(exist_ok=True)
-        self._check_space(leaves)
         new = self.folder / f"{NEW}-{step}"
+        if is_first():
+            self.folder.mkdir(exist_ok=True)
+            self._check_space(leaves)
+            remove(new)
+        wait_for_all("before a checkpoint")
         self._write_arrays(leaves, new)
+        if is_first():
+            self._complete(leaves, new, step, score, notes)
+        self.damaged.discard(step)
+        wait_for_all("after a checkpoint")
+
+    def _complete(self, leaves, new, step, score, notes):
+        """Make what orbax has written to `new` the checkpoint of a step."""
         about = {
             "score": None if math.isnan(score) else score,
             "notes": {"metrics_bytes": 0, "diverged": []} | notes,
@@ -86,15 +97,15 @@ class Checkpoints:
         self._delete(step)
         os.rename(new, self.folder / str(step))
         self._write_about(about, step)
-        self.damaged.discard(step)
         self._delete_old(step)
 
-    def restore(self, like, best: bool = False):
+    def restore(self, like, best: bool = False, where=None):
         """The last undamaged checkpoint, or with `best` the one with the best score.
 
         Args:
           like: a pytree with the structure, shapes and dtypes of the state that was saved, as
             `jax.eval_shape` returns it.
+          where: a pytree like it of shardings; by default all is loaded to the first device here.
 
         Returns:
           The state, its step, and its notes.
@@ -116,7 +127,8 @@ class Checkpoints:
                     damage = f"checkpoint {self.folder / str(step)} is damaged ({error})"
                     print(f"warning: {damage}; not used", file=sys.stderr)
                     continue
-                return self._read_arrays(step, about["leaves"], like), step, about["notes"]
+                state = self._read_arrays(step, about["leaves"], like, where)
+                return state, step, about["notes"]
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
             failure = f"a checkpoint in {str(self.folder)!r} cannot be read: {reason}"
@@ -138,12 +150,12 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, f"{reason}, it takes up to {size / 2**20:,.1f} MiB")
 
     def _write_arrays(self, leaves, new):
-        remove(new)
         try:
             with orbax_can_read(self.folder) as folder:
                 self.orbax.save(folder / new.name, filled(leaves))
                 self.orbax.wait_until_finished()
-                self._check_readable(folder / new.name, leaves)
+                if is_first():  # for the others it may not be complete yet
+                    self._check_readable(folder / new.name, leaves)
         except OSError:
             for unfinished in self.folder.glob(f"{NEW}-*"):
                 remove(unfinished)
@@ -241,7 +253,7 @@ class Checkpoints:
         scored = [step for step, score in scores.items() if score is not None]
         return [max(scored, key=lambda step: (scores[step], step))] if scored else []
 
-    def _read_arrays(self, step, saved, like):
+    def _read_arrays(self, step, saved, like, shardings):
         """The arrays of a checkpoint in the structure of `like`; `saved`: their descriptions."""
         where = self.folder / str(step)
         wanted = named_leaves(like)
@@ -255,10 +267,12 @@ class Checkpoints:
             if (was_shape, was_dtype) != (shape, dtype):
                 difference = f"its {name} is {was_dtype} {was_shape}, not {dtype} {shape}"
                 raise UsageError(f"{where} does not fit: {difference}")
-        # Whatever device it was saved from, it is loaded to the first one here.
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = named_leaves(shardings) if shardings else {}
         shapes = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=places.get(name, first_device)
+            )
             for name, leaf in wanted.items()
         }
         try:

@@ -14,6 +14,10 @@ PLUMBING = frozenset(
     {
         "seed",
         "num_seeds",
+        "num_devices",
+        "coordinator",
+        "num_processes",
+        "process_id",
         "log",
         "log_every",
         "wandb_mode",

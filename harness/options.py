@@ -20,7 +20,7 @@ import tyro
 
 from harness.errors import RunError, UsageError, check_types
 from harness.output import keep_output_open, lost_output
-from harness.run_dir import load_config, script_of
+from harness.run_dir import load_config, read_about, script_of
 from harness.signals import answered, end_at_once
 from harness.text import clean
 
@@ -36,6 +36,7 @@ class Experiment:
     # Experiment
     seed: int = 0  # seed of the first run; run i has seed + i
     num_seeds: int = 1  # independent runs, trained side by side in one program
+    num_devices: int = 0  # that share them, or a seed's environments; 0: all that make it faster
     total_steps: int = 500_000  # environment steps of each seed
     log: tuple[BackendName, ...] = DEFAULT_LOG  # where metrics go, any combination
     log_every: int = 10  # updates between two reports
@@ -51,6 +52,9 @@ class Experiment:
     evaluate: str = ""  # directory of a run that plays fresh episodes; --sample draws its actions
     best: bool = False  # with --evaluate, --init-from: take the checkpoint of the best evaluation
     video: str = ""  # with --evaluate: write an episode of the first seed to this .gif
+    coordinator: str = ""  # host:port of the first of several processes, or auto: on a cluster
+    num_processes: int = 1  # that share the devices of a run, each started with this command
+    process_id: int = 0  # which of them this is
     compilation_cache: str = "~/.cache/memory-rl"  # folder of compiled programs; empty: keep none
 
     @property
@@ -85,7 +89,16 @@ COMMON = (
     "resume",
 )
 # Config fields whose valid range is not "greater than 0".
-AT_LEAST_0 = ("seed", "ent_coef", "vf_coef", "bptt", "learning_starts", "burn_in")
+AT_LEAST_0 = (
+    "seed",
+    "num_devices",
+    "process_id",
+    "ent_coef",
+    "vf_coef",
+    "bptt",
+    "learning_starts",
+    "burn_in",
+)
 BETWEEN_0_AND_1 = (
     "gamma",
     "gae_lambda",
@@ -142,7 +155,13 @@ def launch(main, config_class):
             check_output()
     except (UsageError, RunError) as error:
         print(f"error: {clean(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        code = 2 if isinstance(error, UsageError) else 1
+        if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+            # At its exit jax would wait for the other processes, which wait for this one.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:  # of jax: a `check_memory` that counted too little
@@ -173,12 +192,15 @@ def parse(config_class):
     parser.add_argument("--resume", nargs="?")
     parser.add_argument("--evaluate", nargs="?")
     parser.add_argument("--init-from", nargs="?")
+    for option in ("--num-devices", "--coordinator", "--num-processes", "--process-id"):
+        parser.add_argument(option, nargs="?")
     given, _ = parser.parse_known_args(words)
     for option in ("resume", "evaluate", "init_from"):
         if getattr(given, option) == "":  # an unset variable of the shell, perhaps
             raise UsageError(f"{option} needs the directory of a run, got ''")
     if given.resume and given.evaluate:
         raise UsageError("--resume and --evaluate exclude each other")
+    prepare_devices(given)
     saved = {}
     if given.resume or given.evaluate:
         saved = vars(load_config(given.resume or given.evaluate, config_class)).copy()
@@ -321,6 +343,30 @@ def leave_choices_to_check_types(info):
         is_instance=lambda value: isinstance(value, str),
         str_from_instance=lambda value: [value],
     )
+
+
+def prepare_devices(given) -> None:
+    """Make the devices that the run asks for, and find its other processes, before jax is used.
+
+    Raises:
+      UsageError: the other processes cannot be reached.
+    """
+    from harness.devices import make_cpu_devices
+    from harness.processes import join
+
+    def number(text):
+        return int(text) if text and text.isdecimal() else None
+
+    devices = given.num_devices
+    if given.resume and devices is None:
+        devices = str(read_about(given.resume)["config"].get("num_devices"))
+    processes = number(given.num_processes) or 1
+    make_cpu_devices((number(devices) or 0) // processes)
+    coordinator = given.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") and "auto"
+    if coordinator and given.evaluate:
+        raise UsageError("coordinator is for training: --evaluate runs in one process")
+    if coordinator:
+        join(coordinator, number(given.num_processes), number(given.process_id))
 
 
 def check_device() -> None:

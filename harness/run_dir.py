@@ -34,6 +34,10 @@ CHECKPOINTS_FOLDER = "checkpoints"
 
 # Fields that may be given beside --resume or --evaluate and differ from the run's own config.
 MAY_DIFFER_ON_RESUME = {
+    "num_devices",
+    "coordinator",
+    "num_processes",
+    "process_id",
     "log",
     "wandb_mode",
     "neptune_mode",
@@ -47,7 +51,16 @@ MAY_DIFFER_ON_RESUME = {
 }
 # Those of them that say what to do, and what to read and write outside of the run's directory: they
 # are never taken from a run, which may be a stranger's.
-OF_THE_COMMAND = ("run_dir", "resume", "evaluate", "video", "compilation_cache")
+OF_THE_COMMAND = (
+    "run_dir",
+    "resume",
+    "evaluate",
+    "video",
+    "coordinator",
+    "num_processes",
+    "process_id",
+    "compilation_cache",
+)
 MAY_DIFFER_ON_EVALUATE = MAY_DIFFER_ON_RESUME | {
     "seed",
     "env_kwargs",

@@ -14,7 +14,7 @@ def free_memory() -> int:
     """Bytes that the device has left; the machine, where the device is its CPU."""
     import psutil
 
-    device = jax.devices()[0].memory_stats()
+    device = jax.local_devices()[0].memory_stats()
     if device:
         return device["bytes_limit"] - device.get("bytes_in_use", 0)
     return psutil.virtual_memory().available

@@ -20,8 +20,11 @@ from helpers import TASKS  # noqa: E402
 
 from envs import NAMESPACES  # noqa: E402
 from fast import use_fast_random  # noqa: E402
+from harness import devices  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_num_cpu_devices", 4)
+devices.num_cores = lambda: 1  # one device is used unless a test asks for more
 use_fast_random()  # as `launch` does for users
 # `make("test::Constant")` and so on, through the same door as every library.
 NAMESPACES["test"] = (lambda: list(TASKS), lambda env_id, **options: TASKS[env_id](**options))

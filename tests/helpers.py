@@ -181,6 +181,7 @@ TASKS = {
 
 # The sizes of a small run; a script takes those that it has.
 SMALL = {
+    "num_devices": 1,
     "num_envs": 4,
     "num_steps": 8,
     "num_minibatches": 2,
@@ -287,6 +288,15 @@ def counting(script, **changes):
     """`small_on_policy` for test::Counting, or its twin with continuous actions."""
     env = "test::Steering" if is_continuous(script) else "test::Counting"
     return small_on_policy(script, env=env, **changes)
+
+
+def records(run_dir):
+    """The metrics of a run, less what is never the same twice."""
+    text = (Path(run_dir) / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    varying = {"time", "charts/SPS", "system/memory_mb", "charts/compile_seconds"}
+    lines = [{name: value for name, value in line.items() if name not in varying} for line in lines]
+    return [line for line in lines if len(line) > 1]  # not those about compiling
 
 
 def start(config, script, seed=0):

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import json
 import re
 import shutil
 import signal
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SCRIPTS, command_line, disk, last_line, tiny
+from helpers import SCRIPTS, command_line, disk, last_line, records, tiny
 
 import experiment
 from algorithms import ppo
@@ -44,15 +43,6 @@ def main_in(folder, module, config, **changes):
     folder.mkdir(exist_ok=True)
     with contextlib.chdir(folder):
         module.main(replace(config, run_dir="run", **changes))
-
-
-def records(run_dir):
-    """The metrics of a run, less what is never the same twice."""
-    text = (Path(run_dir) / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    varying = {"time", "charts/SPS", "system/memory_mb", "charts/compile_seconds"}
-    lines = [{name: value for name, value in line.items() if name not in varying} for line in lines]
-    return [line for line in lines if len(line) > 1]  # not those about compiling
 
 
 def final_leaves(run_dir, module, config):
@@ -85,7 +75,12 @@ def stop_after(monkeypatch, update):
 
 # What else must be continued exactly: priorities, and the statistics that replay is scaled with.
 NORMALIZED = {"terminal_every": 5, "normalize_obs": True, "normalize_reward": True}
-ALSO = {"drqn": {"prioritized": True, "env_kwargs": NORMALIZED}, "sac": {"env_kwargs": NORMALIZED}}
+ALSO = {
+    "drqn": {"prioritized": True, "env_kwargs": NORMALIZED, "num_devices": 4},
+    "sac": {"env_kwargs": NORMALIZED},
+    "rppo": {"num_devices": 2},
+    "rpqn": {"num_devices": 4},
+}
 ATARI = {"env": "gxm::Gymnasium/ALE/Breakout-v5", "env_kwargs": {"max_num_frames_per_episode": 40}}
 
 
@@ -353,8 +348,8 @@ def test_thirty_kills_lose_at_most_one_interval(script, tmp_path):
     Every second one waits until a checkpoint is being written. At least 20 come after the first
     checkpoint.
     """
-    args = ["--env", "gymnax::CartPole-v1", "--num-seeds", 2, "--eval-episodes", 4]
-    args += ["--total-steps", 1_000_000, "--eval-every", 20_000, "--log-every", 3]
+    args = [*command_line(script), "--num-seeds", 2, "--log-every", 3]
+    args += ["--total-steps", 800_000, "--eval-every", 20_000]
     args += ["--log", "file", "tensorboard"]
     whole, moments = tmp_path / "whole", np.random.default_rng(0)
     module = importlib.import_module(f"algorithms.{script}")
