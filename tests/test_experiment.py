@@ -361,12 +361,13 @@ def test_thirty_kills_lose_at_most_one_interval(script, tmp_path):
         process = start(script, *args, "--run-dir", broken)
         while True:
             try:
-                assert process.wait(moments.uniform(1, 12)) == 0, process.stderr.read()
+                assert process.wait(moments.uniform(1, 20)) == 0, process.stderr.read()
                 break
             except subprocess.TimeoutExpired:
                 while kills % 2 and process.poll() is None:
                     if any((broken / "checkpoints").glob("new*")):
                         break
+                    time.sleep(0.001)
                 process.kill()
                 process.wait()
                 kills += 1

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from replay import ItemReplay, SequenceReplay, Transition, as_lots, as_seen
+from replay import ItemReplay, SequenceReplay, Transition, as_lots, as_seen, mean_of_steps
 
 
 class Inputs(NamedTuple):
@@ -40,7 +40,7 @@ def numbered(num_envs, first, num_steps, episode_length=5):
 
 @pytest.mark.parametrize(("added", "expected"), [(6, range(6)), (9, range(9)), (21, range(12, 21))])
 def test_every_item_of_the_buffer_is_as_likely_as_another(added, expected):
-    replay = ItemReplay(buffer_size=9, batch_size=4)
+    replay = ItemReplay(num_envs=1, buffer_size=9, batch_size=4)
     buffer = replay.init({"number": jnp.zeros(1, jnp.int32), "obs": jnp.zeros((1, 2))})
     for number in range(added):
         obs = jnp.full((1, 1, 2), number, jnp.float32)
@@ -85,7 +85,7 @@ def test_sampled_sequences_are_pieces_of_what_was_added(prioritized):
 
 def test_items_of_several_steps_and_environments_wrap_anywhere():
     """Twelve at a time into a buffer of 27, and minibatches of more than it holds."""
-    replay = ItemReplay(buffer_size=27, batch_size=1000)
+    replay = ItemReplay(num_envs=3, buffer_size=27, batch_size=1000)
     buffer, add = replay.init(jnp.zeros(3, jnp.int32)), jax.jit(replay.add)
     for added in range(0, 84, 12):
         buffer = add(buffer, added + jnp.arange(12).reshape(4, 3))
@@ -94,8 +94,8 @@ def test_items_of_several_steps_and_environments_wrap_anywhere():
 
 
 def test_nothing_is_sampled_before_it_is_written():
-    items = ItemReplay(buffer_size=8, batch_size=4)
-    with pytest.raises(ValueError, match="holds 0 items, sampling needs at least 1"):
+    items = ItemReplay(num_envs=1, buffer_size=8, batch_size=4)
+    with pytest.raises(ValueError, match="holds 0 items of every environment, sampling needs at least 1"):
         items.sample(items.init(jnp.zeros(1)), jax.random.key(0))
     for prioritized in (False, True):
         replay, buffer, add = sequences(1, 4, 2, prioritized=prioritized)
@@ -215,6 +215,30 @@ def test_priorities_of_any_size_give_finite_weights(size):
     share = np.mean(np.asarray(sample.indices[0]) == 0)
     # Those below 1e-38 count as 0, those above 1e30 as 1e30.
     np.testing.assert_allclose(share, 2 / 3 if 1e-38 < size <= 1e30 else 0.5, atol=0.1)
+
+
+def test_devices_share_the_scale_of_weights_and_the_greatest_priority():
+    """Each draws from its own environments; the sum of the lots is the same on all of them."""
+    replay, buffer, add = sequences(1, 8, 1, prioritized=True, priority_exponent=1.0)
+    for i in range(8):
+        buffer = add(buffer, i)
+    spread = jnp.stack([jnp.ones((1, 8)), jnp.ones((1, 8)).at[0, :7].set(0.01)])
+    buffers = jax.vmap(lambda x: buffer._replace(priorities=x))(spread)
+    keys = jax.random.split(jax.random.key(0), 2)
+    samples = jax.vmap(replay.sample, axis_name="devices")(buffers, keys)
+    probability = jnp.stack([jnp.full(8, 1 / 8), spread[1, 0] / spread[1].sum()])
+    drawn = jnp.take_along_axis(probability, samples.indices[1], axis=1)
+    expected = (drawn / drawn.min()) ** -replay.importance_exponent
+    np.testing.assert_allclose(samples.weight, expected, rtol=1e-4)
+    error = jnp.ones(samples.batch.final[:, :-1].shape) * jnp.array([3.0, 7.0])[:, None, None]
+    after = jax.vmap(replay.set_priorities, axis_name="devices")(buffers, samples, error)
+    np.testing.assert_allclose(after.greatest, 7.0)
+
+
+def test_the_mean_of_steps_on_two_devices_is_that_of_all_rows(rng):
+    x, is_step = rng.normal(size=(2, 5, 3)), rng.random((2, 5, 3)) < [[[0.9]], [[0.2]]]
+    means = jax.vmap(mean_of_steps, axis_name="devices")(x, is_step)
+    np.testing.assert_allclose(means.mean(), x[is_step].mean(), rtol=1e-5)
 
 
 def test_lots_of_100_000_priorities(rng):

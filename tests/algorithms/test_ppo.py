@@ -116,6 +116,31 @@ def test_a_single_advantage_is_learned_from(script):
     assert parts["losses/policy_loss"] < -0.1
 
 
+@pytest.mark.parametrize("script", SCRIPTS + CONTINUOUS)
+def test_minibatches_on_two_devices_have_the_loss_of_one(script, rng):
+    """Their advantages have mean 0 and deviation 1 together, not each on its own."""
+    n, discrete = 20, script in SCRIPTS
+    advantage, returns, value, log_prob = jnp.asarray(rng.normal(size=(4, n)), jnp.float32)
+    action = rng.integers(2, size=n) if discrete else rng.normal(size=(n, 1))
+    given = {"action": jnp.asarray(action), "log_prob": log_prob, "value": value}
+    batch = script.Transition(**dict.fromkeys(script.Transition._fields) | given)
+    policy = (rng.normal(size=(n, 2)),) if discrete else (rng.normal(size=(n, 1)), np.ones((n, 1)))
+    outputs = *map(jnp.asarray, policy), value
+    config = small(script, normalize_advantage=True)
+
+    def loss(outputs, *data):
+        carry = ()
+        if script in (rppo, rppo_continuous):
+            outputs, carry = ((), *outputs), ((),)
+        return script.ppo_loss(outputs, Table(), config, *carry, *data)[0]
+
+    minibatch = outputs, batch, advantage, returns
+    halves = jax.tree.map(lambda x: x.reshape(2, n // 2, *x.shape[1:]), minibatch)
+    of_halves = jax.vmap(loss, axis_name="devices")(*halves)
+    np.testing.assert_allclose(of_halves.mean(), loss(*minibatch), rtol=1e-5)
+    assert abs(jax.vmap(loss)(*halves).mean() - loss(*minibatch)) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("script", "gae_lambda"),
     [*itertools.product(SCRIPTS, (0.0, 1.0)), (ppo_continuous, 0.0), (rppo_continuous, 1.0)],

@@ -65,7 +65,7 @@ def test_replay_keeps_raw_values_and_scales_them_when_sampled(script, monkeypatc
 def test_training_with_an_unfilled_buffer_is_refused(script):
     module = importlib.import_module(f"algorithms.{script}")
     config = tiny(module)
-    state = SimpleNamespace(config=config, updates=np.zeros(1, np.int32))
+    state = SimpleNamespace(config=config, updates=jnp.zeros(1, jnp.int32))
     with pytest.raises(UsageError, match="call warmup before train"):
         run_updates(module.update, state, config.make_env(), 1)
 

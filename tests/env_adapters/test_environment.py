@@ -12,7 +12,7 @@ from helpers import random_rollout as rollout
 from helpers import tiny
 
 from algorithms import ppo, rppo
-from env_adapters.environment import branch_where, where
+from env_adapters.environment import Moments, branch_where, where
 from envs import NAMESPACES, Box, Discrete, Task, make, record
 from experiment import seed_keys
 from harness.checkpoints import Checkpoints
@@ -183,6 +183,14 @@ def test_without_the_axis_every_environment_has_its_own():
         mean, var = moments(np.concatenate([first[None], obs])[:, env : env + 1])
         expected = normal(obs[:, env], mean[1:], var[1:])
         np.testing.assert_allclose(normal_obs[:, env], expected, atol=5e-3)
+
+
+def test_environments_on_two_devices_share_their_statistics(rng):
+    obs = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+    update = jax.vmap(Moments.init((3,)).update, axis_name="envs")
+    one, two = update(obs), jax.vmap(update, axis_name="devices")(obs.reshape(2, 2, 3))
+    for x, y in zip(one, two, strict=True):
+        np.testing.assert_allclose(y.reshape(x.shape), x, rtol=1e-6)
 
 
 class Replay(gymnasium.vector.VectorEnv):
