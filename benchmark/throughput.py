@@ -35,21 +35,23 @@ def ours(script, **fields):
 
     import jax
 
-    from experiment import compiled_updates, fill_buffer
+    from experiment import compiled_updates, fill_buffer, seed_keys
     from fast import use_fast_random
+    from harness.devices import divide, make_cpu_devices, place
 
+    make_cpu_devices(fields.get("num_devices", 0))  # as `launch` does for users
     use_fast_random()
     script = importlib.import_module(f"algorithms.{script}")
     config = script.Config(total_steps=10**8, **fields)
     env = config.make_env()
-    state = script.init(config, jax.random.key(0))
+    state = place(script.init(config, seed_keys(config)), divide(config))
     if hasattr(state, "buffer"):
         state = fill_buffer(script.rollout, state, env)
 
     def run(updates):
         nonlocal state
         state, *_ = jax.block_until_ready(compiled_updates(script.update, state, env, updates))
-        return updates * config.steps_per_update
+        return updates * config.steps_per_update * config.num_seeds
 
     return run
 
@@ -228,6 +230,11 @@ SYSTEMS = {  # name: (interpreter, maker of a run function, updates per round)
 def worker(name):
     """Compile, then run one round per line of standard input."""
     _, make_run, updates = SYSTEMS[name]
+    timed_rounds(make_run, updates)
+
+
+def timed_rounds(make_run, updates):
+    """What a worker does: `make_run()` returns the function that trains for so many updates."""
     run = make_run()
     seconds = []
     for _ in range(3):  # the third call is what the first did besides compiling
