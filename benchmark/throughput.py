@@ -37,7 +37,8 @@ def ours(script, **fields):
 
     from experiment import compiled_updates, fill_buffer, seed_keys
     from fast import use_fast_random
-    from harness.devices import divide, make_cpu_devices, place
+    from harness.devices import divide, place
+    from harness.processes import make_cpu_devices
 
     make_cpu_devices(fields.get("num_devices", 0))  # as `launch` does for users
     use_fast_random()

@@ -9,9 +9,7 @@ run of its own, with fewer environments, a smaller buffer and smaller minibatche
 are averaged over the axis "devices" (`mean_over_devices`). Parameters are then the same everywhere.
 """
 
-import contextlib
 import copy
-import os
 from typing import NamedTuple
 
 import jax
@@ -19,6 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from harness.errors import UsageError
+from harness.options import check_sizes
+from harness.processes import num_cores
 
 SEEDS = "seeds"
 DEVICES = "devices"
@@ -67,24 +67,6 @@ def mean_over_devices(tree):
 
 # --- How a run is divided ------------------------------------------------------------------------
 
-MOST = 1024  # devices that are made of one CPU
-
-
-def make_cpu_devices(number: int) -> None:
-    """Let jax make so many devices of the CPU, one for each core if it is 0.
-
-    Nothing happens if jax was already used.
-    """
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", min(number or num_cores(), MOST))
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
 
 def divide(config) -> Parts:
     """The parts of a run on `num_devices` devices, or on as many as make it fast here if that is 0.
@@ -118,8 +100,6 @@ def parts_of(config, count: int) -> Parts:
 
 def why_not(config, parts: Parts) -> str:
     """The reason why a run cannot be divided like this, or ""."""
-    from harness.options import check_sizes
-
     for name in ("num_envs", "batch_size"):
         size = getattr(config, name, 0)
         if size % parts.envs:

@@ -351,8 +351,7 @@ def prepare_devices(given) -> None:
     Raises:
       UsageError: the other processes cannot be reached.
     """
-    from harness.devices import make_cpu_devices
-    from harness.processes import join
+    from harness.processes import join, make_cpu_devices
 
     def number(text):
         return int(text) if text and text.isdecimal() else None

@@ -1,9 +1,11 @@
-"""Several processes, of one machine or of many, that train one run together (`jax.distributed`).
+"""What jax is told before it starts: devices of a CPU, and the other processes of a run.
 
-All of them run the same command and the same program. The first one logs and prints, and all of
-them write the checkpoints, into a directory that all of them see.
+Several processes, of one machine or of many, train one run together (`jax.distributed`). All run
+the same command and the same program. The first one logs and prints, and all of them write the
+checkpoints, into a directory that all of them see.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -13,10 +15,27 @@ import numpy as np
 
 from harness.errors import UsageError
 
+MOST_DEVICES = 1024  # that are made of one CPU
 LONGEST_TEXT = 8192  # bytes that one process can tell the others
-HANDLERS = []
+HANDLERS = []  # of C signals
 # What jax says if a process that it needs to hear from is gone.
 SIGNS_OF_LOSS = ("Gloo", "NCCL", "coordination service", "DEADLINE_EXCEEDED", "UNAVAILABLE")
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def make_cpu_devices(number: int) -> None:
+    """Let jax make so many devices of the CPU, one for each core if it is 0.
+
+    Nothing happens if jax was already used.
+    """
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", min(number or num_cores(), MOST_DEVICES))
 
 
 def join(coordinator: str, num_processes: int | None, process_id: int | None) -> None:

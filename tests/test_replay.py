@@ -95,7 +95,7 @@ def test_items_of_several_steps_and_environments_wrap_anywhere():
 
 def test_nothing_is_sampled_before_it_is_written():
     items = ItemReplay(num_envs=1, buffer_size=8, batch_size=4)
-    with pytest.raises(ValueError, match="holds 0 items of every environment, sampling needs at least 1"):
+    with pytest.raises(ValueError, match="holds 0 items of every environment, sampling needs at"):
         items.sample(items.init(jnp.zeros(1)), jax.random.key(0))
     for prioritized in (False, True):
         replay, buffer, add = sequences(1, 4, 2, prioritized=prioritized)

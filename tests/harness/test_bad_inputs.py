@@ -32,6 +32,17 @@ BAD = [
     ("--seed 3000000000", "seed must be less than 2**31 - num_seeds, got 3000000000"),
     ("--seed -1", "seed must be 0 or more, got -1"),
     ("--mask velocities", "unknown mask 'velocities' (did you mean 'velocity'?)"),
+    ("--num-devices -1", "num_devices must be 0 or more, got -1"),
+    ("--num-devices 8", "num_devices is 8, and jax finds 4 here"),
+    (
+        "--num-devices 3",
+        "num_devices 3 cannot be used: num_envs (16) of each seed would be divided by 3",
+    ),
+    ("--coordinator HOST:1", "coordinator needs --num-processes and --process-id, or is auto"),
+    (
+        "--coordinator auto --evaluate RUN",
+        "coordinator is for training: --evaluate runs in one process",
+    ),
     ("--num-envs 0", "num_envs must be greater than 0, got 0"),
     ("--hidden-size -3", "hidden_size must be greater than 0, got -3"),
     ("--learning-rate -1e-3", "learning_rate must be greater than 0, got -0.001"),
