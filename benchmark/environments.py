@@ -1,15 +1,16 @@
 """Speed of the environments under a random policy, beside the loops of their libraries.
 
     python benchmark/environments.py
-    python benchmark/environments.py --only gymnax navix --num-envs 1 64 --rounds 9
+    python benchmark/environments.py --only gymnax mujoco::Ant-v5 --num-envs 1 64 --rounds 9
 
-One id of every namespace is measured. The own loop of a JAX library is its step with its own
+Some ids of every namespace are measured. The own loop of a JAX library is its step with its own
 auto-reset, under vmap and scan. The own loop of MuJoCo is Gymnasium's SyncVectorEnv, that of Atari
 is ale_py's AtariVectorEnv, which uses all cores. Some own loops do less than ours: brax always
-returns to the first state, navix and ale_py spend a step on every reset.
+returns to the first state; navix, ale_py and Gymnasium spend a step on every reset.
 
-The two loops take turns, so that a busy moment of the machine slows both. Speeds are medians over
-rounds. The time over the own loop is the median of the rounds' ratios. Every row is written to
+Both loops run for some seconds first, until caches are filled and processes started. Then the two
+take turns, so that a busy moment of the machine slows both. Speeds are medians over rounds. The
+time over the own loop is the median of the rounds' ratios. Every row is written to
 benchmark/results.
 """
 
@@ -173,6 +174,7 @@ FAMILIES = {  # id: (options, the library's own loop, steps per call)
     "gymnax::CartPole-v1": ({}, gymnax_loop, 1000),
     "brax::inverted_pendulum": ({"backend": "spring"}, brax_loop, 100),
     "brax::halfcheetah": ({"backend": "spring"}, brax_loop, 100),
+    "mujoco::InvertedPendulum-v5": ({}, mujoco_loop, 200),
     "mujoco::HalfCheetah-v5": ({}, mujoco_loop, 100),
     "mujoco::Ant-v5": ({}, mujoco_loop, 50),
     "craftax::Craftax-Classic-Symbolic-v1": ({}, craftax_loop, 20),
@@ -184,6 +186,7 @@ FAMILIES = {  # id: (options, the library's own loop, steps per call)
 
 
 NUM_ENVS = (1, 8, 64, 512)
+WARM_UP_SECONDS = 4.0
 VECTOR_LOOPS = {
     mujoco_loop: "Gymnasium's SyncVectorEnv",
     atari_loop: "ale_py's AtariVectorEnv",
@@ -203,11 +206,15 @@ def measure(id, num_envs, rounds):
     if own_loop:
         runs["own"] = own_loop(id.partition("::")[2], num_envs, length)
     first = {name: timed(run) for name, run in runs.items()}
+    warm = time.perf_counter() + WARM_UP_SECONDS
+    while time.perf_counter() < warm:
+        for run in runs.values():
+            run()
     seconds = {name: [] for name in runs}
-    for turn in range(rounds + 1):
+    for turn in range(rounds):
         for name in sorted(runs, reverse=turn % 2):
             seconds[name].append(timed(runs[name]))
-    seconds = {name: np.array(times[1:]) for name, times in seconds.items()}
+    seconds = {name: np.array(times) for name, times in seconds.items()}
 
     def speed(name):
         usual = statistics.median(seconds[name])
@@ -248,7 +255,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="*", default=list(NAMESPACES), metavar="NAMESPACE")
+    parser.add_argument("--only", nargs="*", default=list(NAMESPACES), metavar="NAMESPACE_OR_ID")
     parser.add_argument("--num-envs", nargs="*", type=int, default=list(NUM_ENVS))
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
@@ -262,7 +269,7 @@ def main():
         "own loop",
     )
     table = Table(*columns, title=f"{jax.default_backend()}, medians of {args.rounds} rounds")
-    ids = [id for id in FAMILIES if id.partition("::")[0] in set(args.only) & set(NAMESPACES)]
+    ids = [id for id in FAMILIES if {id, id.partition("::")[0]} & set(args.only)]
     device = results.folder(results.environment()["machine"])
     with Live(table):
         for id, num_envs in itertools.product(ids, args.num_envs):

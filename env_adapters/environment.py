@@ -93,9 +93,12 @@ class Environment:
             "episode_return": state.episode_return,
             "episode_length": state.time,
         }
-        select = branch_where if self._task.costly_reset else where
         reset = functools.partial(Environment.reset, self)  # not that of `Preprocessed`
-        obs, state = select(done, reset, reset_key, (final_obs, state))
+        if self._task.costly_reset:
+            once = self._task.equal_resets_once
+            obs, state = branch_where(done, reset, reset_key, (final_obs, state), once)
+        else:
+            obs, state = where(done, reset, reset_key, (final_obs, state))
         return obs, state, reward, terminated, truncated, info
 
     def frozen(self, env_state):
@@ -153,7 +156,7 @@ def where(condition, function, key, otherwise):
     return jax.tree.map(select, function(key), otherwise)
 
 
-def branch_where(condition, function, key, otherwise):
+def branch_where(condition, function, key, otherwise, equal_once=False):
     """`where` that computes the function only for entries whose condition holds.
 
     A plain `jax.lax.cond` becomes a select under vmap, which computes the function for every entry.
@@ -161,6 +164,10 @@ def branch_where(condition, function, key, otherwise):
     has sqrt(n) of n entries, so that few are computed in vain, or n / 16 if that is more, so that
     a GPU need not go through the loop often. A group that is not full is filled up with copies of
     its first entry; a task can recognise these by their equal keys.
+
+    Args:
+      equal_once: the function computes equal keys of a batch only once. All entries are then
+        served as one group, or none if there is nothing to serve.
     """
 
     @jax.custom_batching.custom_vmap
@@ -172,9 +179,22 @@ def branch_where(condition, function, key, otherwise):
             return jax.tree.map(lambda x: x[None], branch(*single))
 
         num_axes = condition.ndim
-        group_size = max(math.isqrt(condition.size), condition.size // 16)
         flat_key = key.reshape(-1)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[num_axes:]), (condition, otherwise))
+        result = serve_at_once(flat_key, *flat) if equal_once else serve_groups(flat_key, flat)
+        return jax.tree.map(lambda x, y: x.reshape(y.shape), result, otherwise)
+
+    def serve_at_once(key, waiting, result):
+        key = jnp.where(waiting, key, key[waiting.argmax()])
+        return jax.lax.cond(
+            waiting.any(),
+            lambda: where(waiting, jax.vmap(function), key, result),
+            lambda: result,
+        )
+
+    def serve_groups(key, loop):
+        size = key.size
+        group_size = max(math.isqrt(size), size // 16)
 
         def is_waiting(loop):
             waiting, _ = loop
@@ -183,12 +203,12 @@ def branch_where(condition, function, key, otherwise):
         def serve_group(loop):
             waiting, result = loop
             (rows,) = jnp.nonzero(waiting, size=group_size, fill_value=waiting.argmax())
-            computed = jax.vmap(function)(flat_key[rows])
+            computed = jax.vmap(function)(key[rows])
             waiting = waiting.at[rows].set(False)
             return waiting, jax.tree.map(lambda x, y: x.at[rows].set(y), result, computed)
 
-        _, result = jax.lax.while_loop(is_waiting, serve_group, flat)
-        return jax.tree.map(lambda x, y: x.reshape(y.shape), result, otherwise)
+        _, result = jax.lax.while_loop(is_waiting, serve_group, loop)
+        return result
 
     @branch.def_vmap
     def _(size, is_batched, *args):
@@ -196,7 +216,7 @@ def branch_where(condition, function, key, otherwise):
             return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
 
         condition, key, otherwise = jax.tree.map(batch, args, tuple(is_batched))
-        result = branch_where(condition, function, key, otherwise)
+        result = branch_where(condition, function, key, otherwise, equal_once)
         return result, jax.tree.map(lambda _: True, result)
 
     return branch(condition, key, otherwise)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from env_adapters.callbacks import call_on_host
 from env_adapters.library import import_silently, let_pygame_run_anywhere, refusing
 from env_adapters.physics import arguments_of, take_max_steps
 from env_adapters.task import Box, Discrete, Task
@@ -107,7 +108,7 @@ def atari_task(owner: str, spec, **options) -> Task:
     Raises:
       ValueError: there is no such option, or its value is not valid.
     """
-    from env_adapters.host_gymnasium import Atari
+    from env_adapters.host_atari import Atari
 
     defaults = {
         "repeat_action_probability": 0.25,
@@ -152,10 +153,10 @@ def atari_task(owner: str, spec, **options) -> Task:
         for stick in sticks:
             held = jnp.where(stick, held, action)
             held_actions.append(held)
-        frame, emulator, reward, terminated, truncated = jax.pure_callback(
-            host.step, results, emulator, jnp.stack(held_actions), vmap_method="broadcast_all"
+        frame, emulator, reward, terminated, truncated = call_on_host(
+            host.step, results, emulator, jnp.stack(held_actions)
         )
-        frames = jnp.concatenate([frames[..., 1:], frame[..., None]], axis=-1)
+        frames = shift_in(frames, frame)
         return frames, (emulator, frames, held), reward, terminated, truncated
 
     def render(state):
@@ -170,7 +171,19 @@ def atari_task(owner: str, spec, **options) -> Task:
         max_steps=-(-max_frames // frameskip),
         render=render,
         clip_reward=options["reward_clipping"],
+        costly_reset=True,
+        equal_resets_once=True,
     )
+
+
+def shift_in(frames, frame):
+    """Frames (..., 4) uint8 without the first one, and `frame` (...) behind them.
+
+    Four frames are one number, which a CPU shifts many times as fast as it moves single bytes.
+    """
+    number = jax.lax.bitcast_convert_type(frames, jnp.uint32)
+    number = (number >> 8) | (frame.astype(jnp.uint32) << 24)
+    return jax.lax.bitcast_convert_type(number, jnp.uint8)
 
 
 # --- Small tasks ---------------------------------------------------------------------------------
@@ -213,15 +226,11 @@ def small_task(owner: str, spec, **options) -> Task:
 
     def reset(key):
         seed = jax.random.bits(key, dtype=jnp.uint32)
-        return jax.pure_callback(host.reset, (obs, state), seed, vmap_method="broadcast_all")
+        return tuple(call_on_host(host.reset, (obs, state), seed))
 
     def step(key, state_before, action):
-        obs_after, state_after, reward, terminated = jax.pure_callback(
-            host.step,
-            (obs, state, FLOAT32, BOOL),
-            state_before,
-            action,
-            vmap_method="broadcast_all",
+        obs_after, state_after, reward, terminated = call_on_host(
+            host.step, (obs, state, FLOAT32, BOOL), state_before, action
         )
         return obs_after, state_after, reward, terminated, False
 
@@ -243,6 +252,7 @@ def small_task(owner: str, spec, **options) -> Task:
         max_steps=max_steps,
         render=render,
         costly_reset=True,
+        equal_resets_once=True,
     )
     return time_limit(task, max_steps)
 

@@ -11,7 +11,6 @@ the whole step.
 All functions take and return numpy arrays with any leading axes (...), one row per environment.
 """
 
-import ctypes
 import functools
 import os
 import threading
@@ -19,83 +18,13 @@ import timeit
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import gymnasium
-import jax
 import mujoco
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
 # Everything that mj_step reads. An int, as every call would have to convert the enum.
 STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 MAX_ROWS = 256  # environments simulated at once; each takes up to some MB
 THREAD_SECONDS = 2e-4  # of physics are worth another thread, which must wake up first
-
-# --- Calling numpy functions from JAX ------------------------------------------------------------
-
-# What `jax.pure_callback` does, for a single array, in 4 microseconds instead of 60:
-# `jax.pure_callback` first makes a JAX array of what it is given.
-_call = Primitive("call_on_host")
-_thread = threading.local()
-
-
-def call_on_host(function, rows, size):
-    """Call a pure numpy function, once for all axes of a vmap.
-
-    Args:
-      function: rows (..., n) -> rows (..., size) of the same dtype.
-      rows: (n,) inside a vmap, with any leading axes outside.
-    """
-    return _call.bind(rows, function=function, size=size)
-
-
-@_call.def_impl
-def _implementation(rows, *, function, size):
-    return jax.numpy.asarray(function(np.asarray(rows)))
-
-
-@_call.def_abstract_eval
-def _shape(rows, *, function, size):
-    return jax.core.ShapedArray((*rows.shape[:-1], size), rows.dtype)
-
-
-def _batch(arguments, axes, **parameters):
-    (rows,) = arguments
-    (axis,) = axes
-    return _call.bind(jax.numpy.moveaxis(rows, axis, 0), **parameters), 0
-
-
-def _lower(context, rows, *, function, size):
-    def callback(rows):
-        keep_thread_state()
-        return (function(np.asarray(rows)),)
-
-    results, _, _ = mlir.emit_python_callback(
-        context,
-        callback,
-        None,
-        [rows],
-        context.avals_in,
-        context.avals_out,
-        has_side_effect=False,
-    )
-    return results
-
-
-def keep_thread_state():
-    """Let Python keep what it stores about this thread, if it does not keep it already.
-
-    For a thread of XLA's, Python makes a state in every call and discards it afterwards, which
-    takes 20 to 30 microseconds. Taken once more than it is released, the state stays.
-    """
-    if not hasattr(_thread, "is_kept"):
-        ctypes.pythonapi.PyGILState_Ensure()
-        _thread.is_kept = True
-
-
-batching.primitive_batchers[_call] = _batch
-mlir.register_lowering(_call, _lower)
-
-# --- The environments ----------------------------------------------------------------------------
 
 
 class HostMujoco:
@@ -180,43 +109,42 @@ class HostMujoco:
         """The first states and observations of episodes; equal seeds are computed once.
 
         Args:
-          seed: (..., 1) uint32.
+          seed: (...) uint32.
 
         Returns:
-          (..., state_size + observations) uint32: states, and the bits of float32 observations.
+          Observations (..., observations) float32, states (..., state_size) uint32.
         """
-        seeds, row_of = np.unique(seed, return_inverse=True)
-        obs = np.empty((len(seeds), *self.env.observation_space.shape), np.float32)
-        states = np.empty((len(seeds), self.state_size // 2))
+        seeds = np.ravel(seed).tolist()
+        row_of = {seed: row for row, seed in enumerate(dict.fromkeys(seeds))}
+        obs = np.empty((len(row_of), *self.env.observation_space.shape), np.float32)
+        states = np.empty((len(row_of), self.state_size // 2))
         with self._lock:
-            for row, value in enumerate(seeds):
-                obs[row] = self.env.reset(seed=int(value))[0]
+            for value, row in row_of.items():
+                obs[row], _ = self.env.reset(seed=value)
                 self._read_state(self._data, self._places, states[row])
-        result = np.concatenate([states.view(np.uint32), obs.view(np.uint32)], axis=1)
-        return result[row_of.reshape(seed.shape[:-1])]  # numpy 2.0 has another shape of row_of
+        rows = np.array([row_of[value] for value in seeds]).reshape(np.shape(seed))
+        return obs[rows], states.view(np.uint32)[rows]
 
-    def step(self, state_and_action):
+    def step(self, state, action):
         """Step every environment.
 
         Args:
-          state_and_action: (..., state_size + actions) uint32: states, and the bits of float32
-            actions.
+          state: (..., state_size) uint32.
+          action: (..., actions) float32.
 
         Returns:
-          (..., state_size + observations + 2) uint32: states, and the bits of float32 observations,
-          rewards, and terminated (1.0 or 0.0).
+          Observations (..., observations) float32, states (..., state_size) uint32, rewards (...)
+          float32, terminated (...) bool.
         """
-        rows = state_and_action.reshape(-1, state_and_action.shape[-1])
-        before = np.ascontiguousarray(rows[:, : self.state_size]).view(np.float64)
-        action = rows[:, self.state_size :].view(np.float32)
+        batch = state.shape[:-1]
+        before = np.ascontiguousarray(state).reshape(-1, self.state_size).view(np.float64)
+        action = action.reshape(len(before), -1)
         after = np.empty_like(before)
-        num_entries = self.env.observation_space.shape[0]
-        results = np.empty((len(rows), num_entries + 2), np.float32)
-        obs = results[:, :num_entries]
-        reward = results[:, num_entries]
-        terminated = results[:, num_entries + 1]
+        obs = np.empty((len(before), *self.env.observation_space.shape), np.float32)
+        reward = np.empty(len(before), np.float32)
+        terminated = np.empty(len(before), bool)
         with self._lock:
-            for first in range(0, len(rows), MAX_ROWS):
+            for first in range(0, len(before), MAX_ROWS):
                 part = slice(first, first + MAX_ROWS)
                 self._step_rows(
                     before[part],
@@ -226,8 +154,8 @@ class HostMujoco:
                     reward[part],
                     terminated[part],
                 )
-        result = np.concatenate([after.view(np.uint32), results.view(np.uint32)], axis=1)
-        return result.reshape(state_and_action.shape[:-1] + result.shape[1:])
+        results = (obs, after.view(np.uint32), reward, terminated)
+        return tuple(x.reshape(batch + x.shape[1:]) for x in results)
 
     def render(self, state):
         """Draw a state (state_size,) uint32 as an image (height, width, 3) uint8.

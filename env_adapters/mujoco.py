@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from env_adapters import playground
+from env_adapters.callbacks import call_on_host
 from env_adapters.library import import_silently, refusing
 from env_adapters.physics import (
     arguments_of,
@@ -48,7 +49,7 @@ def make_task(env_id: str, **options) -> Task:
     owner = f"mujoco::{env_id}"
     gymnasium = import_silently("gymnasium", owner, "gymnasium[mujoco]")
     import_silently("mujoco", owner, "gymnasium[mujoco]")
-    from env_adapters.host_mujoco import HostMujoco, call_on_host
+    from env_adapters.host_mujoco import HostMujoco
 
     spec = gymnasium.spec(env_id)
     arguments = arguments_of(gymnasium.envs.registration.load_env_creator(spec.entry_point))
@@ -63,20 +64,19 @@ def make_task(env_id: str, **options) -> Task:
     env = host.env
     (num_entries,) = env.observation_space.shape
 
+    obs_aval = jax.ShapeDtypeStruct((num_entries,), np.float32)
+    state_aval = jax.ShapeDtypeStruct((host.state_size,), np.uint32)
+    reward_aval = jax.ShapeDtypeStruct((), np.float32)
+    terminated_aval = jax.ShapeDtypeStruct((), bool)
+
     def reset(key):
-        seed = jax.random.bits(key, (1,), jnp.uint32)
-        results = call_on_host(host.reset, seed, host.state_size + num_entries)
-        state, obs = jnp.split(results, [host.state_size])
-        return jax.lax.bitcast_convert_type(obs, jnp.float32), state
+        seed = jax.random.bits(key, dtype=jnp.uint32)
+        obs, state = call_on_host(host.reset, (obs_aval, state_aval), seed)
+        return obs, state
 
     def step(key, state, action):
-        given = jnp.concatenate([state, jax.lax.bitcast_convert_type(action, jnp.uint32)])
-        results = call_on_host(host.step, given, host.state_size + num_entries + 2)
-        state, results = jnp.split(results, [host.state_size])
-        results = jax.lax.bitcast_convert_type(results, jnp.float32)
-        obs = results[:-2]
-        reward = results[-2]
-        terminated = results[-1] > 0.5
+        results = obs_aval, state_aval, reward_aval, terminated_aval
+        obs, state, reward, terminated = call_on_host(host.step, results, state, action)
         return obs, state, reward, terminated, False
 
     actions = env.action_space
@@ -89,6 +89,7 @@ def make_task(env_id: str, **options) -> Task:
         render=without_screen(host.render, owner),
         masks=masks_of(env_id, env, num_entries),
         costly_reset=True,
+        equal_resets_once=True,
     )
     return time_limit(task, max_steps)
 

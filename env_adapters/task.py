@@ -60,6 +60,8 @@ class Task:
         they are, and episodes' returns are sums of these.
       costly_reset: True if a reset costs about as much as a step or more. `Environment` then
         computes resets only for environments whose episode has ended (`branch_where`).
+      equal_resets_once: True if a costly reset computes equal keys of a batch only once, as a
+        function on the host can.
     """
 
     reset: Callable
@@ -71,6 +73,7 @@ class Task:
     masks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     clip_reward: bool = False
     costly_reset: bool = False
+    equal_resets_once: bool = False
 
 
 def cast(obs, space: Box):

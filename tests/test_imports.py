@@ -20,7 +20,7 @@ envs: env_adapters harness.options
 experiment: env_adapters loggers harness
 loggers: harness
 env_adapters: harness fast
-    | task, library < environment, wrappers, physics < episodes, host_*, playground < *
+    | task, library, callbacks < environment, wrappers, physics < episodes, host_*, playground < *
     < registry < cli
 memory_cells: harness.errors
     | parts < masked_rnn < * < xlstm < __init__

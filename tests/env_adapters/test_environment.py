@@ -91,6 +91,31 @@ def test_a_costly_beginning_is_computed_where_an_episode_ends_only():
         assert len(calls) == computed
 
 
+def test_equal_beginnings_are_computed_at_once():
+    """A function that computes equal keys once is called for all that end, and for nothing else."""
+    calls = []
+
+    def first(key):
+        number = jax.random.bits(key)
+        shape = jax.ShapeDtypeStruct((), number.dtype)
+        return jax.pure_callback(counted, shape, number, vmap_method="expand_dims")
+
+    def counted(x):
+        calls.append(len(np.unique(x)))
+        return np.asarray(x)
+
+    def both(done, key, x):
+        once = branch_where(done, first, key, x, equal_once=True)
+        return once, where(done, jax.random.bits, key, x)
+
+    keys, x = jax.random.split(jax.random.key(0), (2, 9)), jnp.ones((2, 9), jnp.uint32)
+    three = jnp.zeros((2, 9), bool).at[[0, 1, 1], [8, 1, 3]].set(True)
+    for ends, computed in [(three, [3]), (jnp.zeros_like(three), []), (~three, [15])]:
+        calls.clear()
+        np.testing.assert_array_equal(*jax.jit(jax.vmap(jax.vmap(both)))(ends, keys, x))
+        assert calls == computed
+
+
 # --- Normalised observations and rewards, against numpy and against gymnasium's own wrappers -----
 
 

@@ -11,7 +11,7 @@ from helpers import check_conformance, check_picture, checked_ends
 
 from env_adapters import craftax, navix, popgym_arcade
 from env_adapters import gxm as adapter
-from env_adapters.host_gymnasium import Shrink
+from env_adapters.host_atari import Shrink
 from envs import make
 
 PONG = "gxm::Gymnasium/ALE/Pong-v5"
@@ -87,6 +87,13 @@ def test_atari_depends_on_the_keys_and_on_nothing_else():
     assert single[1][2].shape == (30, 1, 84, 84, 4)
 
 
+def test_a_new_frame_is_the_last_of_four(rng):
+    frames = rng.integers(256, size=(3, 84, 84, 4), dtype=np.uint8)
+    frame = rng.integers(256, size=(3, 84, 84), dtype=np.uint8)
+    expected = np.concatenate([frames[..., 1:], frame[..., None]], axis=-1)
+    np.testing.assert_array_equal(adapter.shift_in(frames, frame), expected)
+
+
 def test_clipping_can_be_switched_off():
     clips = [make(PONG, noop_max=1, reward_clipping=x)._task.clip_reward for x in (True, False)]
     assert clips == [True, False]
@@ -128,8 +135,7 @@ def test_returns_are_the_score_of_the_game(game, steps):
         ale.act(ale_py.Action.FIRE)
     for _ in range(jax.random.randint(key, (), 0, 30)):
         ale.act(held)
-    rows, columns = (Shrink(pixels, 84) for pixels in ale.getScreenDims())
-    screen = np.rint(columns.columns(rows.rows(ale.getScreenGrayscale())))
+    screen = Shrink(*ale.getScreenDims(), 84)(ale.getScreenGrayscale())
     np.testing.assert_array_equal(obs[..., -1], screen)  # after the idle frames
     rewards = []
     for row, action in zip(np.asarray(sticks), np.asarray(actions), strict=True):

@@ -4,7 +4,6 @@ import threading
 
 import gymnasium
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
@@ -73,28 +72,18 @@ def test_more_environments_than_are_simulated_at_once(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, whole, jax.device_get(run(keys)))
 
 
-def test_python_keeps_the_state_of_the_threads_that_call():
-    """Made anew in every call, it would take as long as the step of a light environment."""
-    local, thread_of_call, is_new = threading.local(), [], []
-
-    def identity(rows):
-        thread_of_call.append(threading.get_ident())
-        is_new.append(not hasattr(local, "seen"))
-        local.seen = True
-        return rows
-
-    def step(keys, _):
-        # Enough to do for several threads.
-        rows = jnp.concatenate([jax.random.uniform(key, (8, 6)) for key in keys])
-        keys = jax.vmap(jax.random.fold_in)(keys, jnp.arange(8))
-        return keys, host_mujoco.call_on_host(identity, rows, 6)
-
-    keys = jax.random.split(jax.random.key(0), 8)
-    jax.block_until_ready(jax.jit(lambda keys: jax.lax.scan(step, keys, length=50))(keys))
-    assert len(is_new) == 50
-    if set(thread_of_call) == {threading.get_ident()}:
-        pytest.skip("with a single core XLA has no threads")
-    assert sum(is_new) == len(set(thread_of_call))
+@pytest.mark.parametrize("seeds", [[3, 5, 3], [[7]], 2])
+def test_equal_seeds_are_reset_once(seeds, monkeypatch):
+    with quiet():
+        host = host_mujoco.HostMujoco(gymnasium.make("InvertedPendulum-v5"))
+    seeds = np.array(seeds, np.uint32)
+    alone = [[x[0] for x in host.reset(seed[None])] for seed in np.ravel(seeds)]
+    reset, computed = host.env.reset, []
+    monkeypatch.setattr(host.env, "reset", lambda seed: computed.append(seed) or reset(seed=seed))
+    for x, y in zip(host.reset(seeds), zip(*alone, strict=True), strict=True):
+        np.testing.assert_array_equal(x, np.reshape(y, x.shape))
+        assert x.shape[:-1] == seeds.shape
+    assert sorted(computed) == np.unique(seeds).tolist()
 
 
 def test_programs_at_the_same_time_do_not_meet():
