@@ -70,7 +70,14 @@ MAY_DIFFER_ON_EVALUATE = MAY_DIFFER_ON_RESUME | {
 }
 
 # What the numbers of a run depend on: the modules and packages of this project, and the libraries.
-NUMERICAL_SOURCES = ("env_adapters", "memory_cells", "experiment", "fast", "replay")
+NUMERICAL_SOURCES = (
+    "env_adapters",
+    "memory_cells",
+    "experiment",
+    "fast",
+    "replay",
+    "harness/devices",
+)
 NUMERICAL_PACKAGES = (
     "jax",
     "jaxlib",

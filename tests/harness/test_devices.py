@@ -207,3 +207,20 @@ def test_resuming_on_other_devices_says_that_it_is_not_exact(tmp_path, capsys):
     ppo.main(dataclasses.replace(resumed, total_steps=2 * config.total_steps))
     assert "now on 1: numbers will differ from those of an uninter" in capsys.readouterr().err
     assert records(tmp_path / "run")[-1]["step"] == 2 * config.total_steps
+
+
+@pytest.mark.parametrize(
+    ("script", "env"),
+    [
+        ("ppo_continuous", "mujoco::InvertedPendulum-v5"),
+        ("ppo", "gxm::Gymnasium/ALE/Pong-v5"),
+    ],
+)
+def test_devices_take_turns_on_the_host(script, env):
+    module = importlib.import_module(f"algorithms.{script}")
+    counts = []
+    for num_devices in (1, 2):
+        config = tiny(module, num_seeds=2, num_devices=num_devices, env=env, env_kwargs={})
+        state, _ = trained(module, config)
+        counts.append(jax.device_get(state.env_state.episode_return))
+    np.testing.assert_allclose(*counts, rtol=1e-5)
