@@ -25,12 +25,12 @@ import numpy as np
 from env_adapters.episodes import check_drawable, record, write_gif
 from env_adapters.registry import make
 from env_adapters.task import Box, Discrete
+from harness.axes import mean_over_devices
 from harness.checkpoints import Checkpoints
 from harness.devices import (
     ONE_PART,
     describe_parts,
     divide,
-    mean_over_devices,
     on_devices,
     place,
     shardings,

@@ -25,7 +25,7 @@ import flashbax as fbx
 import jax
 import jax.numpy as jnp
 
-from harness.devices import DEVICES, axes_in_use, mean_over_devices
+from harness.axes import DEVICES, axes_in_use, mean_over_devices
 
 
 def add_in_place(replay, buffer, items):

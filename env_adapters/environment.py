@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from env_adapters.task import Box, Task, cast, strong
-from harness.devices import DEVICES, axes_in_use
+from harness.axes import DEVICES, axes_in_use
 
 
 class EnvState(NamedTuple):

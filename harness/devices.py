@@ -6,7 +6,7 @@
 
 A device has all of some seeds, or a part of their environments. In the second case its part is a
 run of its own, with fewer environments, a smaller buffer and smaller minibatches, whose gradients
-are averaged over the axis "devices" (`mean_over_devices`). Parameters are then the same everywhere.
+are averaged over the axis "devices" (axes.py). Parameters are then the same everywhere.
 """
 
 import copy
@@ -16,12 +16,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from harness.axes import DEVICES
 from harness.errors import UsageError
 from harness.options import check_sizes
 from harness.processes import num_cores
 
 SEEDS = "seeds"
-DEVICES = "devices"
 
 # Fields of a State whose arrays have the environments as their first axis after the seeds, if they
 # have any after them: the place in a buffer where the next step goes is the same for all.
@@ -43,26 +43,6 @@ class Parts(NamedTuple):
 
 
 ONE_PART = Parts(1, 1)
-
-
-# --- What scripts, replay buffers and normalisation use ------------------------------------------
-
-
-def axes_in_use(*names: str) -> tuple[str, ...]:
-    """Those of the named axes that exist where this is traced."""
-    found = []
-    for name in names:
-        try:
-            jax.lax.axis_size(name)
-        except NameError:
-            continue
-        found.append(name)
-    return tuple(found)
-
-
-def mean_over_devices(tree):
-    """The mean over the devices that share the environments of a seed; on one device, the same."""
-    return jax.lax.pmean(tree, axes) if (axes := axes_in_use(DEVICES)) else tree
 
 
 # --- How a run is divided ------------------------------------------------------------------------

@@ -76,6 +76,7 @@ NUMERICAL_SOURCES = (
     "experiment",
     "fast",
     "replay",
+    "harness/axes",
     "harness/devices",
 )
 NUMERICAL_PACKAGES = (

@@ -25,10 +25,10 @@ env_adapters: harness fast
 memory_cells: harness.errors
     | parts < masked_rnn < * < xlstm < __init__
 harness: fast
-    | errors, text, identity < output, signals < metrics < run_dir < checkpoints, sizes
-    < options, trained, history < plots < dashboard
+    | errors, text, identity, axes < output, signals, processes < metrics < run_dir
+    < checkpoints, sizes < options, trained, history < plots, devices < dashboard
 fast: nothing
-replay: nothing
+replay: harness.axes
 """
 LINES = {line.split(":")[0]: line for line in TABLE.replace("\n   ", "").strip().splitlines()}
 
