@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 from jax.extend.random import threefry2x32_p
+from jax.flatten_util import ravel_pytree
 from jax.interpreters import mlir
 
 # --- Dense layers --------------------------------------------------------------------------------
@@ -132,7 +133,22 @@ class Conv(nn.Conv):
 # --- The optimizer's step ------------------------------------------------------------------------
 
 
-def flatten_small(optimizer, limit=2**15):
+SMALL = 2**15  # parameters of a network that is learned as one vector
+
+
+def flatten_params(params, limit=SMALL):
+    """Up to `limit` parameters as one vector, and the function that makes them a tree again.
+
+    When many arrays are updated at once, XLA for CPUs divides them between threads, and in each of
+    these gradient steps of about 0.1 ms waking a thread costs more than the updates. One array
+    leaves nothing to divide. More than `limit` parameters stay as they are.
+    """
+    if sum(x.size for x in jax.tree.leaves(params)) > limit:
+        return params, lambda params: params
+    return ravel_pytree(params)
+
+
+def flatten_small(optimizer, limit=SMALL):
     """`optax.flatten(optimizer)` for up to `limit` parameters, else the optimizer as it is.
 
     Many small arrays are updated faster as one vector, by a few operations instead of a few per

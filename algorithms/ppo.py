@@ -40,7 +40,7 @@ from experiment import (
     show,
     vmap_seeds,
 )
-from fast import Conv, Dense, flatten_small
+from fast import Conv, Dense, flatten_params, flatten_small
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def ppo_loss(params, network, config, batch, advantage, returns):
     logits, value = network.apply(params, batch.obs)
 
     # L_pi
-    log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action)
+    log_prob = -optax.softmax_cross_entropy(logits, nn.one_hot(batch.action, logits.shape[-1]))
     log_ratio = log_prob - batch.log_prob
     ratio = jnp.exp(log_ratio)
     if config.normalize_advantage and advantage.size > 1:  # one alone would become 0
@@ -246,7 +246,7 @@ def rollout(state, env):
         key, action_key, step_key = jax.random.split(state.key, 3)
         logits, value = apply(state.params, state.obs)
         action = jax.random.categorical(action_key, logits)
-        log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits, action)
+        log_prob = -optax.softmax_cross_entropy(logits, nn.one_hot(action, logits.shape[-1]))
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         done = info["episode_done"]
@@ -284,10 +284,11 @@ def update(state, env):
     # One axis for all steps, (T * N, ...).
     samples = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch, advantages, returns))
 
-    def gradient_step(learner, rows):
+    flat, unflatten = flatten_params(state.params)
+
+    def gradient_step(learner, minibatch):
         params, opt_state = learner
-        minibatch = jax.tree.map(lambda x: x[rows], samples)
-        gradient = jax.grad(ppo_loss, has_aux=True)
+        gradient = jax.grad(lambda flat, *rest: ppo_loss(unflatten(flat), *rest), has_aux=True)
         gradients, parts = gradient(params, network, config, *minibatch)
         gradients = mean_over_devices(gradients)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
@@ -299,13 +300,15 @@ def update(state, env):
         # Minibatches of single steps: without a memory their order does not matter.
         random_bits = jax.random.bits(key, (config.steps_per_update,))
         order = jnp.argsort(random_bits)  # one sort; jax.random.permutation takes two
-        minibatches = order.reshape(config.num_minibatches, -1)
+        rows = order.reshape(config.num_minibatches, -1)
+        minibatches = jax.tree.map(lambda x: x[rows], samples)
         return jax.lax.scan(gradient_step, learner, minibatches)
 
     key, shuffle_key = jax.random.split(state.key)
     epoch_keys = jax.random.split(shuffle_key, config.update_epochs)
-    learner = (state.params, state.opt_state)
-    (params, opt_state), parts = jax.lax.scan(epoch, learner, epoch_keys)
+    learner = (flat, state.opt_state)
+    (flat, opt_state), parts = jax.lax.scan(epoch, learner, epoch_keys)
+    params = unflatten(flat)
 
     metrics = jax.tree.map(jnp.mean, parts) | {
         # The first minibatch is evaluated with the parameters that collected it: a ratio other

@@ -46,7 +46,7 @@ from experiment import (
     show,
     vmap_seeds,
 )
-from fast import Conv, Dense, flatten_small
+from fast import Conv, Dense, flatten_params, flatten_small
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -296,10 +296,11 @@ def update(state, env):
     # One axis for all steps, (T * N, ...).
     samples = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch, advantages, returns))
 
-    def gradient_step(learner, rows):
+    flat, unflatten = flatten_params(state.params)
+
+    def gradient_step(learner, minibatch):
         params, opt_state = learner
-        minibatch = jax.tree.map(lambda x: x[rows], samples)
-        gradient = jax.grad(ppo_loss, has_aux=True)
+        gradient = jax.grad(lambda flat, *rest: ppo_loss(unflatten(flat), *rest), has_aux=True)
         gradients, parts = gradient(params, network, config, *minibatch)
         gradients = mean_over_devices(gradients)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
@@ -311,13 +312,15 @@ def update(state, env):
         # Minibatches of single steps: without a memory their order does not matter.
         random_bits = jax.random.bits(key, (config.steps_per_update,))
         order = jnp.argsort(random_bits)  # one sort; jax.random.permutation takes two
-        minibatches = order.reshape(config.num_minibatches, -1)
+        rows = order.reshape(config.num_minibatches, -1)
+        minibatches = jax.tree.map(lambda x: x[rows], samples)
         return jax.lax.scan(gradient_step, learner, minibatches)
 
     key, shuffle_key = jax.random.split(state.key)
     epoch_keys = jax.random.split(shuffle_key, config.update_epochs)
-    learner = (state.params, state.opt_state)
-    (params, opt_state), parts = jax.lax.scan(epoch, learner, epoch_keys)
+    learner = (flat, state.opt_state)
+    (flat, opt_state), parts = jax.lax.scan(epoch, learner, epoch_keys)
+    params = unflatten(flat)
 
     metrics = jax.tree.map(jnp.mean, parts) | {
         # The first minibatch is evaluated with the parameters that collected it: a ratio other

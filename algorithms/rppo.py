@@ -44,7 +44,7 @@ from experiment import (
     show,
     vmap_seeds,
 )
-from fast import Conv, Dense, flatten_small
+from fast import Conv, Dense, flatten_params, flatten_small
 from memory_cells import CELLS, MaskedRNN, make_cell, take
 
 
@@ -246,7 +246,7 @@ def ppo_loss(params, network, config, carry, batch, advantage, returns):
     _, logits, value = network.apply(params, carry, batch.inputs, batch.start)
 
     # L_pi
-    log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action)
+    log_prob = -optax.softmax_cross_entropy(logits, nn.one_hot(batch.action, logits.shape[-1]))
     log_ratio = log_prob - batch.log_prob
     ratio = jnp.exp(log_ratio)
     if config.normalize_advantage and advantage.size > 1:  # one alone would become 0
@@ -288,7 +288,7 @@ def rollout(state, env):
         key, action_key, step_key = jax.random.split(state.key, 3)
         carry, logits, value = apply(state.params, state.carry, state.inputs, state.start)
         action = jax.random.categorical(action_key, logits)
-        log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits, action)
+        log_prob = -optax.softmax_cross_entropy(logits, nn.one_hot(action, logits.shape[-1]))
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)
         done = info["episode_done"]
@@ -329,11 +329,13 @@ def update(state, env):
     steps = (batch.reward, batch.value, batch.next_value, batch.terminated, batch.done)
     advantages, returns = gae(*steps, config)
 
+    flat, unflatten = flatten_params(state.params)
+
     def gradient_step(learner, envs):
         params, opt_state = learner
         carry = take(first_carry, envs)
         minibatch = jax.tree.map(lambda x: x[:, envs], (batch, advantages, returns))
-        gradient = jax.grad(ppo_loss, has_aux=True)
+        gradient = jax.grad(lambda flat, *rest: ppo_loss(unflatten(flat), *rest), has_aux=True)
         gradients, parts = gradient(params, network, config, carry, *minibatch)
         gradients = mean_over_devices(gradients)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
@@ -350,8 +352,9 @@ def update(state, env):
 
     key, shuffle_key = jax.random.split(state.key)
     epoch_keys = jax.random.split(shuffle_key, config.update_epochs)
-    learner = (state.params, state.opt_state)
-    (params, opt_state), parts = jax.lax.scan(epoch, learner, epoch_keys)
+    learner = (flat, state.opt_state)
+    (flat, opt_state), parts = jax.lax.scan(epoch, learner, epoch_keys)
+    params = unflatten(flat)
 
     metrics = jax.tree.map(jnp.mean, parts) | {
         # The first minibatch is evaluated with the parameters that collected it: a ratio other

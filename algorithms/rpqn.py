@@ -45,7 +45,7 @@ from experiment import (
     show,
     vmap_seeds,
 )
-from fast import Conv, Dense, flatten_small
+from fast import Conv, Dense, flatten_params, flatten_small
 from memory_cells import CELLS, MaskedRNN, make_cell, take
 
 
@@ -299,11 +299,13 @@ def update(state, env):
     steps = (batch.reward, batch.next_q, batch.terminated, batch.done)
     targets = q_lambda_targets(*steps, config)
 
+    flat, unflatten = flatten_params(state.params)
+
     def gradient_step(learner, envs):
         params, opt_state = learner
         carry = take(first_carry, envs)
         minibatch = jax.tree.map(lambda x: x[:, envs], (batch, targets))
-        gradient = jax.grad(td_loss, has_aux=True)
+        gradient = jax.grad(lambda flat, *rest: td_loss(unflatten(flat), *rest), has_aux=True)
         gradients, parts = gradient(params, network, carry, *minibatch)
         gradients = mean_over_devices(gradients)
         parts["losses/grad_norm"] = optax.tree.norm(gradients)
@@ -320,8 +322,9 @@ def update(state, env):
 
     key, shuffle_key = jax.random.split(state.key)
     epoch_keys = jax.random.split(shuffle_key, config.update_epochs)
-    learner = (state.params, state.opt_state)
-    (params, opt_state), parts = jax.lax.scan(epoch, learner, epoch_keys)
+    learner = (flat, state.opt_state)
+    (flat, opt_state), parts = jax.lax.scan(epoch, learner, epoch_keys)
+    params = unflatten(flat)
 
     metrics = jax.tree.map(jnp.mean, parts) | {
         # The first minibatch is evaluated with the parameters that collected it: other values than

@@ -15,7 +15,7 @@ from helpers import assert_close, assert_same
 from jax.extend.random import threefry2x32_p
 
 import fast
-from fast import fast_conv, fast_dot_general, flatten_small
+from fast import fast_conv, fast_dot_general, flatten_params, flatten_small
 
 # --- Dense layers --------------------------------------------------------------------------------
 
@@ -160,6 +160,27 @@ def test_an_optimizer_steps_alike_flat_or_not(limit, is_flat):
     assert_close(ours, theirs, rtol=1e-6)
     shapes = {x.shape for x in jax.tree.leaves(state)}
     assert shapes == ({(), (12,)} if is_flat else {(), (3,), (3, 3)})
+
+
+@pytest.mark.parametrize(("limit", "is_flat"), [(12, True), (11, False)])
+def test_flat_parameters_learn_alike(limit, is_flat):
+    optimizer = flatten_small(optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1)), limit)
+    params = {"bias": jnp.arange(3.0), "kernel": jnp.arange(9.0).reshape(3, 3)}
+
+    def loss(params):
+        return jnp.square(params["bias"] @ params["kernel"] - 1.0).sum()
+
+    flat, unflatten = flatten_params(params, limit)
+    assert (len(jax.tree.leaves(flat)) == 1) == is_flat
+    state = flat_state = optimizer.init(params)  # the same state for both
+    for _ in range(3):
+        changes, state = optimizer.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, changes)
+        gradients = jax.grad(lambda flat: loss(unflatten(flat)))(flat)
+        changes, flat_state = optimizer.update(gradients, flat_state, flat)
+        flat = optax.apply_updates(flat, changes)
+    assert_close(unflatten(flat), params, rtol=1e-6)
+    assert_close(flat_state, state, rtol=1e-6)
 
 
 # --- Random numbers ------------------------------------------------------------------------------
