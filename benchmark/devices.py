@@ -32,6 +32,8 @@ SYSTEMS = {  # name: (script, fields of its config, updates of a round)
     "rpqn, defaults, 1 seed": ("rpqn", {}, 20),
     "rppo, defaults, 3 seeds": ("rppo", {"num_seeds": 3}, 4),
     "rppo, defaults, 5 seeds": ("rppo", {"num_seeds": 5}, 3),
+    "ppo, defaults, 5 seeds": ("ppo", {"num_seeds": 5}, 40),
+    "dqn, defaults, 5 seeds": ("dqn", {"num_seeds": 5}, 1500),
 }
 
 

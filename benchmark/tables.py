@@ -337,6 +337,31 @@ def sac_grid(here):
     return measured_table(head, rows, here)
 
 
+def devices(here):
+    import devices as benchmark
+
+    head = ["", "one device", "several", "of them", "ratio (least to greatest)", "compile, s"]
+    rows = []
+    for name in benchmark.SYSTEMS:
+        entry = load(f"devices/{slug(name)}")
+        values = entry["values"]
+        one, *others = zip(
+            values["devices"], values["steps_per_second"], values["compile_seconds"], strict=True
+        )
+        for i, (count, speed, compile_seconds) in enumerate(others):
+            ratio, low, high = values["ratios"][str(count)]
+            cells = [
+                "" if i else name,
+                fixed(one[1]),
+                fixed(speed),
+                str(count),
+                f"{ratio:.2f} ({low:.2f} to {high:.2f})",
+                f"{one[2]:.1f}, {compile_seconds:.1f}",
+            ]
+            rows.append((cells, [entry]))
+    return measured_table(head, rows, here)
+
+
 def environments(here):
     import environments as benchmark
 
@@ -522,6 +547,7 @@ TABLES = {
     "speed": speed,
     "speed-gpu": speed_gpu,
     "sac-grid": sac_grid,
+    "devices": devices,
     "environments": environments,
     "overhead": overhead,
     "start-up": start_up,

@@ -40,7 +40,8 @@ def ours(script, **fields):
     from harness.devices import divide, place
     from harness.processes import make_cpu_devices
 
-    make_cpu_devices(fields.get("num_devices", 0))  # as `launch` does for users
+    # As `launch` does for users.
+    make_cpu_devices(fields.get("num_devices", 0), fields.get("num_seeds", 1))
     use_fast_random()
     script = importlib.import_module(f"algorithms.{script}")
     config = script.Config(total_steps=10**8, **fields)

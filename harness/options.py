@@ -192,7 +192,13 @@ def parse(config_class):
     parser.add_argument("--resume", nargs="?")
     parser.add_argument("--evaluate", nargs="?")
     parser.add_argument("--init-from", nargs="?")
-    for option in ("--num-devices", "--coordinator", "--num-processes", "--process-id"):
+    for option in (
+        "--num-seeds",
+        "--num-devices",
+        "--coordinator",
+        "--num-processes",
+        "--process-id",
+    ):
         parser.add_argument(option, nargs="?")
     given, _ = parser.parse_known_args(words)
     for option in ("resume", "evaluate", "init_from"):
@@ -356,11 +362,13 @@ def prepare_devices(given) -> None:
     def number(text):
         return int(text) if text and text.isdecimal() else None
 
-    devices = given.num_devices
-    if given.resume and devices is None:
-        devices = str(read_about(given.resume)["config"].get("num_devices"))
+    devices, seeds = given.num_devices, given.num_seeds
+    if given.resume:
+        saved = read_about(given.resume)["config"]
+        devices = devices or str(saved.get("num_devices"))
+        seeds = str(saved.get("num_seeds"))
     processes = number(given.num_processes) or 1
-    make_cpu_devices((number(devices) or 0) // processes)
+    make_cpu_devices((number(devices) or 0) // processes, number(seeds) or 1)
     coordinator = given.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") and "auto"
     if coordinator and given.evaluate:
         raise UsageError("coordinator is for training: --evaluate runs in one process")

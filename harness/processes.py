@@ -15,6 +15,7 @@ import numpy as np
 
 from harness.errors import UsageError
 
+DEVICES_PER_CORE = 4  # that may wait for it
 MOST_DEVICES = 1024  # that are made of one CPU
 LONGEST_TEXT = 8192  # bytes that one process can tell the others
 HANDLERS = []  # of C signals
@@ -29,13 +30,15 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def make_cpu_devices(number: int) -> None:
-    """Let jax make so many devices of the CPU, one for each core if it is 0.
+def make_cpu_devices(number: int, num_seeds: int = 1) -> None:
+    """Let jax make so many devices of the CPU; if it is 0, as many as so many seeds can use.
 
     Nothing happens if jax was already used.
     """
+    cores = num_cores()
+    number = number or max(cores, min(num_seeds, DEVICES_PER_CORE * cores))
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", min(number or num_cores(), MOST_DEVICES))
+        jax.config.update("jax_num_cpu_devices", min(number, MOST_DEVICES))
 
 
 def join(coordinator: str, num_processes: int | None, process_id: int | None) -> None:

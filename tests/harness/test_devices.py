@@ -73,8 +73,17 @@ def test_by_default_seeds_are_divided_and_environments_of_recurrent_rollouts(mon
         assert divide(tiny(module, num_devices=0)) == expected
     odd = {"num_envs": 3, "num_minibatches": 1, "num_devices": 0}
     assert divide(tiny(rppo, **odd)) == ONE_PART  # three environments do not make two parts
+    assert divide(tiny(ppo, num_devices=0, num_seeds=3)) == Parts(3, 1)  # more than cores
     monkeypatch.setattr(devices, "num_cores", lambda: 3)
-    assert divide(tiny(ppo, num_devices=0, num_seeds=4)) == Parts(2, 1)
+    assert divide(tiny(ppo, num_devices=0, num_seeds=2)) == Parts(2, 1)
+
+
+@pytest.mark.parametrize(
+    ("num_seeds", "cores", "first"),
+    [(4, 2, 2), (5, 2, 5), (6, 4, 6), (64, 8, 8), (10, 1, 1), (2, 8, 8), (1, 2, 2), (11, 2, 2)],
+)
+def test_the_number_of_devices_that_is_tried_first(num_seeds, cores, first):
+    assert devices.counts_for_cores(num_seeds, cores, available=100)[0] == first
 
 
 @pytest.mark.parametrize(
