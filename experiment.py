@@ -49,7 +49,7 @@ from harness.metrics import (
 )
 from harness.options import Experiment, check_sizes, launch
 from harness.output import warn
-from harness.processes import from_first, greatest, is_first, lost_another
+from harness.processes import are_several, from_first, greatest, is_first, lost_another
 from harness.run_dir import (
     CONFIG_FILE,
     MAY_DIFFER_ON_EVALUATE,
@@ -350,7 +350,8 @@ class Run:
 
     def __init__(self, config, init):
         check_keys(config)
-        like = check_memory(config, partial(shapes, config, init))
+        self.parts = divide(config)
+        like = check_memory(config, partial(shapes, config, init), self.parts.count)
         trained = None
         if config.init_from and not (config.resume and Checkpoints(config.resume).steps()):
             trained = load_trained(config, partial(shapes, init=init), like)
@@ -360,10 +361,12 @@ class Run:
         self.phase = "starting"  # then "training", then "closing"
         self.evaluation = {}  # policy -> episodes of the last evaluation
         self.saved_step = None  # step of the last checkpoint
-        self.parts = divide(config)
         self.lock = None
         self.dir = Path(from_first(self._open))
-        self.identity = os.stat(self.dir)
+        try:
+            self.identity = os.stat(self.dir)
+        except OSError as error:
+            raise UsageError(f"{str(self.dir)!r} is not seen here: {error.strerror}") from None
         self.checkpoints = Checkpoints(self.dir, config.keep_checkpoints)
         notes = {"metrics_bytes": 0, "diverged": ()}
         where = shardings(like, self.parts) if self.parts.count > 1 else None
@@ -389,7 +392,7 @@ class Run:
 
     def _open(self):
         path, self.lock = open_run_dir(self.config)
-        return str(path)
+        return str(path.absolute() if are_several() else path)
 
     def _announce(self, like):
         """What a user might not expect of this run."""
@@ -429,10 +432,11 @@ class Run:
         self.phase = "training"
         self._check_dir()
         config = self.config
-        self.signal = greatest(self.signal or 0) or None  # processes stop together
-        if self.signal and self.saved_step != environment_steps(state):
+        signal = greatest(self.signal or 0)  # processes stop together
+        self.signal = self.signal or signal or None
+        if signal and self.saved_step != environment_steps(state):
             self._checkpoint(state)
-        if self.signal:
+        if signal:
             return 0
         done = updates_done(state)
         period = self.updates_per_evaluation
@@ -549,10 +553,16 @@ def evaluate_as(policy: str, evaluate, state, env, episodes: int, parts=ONE_PART
     """What a script's `evaluate` returns for one of the policies, "greedy" or "sampled"."""
     if hasattr(state.config, "eval_policy"):  # the others have the greedy policy only
         options["greedy"] = policy == "greedy"
-    function = partial(evaluate, env=env, episodes=episodes, **options)
     if parts == ONE_PART:
-        return function(state)
-    return jax.jit(on_devices(function, parts, returns_state=False))(state)
+        return evaluate(state, env, episodes, **options)
+    return evaluate_parts(evaluate, state, env, episodes, parts, tuple(options.items()))
+
+
+@partial(jax.jit, static_argnames=("evaluate", "env", "episodes", "parts", "options"))
+def evaluate_parts(evaluate, state, env, episodes, parts, options):
+    """What `evaluate` returns, each device playing for its seeds."""
+    function = partial(evaluate, env=env, episodes=episodes, **dict(options))
+    return on_devices(function, parts, returns_state=False)(state)
 
 
 def evaluate_policies(evaluate, state, env, parts=ONE_PART) -> dict:

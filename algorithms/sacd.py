@@ -202,9 +202,9 @@ class Transition(NamedTuple):
 
 def make_replay(config: Config):
     return ItemReplay(
-        num_envs=config.num_envs,
         buffer_size=config.buffer_size,
         batch_size=config.batch_size,
+        num_envs=config.num_envs,
     )
 
 

@@ -18,7 +18,6 @@ import json
 import mmap
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,8 @@ import weakref
 from pathlib import Path
 
 import numpy as np
+
+from harness.processes import num_cores
 
 START_SECONDS = 0.3  # of emulation by this process; then the others are started
 WARM_UP_FRAMES = 60  # after which all registers of the emulator have been set
@@ -342,12 +343,21 @@ class Worker:
     def __init__(self, row, arguments):
         """Raises OSError if there can be no such process."""
         with tempfile.TemporaryFile() as file:
-            file.truncate(MAX_ROWS * row.itemsize)
+            file.write(bytes(MAX_ROWS * row.itemsize))  # an error now, if the disk is full
+            file.flush()
             self._rows = np.frombuffer(mmap.mmap(file.fileno(), 0), row)
-            code = "import sys; from env_adapters.host_atari import serve; serve(*sys.argv[1:])"
+            # Ctrl-C is for whoever started it, which decides when to end.
+            code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import sys; "
+            code += "from env_adapters.host_atari import serve; serve(*sys.argv[1:])"
             paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code, str(file.fileno()), json.dumps(arguments)],
+                [
+                    sys.executable,
+                    "-c",
+                    code,
+                    str(file.fileno()),
+                    json.dumps(arguments),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
@@ -372,12 +382,13 @@ class Worker:
     def begin(self, rows):
         """Let it step rows, at most MAX_ROWS."""
         self._rows[: len(rows)] = rows
-        with contextlib.suppress(OSError):  # `end` finds that out
+        with contextlib.suppress(OSError, ValueError):  # `end` finds that out
             self._process.stdin.write(bytes([len(rows)]))
 
     def end(self, rows) -> bool:
         """Wait, and copy what came of it into `rows`; False if the process is no more."""
-        self._is_ready = bool(self._process.stdout.read(1))
+        # It may have ended in an earlier turn of the same step.
+        self._is_ready = self._stop.alive and bool(self._process.stdout.read(1))
         if self._is_ready:
             rows[:] = self._rows[: len(rows)]
         else:
@@ -395,7 +406,6 @@ def stop(process):
 
 def serve(file: str, arguments: str):
     """Be the other process: step as many rows as the byte says that arrives, until none does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it decides when to end
     game = Game(*json.loads(arguments))
     game.starts(1, fire=True)
     rows = np.frombuffer(mmap.mmap(int(file), 0), game.row)
@@ -405,8 +415,3 @@ def serve(file: str, arguments: str):
         game.play(rows[: count[0]])
         sys.stdout.buffer.write(count)
         sys.stdout.buffer.flush()
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -348,6 +348,7 @@ def is_complete(about) -> bool:
             type(size) is int and size >= 0,
             all(type(seed) is int and type(story) is str for seed, story in diverged),
             {seed for seed, _ in diverged} < set(range(num_seeds)),
+            all(type(number) is int and number > 0 for number in notes.get("parts", ())),
             all(type(shape) is list and type(dtype) is str for shape, dtype in leaves.values()),
             files and all(type(checksum) is str for checksum in files.values()),
         )

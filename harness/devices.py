@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from harness.axes import DEVICES
 from harness.errors import UsageError
 from harness.options import check_sizes
-from harness.processes import DEVICES_PER_CORE, num_cores
+from harness.processes import DEVICES_PER_CORE, cores_of_all
 
 SEEDS = "seeds"
 
@@ -54,10 +54,15 @@ def divide(config) -> Parts:
     Raises:
       UsageError: there are not so many devices, or the run cannot be divided into so many parts.
     """
-    available = len(jax.devices())
+    processes = jax.process_count()
+    # Each process gives as many.
+    owners = [device.process_index for device in jax.devices()]
+    available = processes * min(map(owners.count, range(processes)))
     asked = config.num_devices
     if asked > available:
         raise UsageError(f"num_devices is {asked}, and jax finds {available} here")
+    if asked % processes:
+        raise UsageError(f"num_devices {asked} cannot be used by {processes} processes")
     if asked:
         parts = parts_of(config, asked)
         if reason := why_not(config, parts):
@@ -65,11 +70,14 @@ def divide(config) -> Parts:
         return parts
     counts = range(available, 1, -1)
     if jax.default_backend() == "cpu":
-        counts = counts_for_cores(config.num_seeds, num_cores(), available)
+        counts = counts_for_cores(config.num_seeds, cores_of_all(), available)
     for count in counts:
         parts = parts_of(config, count)
-        if pays(config, parts) and not why_not(config, parts):
+        if not count % processes and pays(config, parts) and not why_not(config, parts):
             return parts
+    if processes > 1:
+        advice = "give it more seeds, or --num-devices"
+        raise UsageError(f"this run gains nothing from {processes} processes: {advice}")
     return ONE_PART
 
 
@@ -138,8 +146,14 @@ def part_of(config, envs: int):
 
 
 def make_mesh(parts: Parts) -> Mesh:
-    devices = np.array(jax.devices()[: parts.count])
-    return Mesh(devices.reshape(parts.seeds, parts.envs), (SEEDS, DEVICES))
+    """As many devices of each process."""
+    processes = jax.process_count()
+    each = parts.count // processes
+    devices = []
+    for process in range(processes):
+        own = [device for device in jax.devices() if device.process_index == process]
+        devices += own[:each]
+    return Mesh(np.array(devices).reshape(parts.seeds, parts.envs), (SEEDS, DEVICES))
 
 
 def partition(state, parts: Parts):
@@ -174,14 +188,15 @@ def place(state, parts: Parts):
     """The state, each part on its device."""
     if parts.count == 1:
         return state
-    where = shardings(state, parts)
 
-    def is_there(leaf, sharding):
-        return leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    def put(leaf, sharding):
+        if leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        if jax.process_count() > 1:  # every process has all of it
+            leaf = np.asarray(leaf)
+        return jax.device_put(leaf, sharding)
 
-    if all(jax.tree.leaves(jax.tree.map(is_there, state, where))):
-        return state
-    return jax.device_put(state, where)
+    return jax.tree.map(put, state, shardings(state, parts))
 
 
 def on_devices(function, parts: Parts, returns_state: bool = True):

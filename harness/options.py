@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import traceback
 import typing
 from dataclasses import dataclass
 from functools import partial
@@ -155,20 +156,31 @@ def launch(main, config_class):
             check_output()
     except (UsageError, RunError) as error:
         print(f"error: {clean(error)}", file=sys.stderr)
-        code = 2 if isinstance(error, UsageError) else 1
-        if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-            # At its exit jax would wait for the other processes, which wait for this one.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        sys.exit(code)
+        leave(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
-        sys.exit(130)
-    except RuntimeError as error:  # of jax: a `check_memory` that counted too little
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        leave(130)
+    except Exception as error:
+        # Of jax: a `check_memory` that counted too little.
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+            leave(1)
+        if not is_one_of_several():
             raise
-        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(1)
+        traceback.print_exc()
+        leave(1)
+
+
+def is_one_of_several() -> bool:
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def leave(code: int) -> None:
+    """End the process; at its usual end jax would wait for processes that wait for this one."""
+    if is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def check_output() -> None:
@@ -192,21 +204,19 @@ def parse(config_class):
     parser.add_argument("--resume", nargs="?")
     parser.add_argument("--evaluate", nargs="?")
     parser.add_argument("--init-from", nargs="?")
-    for option in (
-        "--num-seeds",
-        "--num-devices",
-        "--coordinator",
-        "--num-processes",
-        "--process-id",
-    ):
-        parser.add_argument(option, nargs="?")
-    given, _ = parser.parse_known_args(words)
+    fields = ("num_seeds", "num_devices", "coordinator", "num_processes", "process_id")
+    for field in fields:
+        parser.add_argument(f"--{field.replace('_', '-')}", nargs="?")
+    # tyro takes --num_seeds for --num-seeds.
+    spelled = {f"--{field}": f"--{field.replace('_', '-')}" for field in fields}
+    given, _ = parser.parse_known_args([spelled.get(word, word) for word in words])
     for option in ("resume", "evaluate", "init_from"):
         if getattr(given, option) == "":  # an unset variable of the shell, perhaps
             raise UsageError(f"{option} needs the directory of a run, got ''")
     if given.resume and given.evaluate:
         raise UsageError("--resume and --evaluate exclude each other")
-    prepare_devices(given)
+    if not {"-h", "--help"} & set(words):
+        prepare_devices(given)
     saved = {}
     if given.resume or given.evaluate:
         saved = vars(load_config(given.resume or given.evaluate, config_class)).copy()
@@ -357,21 +367,30 @@ def prepare_devices(given) -> None:
     Raises:
       UsageError: the other processes cannot be reached.
     """
-    from harness.processes import join, make_cpu_devices
+    from harness.processes import DEVICES_PER_CORE, join, make_cpu_devices, num_cores
 
     def number(text):
-        return int(text) if text and text.isdecimal() else None
+        with contextlib.suppress(decimal.InvalidOperation, TypeError):
+            value = decimal.Decimal(text)
+            if value == value.to_integral_value() and 0 <= value < 2**31:
+                return int(value)
+        return None
 
     devices, seeds = given.num_devices, given.num_seeds
     if given.resume:
         saved = read_about(given.resume)["config"]
-        devices = devices or str(saved.get("num_devices"))
+        most = DEVICES_PER_CORE * num_cores()  # the file may be a stranger's
+        devices = devices or str(min(number(str(saved.get("num_devices"))) or 0, most))
         seeds = str(saved.get("num_seeds"))
     processes = number(given.num_processes) or 1
     make_cpu_devices((number(devices) or 0) // processes, number(seeds) or 1)
-    coordinator = given.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") and "auto"
+    coordinator = given.coordinator
     if coordinator and given.evaluate:
         raise UsageError("coordinator is for training: --evaluate runs in one process")
+    if "JAX_COORDINATOR_ADDRESS" in os.environ and not given.evaluate:
+        coordinator = coordinator or "auto"
+    if not coordinator and (given.num_processes or given.process_id):
+        raise UsageError("num_processes and process_id need --coordinator")
     if coordinator:
         join(coordinator, number(given.num_processes), number(given.process_id))
 

@@ -7,6 +7,7 @@ checkpoints, into a directory that all of them see.
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 
@@ -28,6 +29,12 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@functools.cache
+def cores_of_all() -> int:
+    """The cores of all processes, the same number in each of them."""
+    return -greatest(-num_cores()) * jax.process_count()
 
 
 def make_cpu_devices(number: int, num_seeds: int = 1) -> None:
@@ -71,7 +78,7 @@ def say_so_if_jax_aborts() -> None:
     """
 
     def handle(_):
-        os.write(2, b"\nerror: the first process of this run is gone; continue with --resume\n")
+        os.write(2, b"\nerror: jax has failed, or a process of this run is gone; see --resume\n")
         os._exit(1)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)

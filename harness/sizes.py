@@ -10,17 +10,17 @@ def num_bytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def free_memory() -> int:
-    """Bytes that the device has left; the machine, where the device is its CPU."""
+def free_memory(num_devices: int = 1) -> int:
+    """Bytes that so many devices have left; the machine, where they are its CPU."""
     import psutil
 
     device = jax.local_devices()[0].memory_stats()
     if device:
-        return device["bytes_limit"] - device.get("bytes_in_use", 0)
+        return num_devices * (device["bytes_limit"] - device.get("bytes_in_use", 0))
     return psutil.virtual_memory().available
 
 
-def check_memory(config, shapes):
+def check_memory(config, shapes, num_devices: int = 1):
     """The shapes and dtypes of a run's state, from `shapes()`, once it is sure to fit.
 
     Counted are the state and what a rollout, a minibatch and an evaluation keep of it. Activations
@@ -30,7 +30,8 @@ def check_memory(config, shapes):
       UsageError: this takes more than the free memory.
     """
     # Some memories compute their first parameters outside of jax, even for shapes only.
-    check_parts(config, {"a matrix of hidden_size": 4 * config.num_seeds * config.hidden_size**2})
+    matrix = 4 * config.num_seeds * config.hidden_size**2
+    check_parts(config, {"a matrix of hidden_size": matrix}, num_devices)
     like = shapes()
     inputs = like.obs if hasattr(like, "obs") else like.inputs
     playing = num_bytes((like.env_state, inputs, getattr(like, "carry", ())))
@@ -50,18 +51,18 @@ def check_memory(config, shapes):
         parts["a minibatch of batch_size"] = buffer * drawn // config.buffer_size
     else:
         parts["a rollout of num_steps"] = num_bytes(inputs) * config.num_steps
-    check_parts(config, parts)
+    check_parts(config, parts, num_devices)
     return like
 
 
-def check_parts(config, parts: dict) -> None:
+def check_parts(config, parts: dict, num_devices: int) -> None:
     """Refuse a run whose parts, name -> bytes, are together larger than the free memory.
 
     Raises:
       UsageError: names the option that the largest part comes from.
     """
     largest = max(parts, key=parts.get)
-    free = free_memory()
+    free = free_memory(num_devices)
     if sum(parts.values()) <= free:
         return
     field = largest.split()[-1]

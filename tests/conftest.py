@@ -25,7 +25,7 @@ from harness import devices  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.devices()  # `launch` would make another number of them
-devices.num_cores = lambda: 1  # one device is used unless a test asks for more
+devices.cores_of_all = lambda: 1  # one device is used unless a test asks for more
 use_fast_random()  # as `launch` does for users
 # `make("test::Constant")` and so on, through the same door as every library.
 NAMESPACES["test"] = (lambda: list(TASKS), lambda env_id, **options: TASKS[env_id](**options))

@@ -122,7 +122,10 @@ def test_dqn_keeps_the_true_next_observation():
     state = fill_buffer(dqn.rollout, state, env)
     steps = int(state.updates[0]) * config.steps_per_update
     assert steps == 200
-    seen = jax.tree.map(lambda x: x[0, 0, :steps], replayed_steps(state.buffer))
+    written = steps // config.num_envs
+    seen = jax.tree.map(
+        lambda x: x[0, :, :written].reshape(steps, *x.shape[3:]), replayed_steps(state.buffer)
+    )
     step = np.round(7 * np.asarray(seen.obs[:, 1]))
     # 1 at the end, not the 0 of a reset.
     np.testing.assert_allclose(seen.next_obs[:, 1], (step + 1) / 7, atol=1e-6)

@@ -277,7 +277,10 @@ def test_candidate_actions_are_no_history():
 @pytest.mark.parametrize("script", [sac, sacd])
 def test_the_true_next_observation_is_kept(script):
     config, _, state, _ = filled(script)
-    seen = jax.tree.map(lambda x: x[0, :200], replayed_steps(state.buffer))
+    written = 200 // config.num_envs
+    seen = jax.tree.map(
+        lambda x: x[:, :written].reshape(200, *x.shape[2:]), replayed_steps(state.buffer)
+    )
     step = np.round(7 * np.asarray(seen.obs[:, 1]))
     # 1 at the end, not the 0 of a reset.
     np.testing.assert_allclose(seen.next_obs[:, 1], (step + 1) / 7, atol=1e-6)

@@ -77,6 +77,10 @@ ENVIRONMENT = {"env", "env_kwargs", "mask", "cell_kwargs", "normalize_obs", "nor
 PLUMBING = {
     "seed": 7,
     "num_seeds": 3,
+    "num_devices": 2,
+    "coordinator": "auto",
+    "num_processes": 2,
+    "process_id": 1,
     "log": (),
     "log_every": 3,
     "wandb_mode": "offline",

@@ -184,9 +184,9 @@ def with_worker(monkeypatch):
     """A game with another process that is there, states, and what was computed without it."""
     monkeypatch.setattr(host_atari, "num_cores", lambda: 2)
     monkeypatch.setattr(host_atari, "START_SECONDS", 0.0)
-    monkeypatch.setattr(host_atari, "MAX_ROWS", 2)  # five rows take it two turns
-    host, states = game("breakout", 5)
-    actions = random_actions(host, 4, 5)
+    monkeypatch.setattr(host_atari, "MAX_ROWS", 2)  # seven rows take both two turns
+    host, states = game("breakout", 7)
+    actions = random_actions(host, 4, 7)
     expected = []
     before = states
     for action in actions:

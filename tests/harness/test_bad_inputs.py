@@ -215,7 +215,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
 ):
     module = importlib.import_module(f"algorithms.{script}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sizes, "free_memory", lambda: 15 * 2**30)
+    monkeypatch.setattr(sizes, "free_memory", lambda _: 15 * 2**30)
     with as_command(script, *args.split()), pytest.raises(SystemExit) as ended:
         launch(module.main, module.Config)
     output = capsys.readouterr()

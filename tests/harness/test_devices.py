@@ -64,7 +64,7 @@ def test_seeds_are_divided_first_and_environments_next():
 
 def test_by_default_seeds_are_divided_and_environments_of_recurrent_rollouts(monkeypatch):
     assert divide(tiny(ppo, num_devices=0, num_seeds=2)) == ONE_PART  # a machine of one core
-    monkeypatch.setattr(devices, "num_cores", lambda: 2)
+    monkeypatch.setattr(devices, "cores_of_all", lambda: 2)
     for script in SCRIPTS:
         module = importlib.import_module(f"algorithms.{script}")
         assert divide(tiny(module, num_devices=0, num_seeds=4)) == Parts(2, 1)
@@ -74,7 +74,7 @@ def test_by_default_seeds_are_divided_and_environments_of_recurrent_rollouts(mon
     odd = {"num_envs": 3, "num_minibatches": 1, "num_devices": 0}
     assert divide(tiny(rppo, **odd)) == ONE_PART  # three environments do not make two parts
     assert divide(tiny(ppo, num_devices=0, num_seeds=3)) == Parts(3, 1)  # more than cores
-    monkeypatch.setattr(devices, "num_cores", lambda: 3)
+    monkeypatch.setattr(devices, "cores_of_all", lambda: 3)
     assert divide(tiny(ppo, num_devices=0, num_seeds=2)) == Parts(2, 1)
 
 
@@ -194,12 +194,12 @@ def test_two_processes_are_one_with_two_devices_and_end_together(tmp_path):
 
     # One of them is lost.
     run_dir = tmp_path / "long"
-    both = run_of_two(
-        "ppo", *args, "--total-steps", 10**8, "--eval-every", 160, "--run-dir", run_dir
-    )
-    for line in both[0].stdout:
-        if "eval:" in line:
-            break
+    long = ("--total-steps", 10**8, "--eval-every", 160, "--run-dir", run_dir)
+    by_default = ("--num-devices", 0, "--num-seeds", 4)  # divided among both
+    both = run_of_two("ppo", *args, *long, *by_default)
+    evaluations = 0
+    while evaluations < 2:  # a checkpoint follows each
+        evaluations += "eval:" in both[0].stdout.readline()
     both[1].send_signal(signal.SIGKILL)
     _, errors = both[0].communicate(timeout=60)
     assert both[0].returncode == 1

@@ -33,8 +33,8 @@ def test_a_run_is_refused_where_memory_for_its_state_is_missing(script, monkeypa
     """Rollouts, minibatches and evaluations take more than the state, but less than ten times."""
     config = tiny(script, hidden_size=64)
     needed = num_bytes(check_memory(config, partial(shapes, config, script.init)))
-    monkeypatch.setattr(sizes, "free_memory", lambda: needed - 1)
+    monkeypatch.setattr(sizes, "free_memory", lambda _: needed - 1)
     with pytest.raises(UsageError, match="the run at least 0.0 GiB; there are 0.0 GiB"):
         check_memory(config, partial(shapes, config, script.init))
-    monkeypatch.setattr(sizes, "free_memory", lambda: 10 * needed)
+    monkeypatch.setattr(sizes, "free_memory", lambda _: 10 * needed)
     check_memory(config, partial(shapes, config, script.init))
