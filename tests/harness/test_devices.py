@@ -22,7 +22,7 @@ from helpers import (
 )
 
 from algorithms import dqn, ppo, rppo
-from experiment import UsageError, compiled_updates, mean_over_devices
+from experiment import UsageError, evaluate_as, mean_over_devices
 from harness import devices
 from harness.devices import ONE_PART, Parts, divide, part_of, parts_of, why_not
 from loggers import Logger
@@ -152,10 +152,21 @@ def test_seeds_on_devices_of_their_own_learn_as_on_one(module):
 
 def test_the_programs_of_devices_are_compiled_once():
     config = tiny(ppo, num_seeds=2, num_devices=2, log_every=1)
-    before = compiled_updates._cache_size()
-    state, _ = trained(ppo, config, updates=3)
-    ppo.train(state, config.make_env(), Memory(), config.steps_per_update)
-    assert compiled_updates._cache_size() <= before + 1
+    env, parts = config.make_env(), divide(config)
+    state, _ = trained(ppo, config, updates=1)
+    evaluate_as("greedy", ppo.evaluate, state, env, 4, parts)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name)
+    )
+    try:
+        state, _ = ppo.train(state, env, Memory(), 3 * config.steps_per_update)
+        evaluate_as("greedy", ppo.evaluate, state, env, 4, parts)
+        assert not [name for name in compiled if "compile" in name]
+        jax.jit(lambda x: x + 1)(1.0)
+        assert [name for name in compiled if "compile" in name]
+    finally:
+        jax.monitoring.clear_event_listeners()
 
 
 def test_means_over_devices():
