@@ -37,6 +37,18 @@ def add_in_place(replay, buffer, items):
     return jax.lax.optimization_barrier(replay.add(buffer, items))
 
 
+def make_buffer(num_envs: int, slots: int, needed: int):
+    """flashbax's buffer of `slots` rows of each environment, sampled `needed` rows at a time."""
+    return fbx.make_trajectory_buffer(
+        add_batch_size=num_envs,
+        sample_batch_size=1,  # flashbax's own `sample` is not used
+        sample_sequence_length=needed,
+        period=1,
+        min_length_time_axis=needed,
+        max_length_time_axis=slots,
+    )
+
+
 def num_written(buffer):
     """How much of flashbax's buffer was written, along its axis of time."""
     size = jax.tree.leaves(buffer.experience)[0].shape[1]
@@ -66,14 +78,7 @@ class ItemReplay:
 
     @property
     def _buffer(self):
-        return fbx.make_trajectory_buffer(
-            add_batch_size=self.num_envs,
-            sample_batch_size=1,  # flashbax's own `sample` is not used
-            sample_sequence_length=1,
-            period=1,
-            min_length_time_axis=1,
-            max_length_time_axis=self.buffer_size // self.num_envs,
-        )
+        return make_buffer(self.num_envs, self.buffer_size // self.num_envs, needed=1)
 
     def init(self, items):
         """An empty buffer for items (N, ...) with these shapes and dtypes: (N, slots, ...)."""
@@ -177,14 +182,7 @@ class SequenceReplay:
 
     @property
     def _buffer(self):
-        return fbx.make_trajectory_buffer(
-            add_batch_size=self.num_envs,
-            sample_batch_size=1,  # flashbax's own `sample` is not used
-            sample_sequence_length=self._chunks,
-            period=1,
-            min_length_time_axis=self._chunks,
-            max_length_time_axis=self._slots,
-        )
+        return make_buffer(self.num_envs, self._slots, needed=self._chunks)
 
     def init(self, carry, transition: Transition) -> Buffer:
         """An empty buffer for carries and transitions (N, ...) with these shapes and dtypes."""

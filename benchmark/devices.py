@@ -9,14 +9,12 @@ on one, in the same round; its median, least and greatest are written to benchma
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 
 import results
-from throughput import ours, timed_rounds
+from throughput import ours, take_turns, timed_rounds
 
 LARGE = {"cell": "gru", "num_envs": 64, "num_steps": 128}
 SMALL = {"cell": "gru", "num_envs": 16, "num_steps": 128}
@@ -81,24 +79,9 @@ def main():
     for name in SYSTEMS:
         if args.only not in name:
             continue
-        workers = {}
-        for count in args.devices:
-            workers[count] = subprocess.Popen(
-                [sys.executable, __file__, "--worker", name, str(count)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        started = {count: json.loads(x.stdout.readline()) for count, x in workers.items()}
-        speeds = {count: [] for count in workers}
-        for _ in range(args.rounds):
-            for count, process in workers.items():
-                process.stdin.write("go\n")
-                process.stdin.flush()
-                speeds[count].append(json.loads(process.stdout.readline())["sps"])
-        for process in workers.values():
-            process.stdin.close()
-            process.wait()
+        command = [sys.executable, __file__, "--worker", name]
+        commands = {count: [*command, str(count)] for count in args.devices}
+        started, speeds = take_turns(commands, args.rounds)
         record(name, speeds, started)
         time.sleep(1)  # threads that wait for work spin for a moment
 

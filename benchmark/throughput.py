@@ -252,6 +252,38 @@ def timed_rounds(make_run, updates):
         print(json.dumps({"sps": steps / (time.perf_counter() - start)}), flush=True)
 
 
+def take_turns(commands: dict, rounds: int):
+    """Start workers, and let them train one at a time, a round each.
+
+    Args:
+      commands: name -> the command of a process that calls `timed_rounds`.
+
+    Returns:
+      What each process says of itself when it has compiled, and its speed in every round, by name.
+    """
+    workers = {}
+    started = {}
+    for name, command in commands.items():
+        workers[name] = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        started[name] = json.loads(workers[name].stdout.readline())
+    speeds = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, process in workers.items():
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            speeds[name].append(json.loads(process.stdout.readline())["sps"])
+    for process in workers.values():
+        process.stdin.close()
+        process.wait()
+    return started, speeds
+
+
 def report_grid(rounds):
     """SAC on Pendulum with batches of 256 and two layers of 256: all combinations take turns."""
     all_envs = (1, 4, 16, 64)
@@ -319,29 +351,12 @@ def main():
         return worker(args.worker)
 
     interpreters = {"ours": sys.executable} | dict(args.peer)
-    workers = {}
-    started = {}
-    speeds = {}
-    for name, (kind, _, _) in SYSTEMS.items():
-        if kind in interpreters and args.only in name:
-            command = [interpreters[kind], __file__, "--worker", name]
-            workers[name] = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-            started[name] = json.loads(workers[name].stdout.readline())
-            speeds[name] = []
-    for _ in range(args.rounds):
-        for name, process in workers.items():
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            speeds[name].append(json.loads(process.stdout.readline())["sps"])
-    for process in workers.values():
-        process.stdin.close()
-        process.wait()
+    commands = {
+        name: [interpreters[kind], __file__, "--worker", name]
+        for name, (kind, _, _) in SYSTEMS.items()
+        if kind in interpreters and args.only in name
+    }
+    started, speeds = take_turns(commands, args.rounds)
     print(
         f"{'system':<42}{'steps/s (median)':>18}{'min':>12}{'max':>12}{'compile s':>12}{'JAX':>10}"
     )

@@ -12,7 +12,6 @@ All functions take and return numpy arrays with any leading axes (...), one row 
 """
 
 import functools
-import os
 import threading
 import timeit
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -20,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import gymnasium
 import mujoco
 import numpy as np
+
+from harness.processes import num_cores
 
 # Everything that mj_step reads. An int, as every call would have to convert the enum.
 STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
@@ -238,8 +239,3 @@ class HostMujoco:
         mujoco.mj_getState(self._model, data, state[self._integration], STATE)
         for place, part in places:
             state[part] = place
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

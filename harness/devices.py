@@ -175,7 +175,7 @@ def partition(state, parts: Parts):
             return PartitionSpec(seeds, envs)
         return PartitionSpec(seeds) if seeds else PartitionSpec()
 
-    return jax.tree_util.tree_map_with_path(spec, state)
+    return jax.tree.map_with_path(spec, state)
 
 
 def shardings(state, parts: Parts):

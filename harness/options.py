@@ -315,6 +315,25 @@ def explain_fields(config_class) -> dict[str, tuple[str, str]]:
     }
 
 
+def whole_number(text: str) -> int:
+    """What a word of the command line says, such as 1e5 or 1_000_000.
+
+    Raises:
+      ValueError: it is not a whole number, or has too many digits.
+    """
+    with contextlib.suppress(ValueError):
+        return int(text)
+    # Not by way of float, which has too few digits: 1e23 would be another number.
+    with contextlib.suppress(decimal.InvalidOperation):
+        number = decimal.Decimal(text)
+        has_exponent = "e" in text.lower()  # 5.0 is meant to be a number, 1.5e6 a whole one
+        if has_exponent and number.is_finite() and number.adjusted() > MAX_DIGITS:
+            raise ValueError(f"{text!r} is too large")
+        if has_exponent and number.is_finite() and number == number.to_integral_value():
+            return int(number)
+    raise ValueError(f"{text!r} is not a whole number")
+
+
 registry = tyro.constructors.ConstructorRegistry()
 
 
@@ -324,24 +343,10 @@ def read_whole_numbers(info):
     if info.type is not int:
         return None
 
-    def read(words):
-        text = words[0]
-        with contextlib.suppress(ValueError):
-            return int(text)
-        # Not by way of float, which has too few digits: 1e23 would be another number.
-        with contextlib.suppress(decimal.InvalidOperation):
-            number = decimal.Decimal(text)
-            has_exponent = "e" in text.lower()  # 5.0 is meant to be a number, 1.5e6 a whole one
-            if has_exponent and number.is_finite() and number.adjusted() > MAX_DIGITS:
-                raise ValueError(f"{text!r} is too large")
-            if has_exponent and number.is_finite() and number == number.to_integral_value():
-                return int(number)
-        raise ValueError(f"{text!r} is not a whole number")
-
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="INT",
-        instance_from_str=read,
+        instance_from_str=lambda words: whole_number(words[0]),
         is_instance=lambda value: type(value) is int,
         str_from_instance=lambda value: [str(value)],
     )
@@ -370,11 +375,9 @@ def prepare_devices(given) -> None:
     from harness.processes import DEVICES_PER_CORE, join, make_cpu_devices, num_cores
 
     def number(text):
-        with contextlib.suppress(decimal.InvalidOperation, TypeError):
-            value = decimal.Decimal(text)
-            if value == value.to_integral_value() and 0 <= value < 2**31:
-                return int(value)
-        return None
+        with contextlib.suppress(ValueError):  # `read_words` says what is wrong with it
+            value = whole_number(text or "")
+            return value if 0 <= value < 2**31 else None
 
     devices, seeds = given.num_devices, given.num_seeds
     if given.resume:

@@ -32,25 +32,8 @@ LOCK_FILE = ".lock"
 NEW = "new"  # begins the name of what is still being written, after a dot where it is a file
 CHECKPOINTS_FOLDER = "checkpoints"
 
-# Fields that may be given beside --resume or --evaluate and differ from the run's own config.
-MAY_DIFFER_ON_RESUME = {
-    "num_devices",
-    "coordinator",
-    "num_processes",
-    "process_id",
-    "log",
-    "wandb_mode",
-    "neptune_mode",
-    "run_dir",
-    "resume",
-    "evaluate",
-    "best",
-    "video",
-    "keep_checkpoints",
-    "compilation_cache",
-}
-# Those of them that say what to do, and what to read and write outside of the run's directory: they
-# are never taken from a run, which may be a stranger's.
+# Fields that say what to do, and what to read and write outside of the run's directory: they are
+# never taken from a run, which may be a stranger's.
 OF_THE_COMMAND = (
     "run_dir",
     "resume",
@@ -61,6 +44,16 @@ OF_THE_COMMAND = (
     "process_id",
     "compilation_cache",
 )
+# Fields that may be given beside --resume or --evaluate and differ from the run's own config.
+MAY_DIFFER_ON_RESUME = {
+    *OF_THE_COMMAND,
+    "num_devices",
+    "log",
+    "wandb_mode",
+    "neptune_mode",
+    "best",
+    "keep_checkpoints",
+}
 MAY_DIFFER_ON_EVALUATE = MAY_DIFFER_ON_RESUME | {
     "seed",
     "env_kwargs",

@@ -28,18 +28,11 @@ from harness.devices import ONE_PART, Parts, divide, part_of, parts_of, why_not
 from loggers import Logger
 
 
-class Memory(Logger):
-    """Keeps the last report."""
-
-    def log(self, metrics, step):
-        self.report = {name: np.asarray(value) for name, value in metrics.items()}
-
-
 def trained(module, config, updates=2):
     """The state and the last report of a few updates."""
     env, state = start(config, module)
-    state = module.warmup(state, env, Memory())
-    return module.train(state, env, Memory(), updates * config.steps_per_update)
+    state = module.warmup(state, env, Logger())
+    return module.train(state, env, Logger(), updates * config.steps_per_update)
 
 
 def values(array):
@@ -160,7 +153,7 @@ def test_the_programs_of_devices_are_compiled_once():
         lambda name, *_, **__: compiled.append(name)
     )
     try:
-        state, _ = ppo.train(state, env, Memory(), 3 * config.steps_per_update)
+        state, _ = ppo.train(state, env, Logger(), 3 * config.steps_per_update)
         evaluate_as("greedy", ppo.evaluate, state, env, 4, parts)
         assert not [name for name in compiled if "compile" in name]
         jax.jit(lambda x: x + 1)(1.0)
