@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import select
 import signal
 import socket
 import subprocess
@@ -173,7 +174,23 @@ def test_means_over_devices():
 
 
 def run_of_two(script, *args):
-    """Two processes of one run, and what they are told."""
+    """Two processes of one run that have met.
+
+    On two busy cores 2 of 73 starts with jaxlib 0.9.2 did not: the first process lost the answer
+    of its own coordination service, for which jax waits five minutes. Such a pair starts again.
+    """
+    for _ in range(3):
+        both = start_two(script, *args)
+        heard, _, _ = select.select([both[0].stdout], [], [], 60)
+        if heard:
+            return both
+        for process in both:
+            process.kill()
+            process.communicate()
+    raise AssertionError("two processes did not meet, three times")
+
+
+def start_two(script, *args):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -191,7 +208,7 @@ def test_two_processes_are_one_with_two_devices_and_end_together(tmp_path):
     one = [sys.executable, str(ALGORITHMS / "ppo.py"), *map(str, (*args, *short))]
     subprocess.run([*one, "--run-dir", tmp_path / "one"], check=True, capture_output=True)
     both = run_of_two("ppo", *args, *short, "--run-dir", tmp_path / "two")
-    outputs = [process.communicate(timeout=120) for process in both]
+    outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert "saved to" in outputs[0][0] and "step" not in outputs[1][0]  # the first one speaks
     assert records(tmp_path / "one") == records(tmp_path / "two")
@@ -201,9 +218,8 @@ def test_two_processes_are_one_with_two_devices_and_end_together(tmp_path):
     long = ("--total-steps", 10**8, "--eval-every", 160, "--run-dir", run_dir)
     by_default = ("--num-devices", 0, "--num-seeds", 4)  # divided among both
     both = run_of_two("ppo", *args, *long, *by_default)
-    evaluations = 0
-    while evaluations < 2:  # a checkpoint follows each
-        evaluations += "eval:" in both[0].stdout.readline()
+    evaluations = (line for line in both[0].stdout if "eval:" in line)
+    assert next(evaluations, "") and next(evaluations, "")  # a checkpoint follows each
     both[1].send_signal(signal.SIGKILL)
     _, errors = both[0].communicate(timeout=60)
     assert both[0].returncode == 1
