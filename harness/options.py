@@ -200,6 +200,7 @@ def parse(config_class):
       UsageError: an option or a combination of options is not valid.
     """
     words = without_short_forms(sys.argv[1:], config_class)
+    check_memory_options(words, config_class)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?")
     parser.add_argument("--evaluate", nargs="?")
@@ -253,6 +254,19 @@ def without_short_forms(words: list[str], config_class) -> list[str]:
         raise UsageError(f"{script} has no stochastic policy to sample from: {reason}")
     i = words.index("--sample")
     return [*words[:i], "--eval-policy", "sample", *words[i + 1 :]]
+
+
+def check_memory_options(words: list[str], config_class) -> None:
+    """Name the script with memory to those who ask for one where there is none.
+
+    Raises:
+      UsageError: --cell is among the words and not among the options.
+    """
+    names = {field.name for field in dataclasses.fields(config_class)}
+    if "cell" not in names and any(word.partition("=")[0] == "--cell" for word in words):
+        script = script_of(config_class).name
+        sibling = "drqn.py" if script == "dqn.py" else f"r{script}"
+        raise UsageError(f"{script} has no memory, so no --cell: {sibling} has")
 
 
 def read_words(words: list[str], config_class, defaults: dict) -> dict:

@@ -132,6 +132,7 @@ BAD_REPLAY = [
     ("--batch-size 0", "batch_size must be greater than 0, got 0"),
     ("--gradient-steps 1e9", "gradient steps, a run can count to 2,147,483,647"),
     ("--sample", "dqn.py has no stochastic policy to sample from: its policy takes the action of"),
+    ("--cell gru", "dqn.py has no memory, so no --cell: drqn.py has"),
     ("--eval-policy sample", "Unrecognized options: --eval-policy"),
     ("--env gymnax::Pendulum-v1", "those of gymnax::Pendulum-v1 are continuous; sac.py has them"),
     ("--tau 2", "tau must be between 0 and 1, got 2.0"),
