@@ -25,7 +25,16 @@ From the command line:
 from env_adapters.environment import Environment, EnvState, Preprocessed
 from env_adapters.episodes import Episodes, Recording, play, record, write_gif
 from env_adapters.registry import NAMESPACES, full_id, known_ids, make
-from env_adapters.task import Box, Discrete, Task
+from env_adapters.task import (
+    Box,
+    Discrete,
+    MaskedObs,
+    Task,
+    greatest_entropy,
+    only_valid,
+    random_valid,
+    without_mask,
+)
 
 __all__ = [
     "NAMESPACES",
@@ -34,14 +43,19 @@ __all__ = [
     "EnvState",
     "Environment",
     "Episodes",
+    "MaskedObs",
     "Preprocessed",
     "Recording",
     "Task",
     "full_id",
+    "greatest_entropy",
     "known_ids",
     "make",
+    "only_valid",
     "play",
+    "random_valid",
     "record",
+    "without_mask",
     "write_gif",
 ]
 

@@ -237,10 +237,27 @@ def run_updates(update, state, env, num_updates: int):
         state, *part = jax.block_until_ready(compiled_updates(update, state, env, count))
         sums, finite = add_part(sums, finite, done, *part)
         done += count
+    check_not_stuck(state, env)
     seconds = time.perf_counter() - began
     report = summarize(sums, finite, first, num_updates, config.steps_per_update)
     report["charts/SPS"] = num_updates * config.steps_per_update * config.num_seeds / seconds
     return state, report
+
+
+def check_not_stuck(state, env) -> None:
+    """Refuse to go on where an action mask allowed nothing.
+
+    Raises:
+      RunError: names the environment and the step of the episode.
+    """
+    stuck = getattr(state.env_state, "stuck", ())
+    if isinstance(stuck, jax.Array):
+        steps = np.concatenate([np.ravel(shard.data) for shard in stuck.addressable_shards])
+        if (steps >= 0).any():
+            step = steps[steps >= 0].min()
+            raise RunError(
+                f"the action mask of {env.id} allows nothing at step {step} of an episode"
+            )
 
 
 def add_part(sums, finite, done: int, more_sums, more_finite):

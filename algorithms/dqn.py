@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from envs import Discrete, Episodes, make, play
+from envs import Discrete, Episodes, make, only_valid, play, random_valid, without_mask
 from experiment import (
     Experiment,
     Options,
@@ -97,6 +97,7 @@ def dense(features, scale=2**0.5):
 
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
+    obs = without_mask(obs)
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
     if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
         layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
@@ -120,7 +121,7 @@ class QNetwork(nn.Module):
         x = nn.relu(dense(config.hidden_size)(x))
         for _ in range(config.num_layers):
             x = nn.relu(dense(config.hidden_size)(x))
-        return dense(self.num_actions, scale=1.0)(x)
+        return only_valid(dense(self.num_actions, scale=1.0)(x), obs)
 
 
 def make_network(config: Config, env):
@@ -176,11 +177,11 @@ def epsilon(updates, config):
 
 
 def epsilon_greedy(key, q_values, probability):
-    """The best action (N,) of q_values (N, num_actions), or with some probability any."""
+    """The best action (N,) of q_values (N, num_actions), or with some probability any valid one."""
     explore_key, action_key = jax.random.split(key)
     shape = q_values.shape[:-1]
     explore = jax.random.bernoulli(explore_key, probability, shape)
-    random_action = jax.random.randint(action_key, shape, 0, q_values.shape[-1])
+    random_action = random_valid(action_key, q_values)
     return jnp.where(explore, random_action, q_values.argmax(axis=-1))
 
 

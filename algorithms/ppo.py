@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from envs import Discrete, Episodes, make, play
+from envs import Discrete, Episodes, make, only_valid, play, without_mask
 from experiment import (
     Experiment,
     Options,
@@ -91,6 +91,7 @@ def dense(features, scale=2**0.5):
 
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
+    obs = without_mask(obs)
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
     if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
         layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
@@ -131,7 +132,7 @@ class ActorCritic(nn.Module):
     def __call__(self, obs):
         """Observations (B, ...) -> logits (B, num_actions), value (B,)."""
         features = [torso(obs) for torso in self.torsos]
-        logits = self.actor_head(features[0])
+        logits = only_valid(self.actor_head(features[0]), obs)
         value = self.critic_head(features[-1])[..., 0]
         return logits, value
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from envs import Discrete, Episodes, make, play
+from envs import Discrete, Episodes, make, only_valid, play, without_mask
 from experiment import (
     Experiment,
     Options,
@@ -106,6 +106,7 @@ def dense(features, scale=2**0.5):
 
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
+    obs = without_mask(obs)
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
     if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
         layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
@@ -159,7 +160,7 @@ class ActorCritic(nn.Module):
         """Inputs (T, N, ...), starts (T, N) -> carry, logits (T, N, num_actions), value (T, N)."""
         outputs = [torso(c, inputs, starts) for torso, c in zip(self.torsos, carry, strict=True)]
         carry, features = zip(*outputs, strict=True)
-        logits = self.actor_head(features[0])
+        logits = only_valid(self.actor_head(features[0]), inputs.obs)
         value = self.critic_head(features[-1])[..., 0]
         return carry, logits, value
 

@@ -36,7 +36,16 @@ import numpy as np
 import optax
 from flax import struct
 
-from envs import Discrete, Episodes, make, play
+from envs import (
+    Discrete,
+    Episodes,
+    greatest_entropy,
+    make,
+    only_valid,
+    play,
+    random_valid,
+    without_mask,
+)
 from experiment import (
     Experiment,
     Options,
@@ -117,6 +126,7 @@ def dense(features, scale=2**0.5):
 
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
+    obs = without_mask(obs)
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
     if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
         layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
@@ -190,9 +200,9 @@ class ActorCritic(nn.Module):
         actor_carry, actor_features = self.actor_torso(carry[0], inputs, starts, burn_in)
         return (actor_carry, critic_carry), actor_features, features
 
-    def policy(self, features):
-        """Features (..., size) -> logits (..., num_actions)."""
-        return self.actor_head(features)
+    def policy(self, features, obs):
+        """Features (..., size) of observations (..., *obs_shape) -> logits (..., num_actions)."""
+        return only_valid(self.actor_head(features), obs)
 
     def values(self, features):
         """Features (..., size) -> Q_1 and Q_2 of all actions (2, ..., num_actions)."""
@@ -203,7 +213,7 @@ class ActorCritic(nn.Module):
         """One step: Inputs (N, ...), start (N,) -> carry, logits (N, A), values (2, N, A)."""
         sequence = jax.tree.map(lambda x: x[None], inputs)
         carry, features, critic_features = self.read(carry, sequence, start[None])
-        return carry, self.policy(features[0]), self.values(critic_features[0])
+        return carry, self.policy(features[0], inputs.obs), self.values(critic_features[0])
 
     @nn.nowrap
     def initialize_carry(self, num_envs):
@@ -259,7 +269,7 @@ def sacd_loss(params, target_params, network, sample):
     rows = jax.tree.map(lambda x: x[:-1], batch)  # the last row is only there to be reached
     is_step = ~rows.final
 
-    logits = network.apply(params, actor_features, method="policy")
+    logits = network.apply(params, actor_features, batch.inputs.obs, method="policy")
     log_policy = nn.log_softmax(logits)
     policy = jnp.exp(log_policy)
     q_values = network.apply(params, features, method="values")
@@ -279,7 +289,7 @@ def sacd_loss(params, target_params, network, sample):
 
     # L_alpha
     entropy = -jax.lax.stop_gradient(policy * log_policy).sum(axis=-1)[:-1]
-    target_entropy = config.target_entropy_ratio * np.log(logits.shape[-1])
+    target_entropy = config.target_entropy_ratio * greatest_entropy(logits, rows.inputs.obs)
     excess = mean_of_steps(entropy - target_entropy, is_step)
     alpha_loss = config.autotune * params["params"]["log_alpha"] * excess
 
@@ -308,7 +318,7 @@ def rollout(state, env):
         carry, logits, _ = apply(state.params, state.carry, inputs, state.start)
         action = jax.random.categorical(action_key, logits)
         random_keys = jax.random.split(random_key, config.num_envs)
-        random_action = jax.vmap(env.action_space.sample)(random_keys)
+        random_action = jax.vmap(random_valid)(random_keys, logits)
         action = jnp.where(state.updates < num_random_updates, random_action, action)
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)

@@ -33,7 +33,16 @@ import numpy as np
 import optax
 from flax import struct
 
-from envs import Discrete, Episodes, make, play
+from envs import (
+    Discrete,
+    Episodes,
+    greatest_entropy,
+    make,
+    only_valid,
+    play,
+    random_valid,
+    without_mask,
+)
 from experiment import (
     Experiment,
     Options,
@@ -101,6 +110,7 @@ def dense(features, scale=2**0.5):
 
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
+    obs = without_mask(obs)
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
     if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
         layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
@@ -152,9 +162,9 @@ class ActorCritic(nn.Module):
         """Observations (B, ...) -> features of actor and critic (B, size)."""
         return self.actor_torso(obs), self.critic_torso(obs)
 
-    def policy(self, features):
-        """Features (..., size) -> logits (..., num_actions)."""
-        return self.actor_head(features)
+    def policy(self, features, obs):
+        """Features (..., size) of observations (..., *obs_shape) -> logits (..., num_actions)."""
+        return only_valid(self.actor_head(features), obs)
 
     def values(self, features):
         """Features (..., size) -> Q_1 and Q_2 of all actions (2, ..., num_actions)."""
@@ -164,7 +174,7 @@ class ActorCritic(nn.Module):
     def __call__(self, obs):
         """Observations (B, ...) -> logits (B, A), values (2, B, A)."""
         features, critic_features = self.read(obs)
-        return self.policy(features), self.values(critic_features)
+        return self.policy(features, obs), self.values(critic_features)
 
 
 def make_network(config: Config, env):
@@ -236,7 +246,7 @@ def sacd_loss(params, target_params, network, sample):
 
     # L_alpha
     entropy = -jax.lax.stop_gradient(policy * log_policy).sum(axis=-1).mean()
-    target_entropy = config.target_entropy_ratio * np.log(logits.shape[-1])
+    target_entropy = config.target_entropy_ratio * greatest_entropy(logits, sample.obs).mean()
     alpha_loss = config.autotune * params["params"]["log_alpha"] * (entropy - target_entropy)
 
     return td_loss + actor_loss + alpha_loss, {
@@ -262,7 +272,7 @@ def rollout(state, env):
         logits, _ = apply(state.params, env.preprocess_obs(state.env_state, state.obs))
         action = jax.random.categorical(action_key, logits)
         random_keys = jax.random.split(random_key, config.num_envs)
-        random_action = jax.vmap(env.action_space.sample)(random_keys)
+        random_action = jax.vmap(random_valid)(random_keys, logits)
         action = jnp.where(state.updates < num_random_updates, random_action, action)
         step_keys = jax.random.split(step_key, config.num_envs)
         obs, env_state, reward, terminated, _, info = step_envs(step_keys, state.env_state, action)

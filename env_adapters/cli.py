@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from env_adapters.episodes import check_drawable, record, write_gif
 from env_adapters.registry import NAMESPACES, known_ids, make
-from env_adapters.task import Discrete
+from env_adapters.task import Discrete, only_valid, random_valid
 from fast import use_fast_random
 from harness.errors import Options, UsageError, did_you_mean
 from harness.options import check_gif
@@ -128,12 +129,19 @@ def describe(space) -> str:
     return f"{np.dtype(space.dtype)}{list(space.shape)}"
 
 
+def random_actions(env, keys, obs):
+    """Valid actions (N, ...) for observations (N, ...)."""
+    if isinstance(env.action_space, Discrete):
+        no_values = jnp.zeros((len(keys), env.action_space.n))
+        return jax.vmap(random_valid)(keys, only_valid(no_values, obs))
+    return jax.vmap(env.action_space.sample)(keys)
+
+
 def random_policy(env):
     """A policy for `record` that takes random actions."""
 
     def policy(memory, obs, start, action, reward, key):
-        keys = jax.random.split(key, len(obs))
-        return memory, jax.vmap(env.action_space.sample)(keys)
+        return memory, random_actions(env, jax.random.split(key, len(start)), obs)
 
     return policy
 
@@ -145,7 +153,7 @@ def try_out(env, command: Command) -> None:
     def step(carry, key):
         obs, state = carry
         action_keys, step_keys = jax.random.split(key, (2, num_envs))
-        actions = jax.vmap(env.action_space.sample)(action_keys)
+        actions = random_actions(env, action_keys, obs)
         step_envs = jax.vmap(env.step, axis_name="envs")
         obs, state, _, terminated, truncated, info = step_envs(step_keys, state, actions)
         return (obs, state), (terminated, truncated, info["episode_return"], info["episode_length"])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from env_adapters.task import Box, Task, cast, strong
+from env_adapters.task import Box, MaskedObs, Task, cast, strong, without_mask
 from harness.axes import DEVICES, axes_in_use
 
 
@@ -22,6 +22,10 @@ class EnvState(NamedTuple):
     time: jax.Array  # () int32, steps since the episode began
     episode_return: jax.Array  # () float32, sum of rewards since the episode began
     statistics: Any = ()  # what `Preprocessed` keeps across episodes
+    stuck: Any = ()  # () int32, with an action mask: the first time at which it allowed nothing
+
+
+NEVER = -1  # of `EnvState.stuck`
 
 
 class Environment:
@@ -33,7 +37,10 @@ class Environment:
       episode_done: () bool, terminated or truncated;
       episode_return: () float32, sum of the episode's rewards as the task gives them, this step
         included;
-      episode_length: () int32, number of the episode's steps, this one included.
+      episode_length: () int32, number of the episode's steps, this one included;
+      action_mask: (num_actions,) bool, with a task that has one: which actions are valid next.
+
+    With such a task observations are `MaskedObs`, `final_obs` among them.
 
     Attributes:
       id: the name it was made with.
@@ -61,22 +68,22 @@ class Environment:
     def reset(self, key):
         """key -> (obs, EnvState)."""
         obs, task_state = self._task.reset(key)
-        obs = self._cast_obs(obs)
         state = EnvState(
             task=self._cast_state(task_state),
             time=jnp.int32(0),
             episode_return=jnp.float32(0.0),
         )
-        return obs, state
+        obs = self._cast_obs(obs, state.task)
+        return obs, self._note_stuck(state, obs, NEVER)
 
     def step(self, key, state, action):
         """(key, EnvState, action) -> (obs, EnvState, reward, terminated, truncated, info)."""
         step_key, reset_key = jax.random.split(key)
+        stuck = state.stuck
         action = self._cast_action(action)
         final_obs, task_state, reward, terminated, truncated = self._task.step(
             step_key, state.task, action
         )
-        final_obs = self._cast_obs(final_obs)
         reward = strong(jnp.asarray(reward, jnp.float32).reshape(()))
         terminated = jnp.asarray(terminated, bool).reshape(())
         truncated = jnp.asarray(truncated, bool).reshape(()) & ~terminated
@@ -86,7 +93,9 @@ class Environment:
             task=self._cast_state(task_state),
             time=state.time + 1,
             episode_return=state.episode_return + reward,
+            stuck=state.stuck,
         )
+        final_obs = self._cast_obs(final_obs, state.task)
         info = {
             "final_obs": final_obs,
             "episode_done": done,
@@ -99,6 +108,9 @@ class Environment:
             obs, state = branch_where(done, reset, reset_key, (final_obs, state), once)
         else:
             obs, state = where(done, reset, reset_key, (final_obs, state))
+        if self._task.action_mask:
+            state = self._note_stuck(state, obs, stuck)
+            info["action_mask"] = obs.action_mask
         return obs, state, reward, terminated, truncated, info
 
     def frozen(self, env_state):
@@ -118,8 +130,18 @@ class Environment:
         action = jnp.asarray(action, space.dtype).reshape(space.shape)
         return jnp.clip(action, space.low, space.high) if isinstance(space, Box) else action
 
-    def _cast_obs(self, obs):
-        return strong(cast(obs, self._task.observation_space))
+    def _cast_obs(self, obs, task_state):
+        obs = strong(cast(obs, self._task.observation_space))
+        if not self._task.action_mask:
+            return obs
+        return MaskedObs(obs, jnp.asarray(self._task.action_mask(task_state), bool))
+
+    def _note_stuck(self, state, obs, before):
+        """Remember when the mask first allowed nothing: `Run` ends with an error for it."""
+        if not self._task.action_mask:
+            return state
+        now = jnp.where(obs.action_mask.any(), NEVER, state.time)
+        return state._replace(stuck=jnp.where(before == NEVER, now, before))
 
     def _cast_state(self, task_state):
         """The state with the dtypes it has after a reset, and without weak types.
@@ -394,7 +416,7 @@ class Preprocessed(Environment):
     def _count_obs(self, statistics, obs):
         if not self._observations:
             return statistics
-        return statistics._replace(obs=statistics.obs.update(obs))
+        return statistics._replace(obs=statistics.obs.update(without_mask(obs)))
 
     def _count_reward(self, statistics, reward, done):
         discounted = self._gamma * statistics.discounted + self._clip_reward(reward)
@@ -405,6 +427,8 @@ class Preprocessed(Environment):
     def _scale_obs(self, obs, statistics):
         if not self._observations:
             return obs
+        if isinstance(obs, MaskedObs):
+            return obs._replace(obs=self._scale_obs(obs.obs, statistics))
         centred = obs - statistics.obs.mean
         return jnp.clip(centred / jnp.sqrt(statistics.obs.var + 1e-8), -10.0, 10.0)
 

@@ -51,6 +51,7 @@ class Game:
       deal: key -> hidden, what the agent does not see: cards, a board, probabilities.
       begin: (key, hidden) -> (obs, state).
       step: (key, state, action) -> (obs, state, reward, terminated, truncated).
+      action_mask: state -> (num_actions,) bool, the actions that have not been taken in vain.
     """
 
     deal: Callable
@@ -59,9 +60,10 @@ class Game:
     observation_space: Box
     action_space: Box | Discrete
     max_steps: int
+    action_mask: Callable | None = None
 
-    def task(self) -> Task:
-        """The game as a `Task`."""
+    def task(self, invalid_actions: bool = False) -> Task:
+        """The game as a `Task`; `invalid_actions`: with its action mask."""
 
         def reset(key):
             deal_key, begin_key = jax.random.split(key)
@@ -73,6 +75,7 @@ class Game:
             observation_space=self.observation_space,
             action_space=self.action_space,
             max_steps=self.max_steps,
+            action_mask=self.action_mask if invalid_actions else None,
         )
 
 
@@ -346,6 +349,7 @@ def battleship(size: int) -> Game:
         observation_space=one_hot_space(2),
         action_space=Discrete(size * size),
         max_steps=max_steps,
+        action_mask=lambda state: ~state[2].reshape(-1),  # squares that were not shot at
     )
 
 
@@ -395,6 +399,7 @@ def minesweeper(size: int, num_mines: int) -> Game:
         observation_space=one_hot_space(num_counts),
         action_space=Discrete(size * size),
         max_steps=max_steps,
+        action_mask=lambda state: (state[1] != VIEWED).reshape(-1),
     )
 
 
@@ -556,10 +561,17 @@ def ids() -> list[str]:
 
 
 def make_task(env_id: str, **options) -> Task:
-    """A task of POPGym; it has no options of its own.
+    """A task of POPGym.
+
+    Args:
+      invalid_actions: True: squares that have been played are ruled out by an action mask.
+        Battleship and Minesweeper have this option.
 
     Raises:
-      ValueError: options are given.
+      ValueError: the game has no such option.
     """
-    check_options(f"popjaxrl::{env_id}", options, {})
-    return GAMES[env_id]().task()
+    game = GAMES[env_id]()
+    check_options(
+        f"popjaxrl::{env_id}", options, {"invalid_actions": False} if game.action_mask else {}
+    )
+    return game.task(**options)

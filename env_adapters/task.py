@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,8 @@ class Task:
       render: state -> uint8 image (height, width, 3), called with numpy arrays outside of JAX;
         None if the library cannot draw.
       masks: names for entries of a vector observation, as in {"velocity": (1, 3)}.
+      action_mask: state -> (num_actions,) bool, which discrete actions are valid; None if all are.
+        At least one is, unless the episode has ended.
       clip_reward: True if a learner should read rewards clipped to [-1, 1]; `step` gives them as
         they are, and episodes' returns are sums of these.
       costly_reset: True if a reset costs about as much as a step or more. `Environment` then
@@ -71,9 +73,47 @@ class Task:
     max_steps: int
     render: Callable | None = None
     masks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    action_mask: Callable | None = None
     clip_reward: bool = False
     costly_reset: bool = False
     equal_resets_once: bool = False
+
+
+class MaskedObs(NamedTuple):
+    """An observation of a task with an action mask: what the agent sees, and what it may do.
+
+    They travel together through rollouts, replay buffers and memories.
+    """
+
+    obs: jax.Array
+    action_mask: jax.Array  # (num_actions,) bool
+
+
+INVALID = -1e9  # the value, and the logit, of an invalid action: exp(INVALID) is 0, nothing is nan
+
+
+def without_mask(obs):
+    """What the agent sees."""
+    return obs.obs if isinstance(obs, MaskedObs) else obs
+
+
+def only_valid(values, obs):
+    """Values or logits (..., num_actions), with `INVALID` for the actions that obs rules out."""
+    return jnp.where(obs.action_mask, values, INVALID) if isinstance(obs, MaskedObs) else values
+
+
+def random_valid(key, values):
+    """Any of the actions (...) that `only_valid` has left of values (..., num_actions)."""
+    valid = values > INVALID
+    place = jax.random.randint(key, values.shape[:-1], 0, valid.sum(axis=-1))  # among the valid
+    return (valid.cumsum(axis=-1) > place[..., None]).argmax(axis=-1)
+
+
+def greatest_entropy(values, obs):
+    """The entropy of a uniform choice of the valid actions; (...), or one number without a mask."""
+    if isinstance(obs, MaskedObs):
+        return jnp.log(obs.action_mask.sum(axis=-1))
+    return np.log(values.shape[-1])
 
 
 def cast(obs, space: Box):

@@ -148,6 +148,11 @@ def inner_render(task: Task):
     return task.render and (lambda state: task.render(state.inner))
 
 
+def inner_mask(task: Task):
+    """The task's `action_mask` for states that a wrapper has wrapped; None if it has none."""
+    return task.action_mask and (lambda state: task.action_mask(state.inner))
+
+
 def remember(task: Task, length: int, show, space: Box) -> Task:
     """The task with the observations show(history), which lie in `space`.
 
@@ -172,6 +177,7 @@ def remember(task: Task, length: int, show, space: Box) -> Task:
         step=step,
         observation_space=space,
         render=inner_render(task),
+        action_mask=inner_mask(task),
     )
 
 
@@ -237,6 +243,7 @@ def time_limit(task: Task, steps: int) -> Task:
         step=step,
         max_steps=min(steps, task.max_steps),
         render=inner_render(task),
+        action_mask=inner_mask(task),
     )
 
 
@@ -338,6 +345,9 @@ def check_spaces(task: Task, env_id: str, name: str) -> None:
     if name == "rescale_actions" and isinstance(task.action_space, Discrete):
         kind = f"{env_id} has {task.action_space.n} discrete ones"
         raise ValueError(f"rescale_actions is for continuous actions; {kind}")
+    if name == "sticky_actions" and task.action_mask:
+        reason = "a repeated action may be invalid"
+        raise ValueError(f"sticky_actions is not for action masks, which {env_id} has: {reason}")
     if name == "noise" and task.observation_space.dtype == np.uint8:
         raise ValueError(f"noise is not for images of whole numbers, which {env_id} has")
     if name == "rescale_actions" and not has_bounds(task.action_space):

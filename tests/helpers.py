@@ -177,6 +177,41 @@ def probe_task(wait=0, obs_matters=True, action_matters=True, continuous=False) 
     return Task(reset, step, Box(-1.0, float(max(1, wait)), (2,)), actions, wait + 1)
 
 
+def masked_task(terminal_every=5, num_actions=3, empty_at=-1) -> Task:
+    """At every step some actions are valid, drawn anew; the last of these pays 1, the others 0.
+
+    What is valid is not seen. The last action is the best one, wherever it is valid: where it is
+    not, an agent that does not know the mask is wrong. An invalid action pays -100 and ends the
+    episode. At step `empty_at` of an episode nothing is valid.
+    """
+
+    def draw(key, time):
+        valid = jax.random.bernoulli(key, 0.5, (num_actions,))
+        one = jnp.arange(num_actions) == jax.random.randint(key, (), 0, num_actions)
+        return (valid | one) & (time != empty_at)
+
+    def observe(time):
+        return (time / terminal_every)[None].astype(jnp.float32)
+
+    def reset(key):
+        time = jnp.int32(0)
+        return observe(time), (time, draw(key, time))
+
+    def step(key, state, action):
+        time, valid = state
+        best = num_actions - 1 - valid[::-1].argmax()
+        reward = jnp.where(valid[action], action == best, -100.0)
+        time = time + 1
+        ends = time >= terminal_every
+        # Nothing is valid in the last observation, and nothing needs to be.
+        state = (time, draw(key, time) & ~ends)
+        return observe(time), state, reward, ends | ~valid[action], False
+
+    space = Box(0.0, 1.0, (1,))
+    task = Task(reset, step, space, Discrete(num_actions), terminal_every)
+    return dataclasses.replace(task, action_mask=lambda state: state[1])
+
+
 TASKS = {
     "Constant": constant_task,
     "Counting": counting_task,
@@ -184,6 +219,7 @@ TASKS = {
     "Coin": coin_task,
     "Echo": echo_task,
     "Picture": picture_task,
+    "Masked": masked_task,
     "Probe": probe_task,
 }
 
