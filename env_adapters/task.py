@@ -62,6 +62,8 @@ class Task:
         computes resets only for environments whose episode has ended (`branch_where`).
       equal_resets_once: True if a costly reset computes equal keys of a batch only once, as a
         function on the host can.
+      reseed: (key, state) -> the same state, but the random numbers of later steps follow from the
+        key; None if no step draws from its state.
     """
 
     reset: Callable
@@ -74,6 +76,7 @@ class Task:
     clip_reward: bool = False
     costly_reset: bool = False
     equal_resets_once: bool = False
+    reseed: Callable | None = None
 
 
 def cast(obs, space: Box):
