@@ -254,6 +254,8 @@ class Trials(NamedTuple):
     first_obs: jax.Array  # what every trial begins with
     first_state: Any  # likewise
     finished: jax.Array  # () int32, trials of this episode that have ended
+    first_return: jax.Array  # () float32, the return of the first trial, so far
+    last_return: jax.Array  # () float32, the return of the latest trial, so far
 
 
 def trials(task: Task, number: int) -> Task:
@@ -269,6 +271,8 @@ def trials(task: Task, number: int) -> Task:
 
     Observations get one more entry along their last axis, a channel if they are images. It is 1
     (255 in images of bytes) where a trial begins, and 0 elsewhere.
+
+    The returns of the first and of the last trial are reported: a memory shows in their difference.
     """
     space = task.observation_space
     mark = 255 if space.dtype == np.uint8 else 1
@@ -280,26 +284,41 @@ def trials(task: Task, number: int) -> Task:
 
     def reset(key):
         obs, state = task.reset(key)
-        own = Trials(first_obs=cast(obs, space), first_state=state, finished=jnp.int32(0))
+        own = Trials(
+            first_obs=cast(obs, space),
+            first_state=state,
+            finished=jnp.int32(0),
+            first_return=jnp.float32(0.0),
+            last_return=jnp.float32(0.0),
+        )
         return show(obs, True), Wrapped(state, own)
 
     def step(key, state, action):
         key, own_key = jax.random.split(key)
         obs, inner, reward, terminated, truncated = task.step(key, state.inner, action)
-        first_obs, first_state, finished = state.own
+        own = state.own
         ends = jnp.asarray(terminated, bool).reshape(()) | jnp.asarray(truncated, bool).reshape(())
-        finished = finished + ends
+        finished = own.finished + ends
         is_over = finished == number
         begins = ends & ~is_over
-        start = task.reseed(own_key, first_state) if task.reseed else first_state
+        trial_return = own.last_return + jnp.asarray(reward, jnp.float32).reshape(())
+        start = task.reseed(own_key, own.first_state) if task.reseed else own.first_state
 
         def select(new, old):
             return jnp.where(begins, new, old)
 
-        obs = select(first_obs, cast(obs, space))
+        obs = select(own.first_obs, cast(obs, space))
         inner = jax.tree.map(select, start, inner)
-        own = state.own._replace(finished=finished)
+        own = own._replace(
+            finished=finished,
+            first_return=jnp.where(own.finished == 0, trial_return, own.first_return),
+            last_return=select(0.0, trial_return),
+        )
         return show(obs, begins), Wrapped(inner, own), reward, is_over, False
+
+    def report(state):
+        first, last = state.own.first_return, state.own.last_return
+        return {"first_trial_return": first, "last_trial_return": last}
 
     def extend(bound, entry):
         bound = np.broadcast_to(bound, space.shape)
@@ -312,6 +331,7 @@ def trials(task: Task, number: int) -> Task:
         step=step,
         observation_space=Box(extend(space.low, 0), high, high.shape, space.dtype),
         max_steps=number * task.max_steps,
+        report=report,
         **on_inner(task),
     )
 

@@ -433,7 +433,8 @@ def check_conformance(env):
     assert (reward.shape, reward.dtype) == ((), jnp.float32)
     flags = (terminated, truncated, info["episode_done"])
     assert [(x.shape, x.dtype) for x in flags] == [((), jnp.bool_)] * 3
-    assert sorted(info) == ["episode_done", "episode_length", "episode_return", "final_obs"]
+    always = ("episode_done", "episode_length", "episode_return", "final_obs")
+    assert set(info) == {*always, *env.reports}
     assert info["episode_length"].dtype == jnp.int32
     assert info["episode_return"].dtype == jnp.float32
     assert isinstance(env.action_space, (Box, Discrete)) and isinstance(env.max_steps, int)

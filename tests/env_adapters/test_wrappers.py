@@ -232,6 +232,7 @@ def test_trials_are_episodes_of_one_task(options, reseeds):
     single_reset, single_step = jax.jit(single.reset), jax.jit(single.step)
     joined_reset, joined_step = jax.jit(joined.reset), jax.jit(joined.step)
     lengths = []
+    returns = []
     for episode in range(8):
         reset_key, key = jax.random.split(jax.random.key(episode))
         obs, state = joined_reset(reset_key)
@@ -243,6 +244,7 @@ def test_trials_are_episodes_of_one_task(options, reseeds):
             np.testing.assert_array_equal(obs, [*expected, 1.0])
             ends = False
             length = 0
+            trial_return = np.float32(0.0)
             while not ends:
                 key, action_key, step_key = jax.random.split(key, 3)
                 action = single.action_space.sample(action_key)
@@ -251,11 +253,15 @@ def test_trials_are_episodes_of_one_task(options, reseeds):
                 expected, inner, *rest = single_step(task_key, inner, action)
                 ends = rest[1] or rest[2]
                 length += 1
+                trial_return += rest[0]
                 assert reward == rest[0]
                 assert (terminated, truncated) == (ends and trial == 2, False)
                 if not ends or trial == 2:  # the last one ends with its true observation
                     np.testing.assert_array_equal(obs, [*expected, 0.0])
             lengths.append(length)
+            returns.append(float(trial_return))
+        reported = {"first_trial_return": returns[-3], "last_trial_return": returns[-1]}
+        assert {name: float(x) for name, x in joined.report(state).items()} == reported
     assert min(lengths) == 1 and max(lengths) == (3 if "time_limit" in options else 5)
 
 
