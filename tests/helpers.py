@@ -92,6 +92,16 @@ def counting_task(terminal_every: int = 7) -> Task:
     return Task(reset, step, Box(0.0, 1.0, (2,)), Discrete(3), terminal_every)
 
 
+def drawn_task(terminal_every: int = 7) -> Task:
+    """`counting_task` with pictures that become lighter with every step."""
+
+    def render(state):
+        _, time = state
+        return np.full((4, 6, 3), 40 * time, np.uint8)
+
+    return dataclasses.replace(counting_task(terminal_every), render=render)
+
+
 def steering_task(terminal_every: int = 7) -> Task:
     """`counting_task` with two actions between -3 and 2; the first is added to the reward."""
     task = counting_task(terminal_every)
@@ -178,6 +188,7 @@ def probe_task(wait=0, obs_matters=True, action_matters=True, continuous=False) 
 
 
 TASKS = {
+    "Drawn": drawn_task,
     "Constant": constant_task,
     "Counting": counting_task,
     "Steering": steering_task,
