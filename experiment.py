@@ -36,7 +36,7 @@ from harness.devices import (
     shardings,
     with_own_keys,
 )
-from harness.errors import Diverged, Options, RunError, UsageError
+from harness.errors import Diverged, Options, RunError, UsageError, import_optional
 from harness.metrics import (
     METRICS_FILE,
     Report,
@@ -53,6 +53,7 @@ from harness.processes import are_several, from_first, greatest, is_first, lost_
 from harness.run_dir import (
     CONFIG_FILE,
     MAY_DIFFER_ON_EVALUATE,
+    VIDEOS_FOLDER,
     check_same,
     extend,
     forget_after,
@@ -367,6 +368,8 @@ class Run:
 
     def __init__(self, config, init):
         check_keys(config)
+        if config.eval_video:
+            check_eval_video(config)
         self.parts = divide(config)
         like = check_memory(config, partial(shapes, config, init), self.parts.count)
         trained = None
@@ -377,6 +380,7 @@ class Run:
         self.signal_time = 0.0  # when it arrived
         self.phase = "starting"  # then "training", then "closing"
         self.evaluation = {}  # policy -> episodes of the last evaluation
+        self.films = config.eval_video  # until that fails
         self.saved_step = None  # step of the last checkpoint
         self.lock = None
         self.dir = Path(from_first(self._open))
@@ -478,12 +482,28 @@ class Run:
         for policy, episodes in self.evaluation.items():
             report |= summarize_episodes(episodes, policy)
         self.logger.log(report, environment_steps(state))
+        if self.films:
+            self._film(evaluate, state, env)
         diverged = list(self.logger.diverged)
         returns = {
             policy: float(np.mean(np.delete(report[f"eval/{policy}_return"], diverged)))
             for policy in self.evaluation
         }
         self._checkpoint(state, returns[policy], returns)
+
+    def _film(self, evaluate, state, env):
+        """Write an episode of the first seed that has not diverged, and hand it to the loggers."""
+        step = environment_steps(state)
+        path = self.dir / VIDEOS_FOLDER / f"{step}.gif"
+        seed = min(set(range(self.config.num_seeds)) - set(self.logger.diverged))
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_gif(str(path), env, play_recorded(evaluate, state, env, seed))
+        except Exception as error:  # as for loggers: training is worth more
+            self.films = False
+            warn(f"no more videos: {error}; training continues without them")
+        else:
+            self.logger.video(path, step)
 
     def _checkpoint(self, state, score=float("nan"), returns=None):
         metrics = self.dir / METRICS_FILE
@@ -589,6 +609,26 @@ def evaluate_policies(evaluate, state, env, parts=ONE_PART) -> dict:
     return {
         policy: evaluate_as(policy, evaluate, state, env, episodes, parts) for policy in policies
     }
+
+
+@partial(jax.jit, static_argnames=("evaluate", "env", "seed"))
+def play_recorded(evaluate, state, env, seed: int):
+    """The recording of a greedy episode of one seed."""
+    single = jax.tree.map(lambda x: x[seed : seed + 1], state)
+    recordings = evaluate_as("greedy", evaluate, single, env, 1, play=record)
+    return jax.tree.map(lambda x: x[0], recordings)
+
+
+def check_eval_video(config) -> None:
+    """Refuse --eval-video where no video could be written.
+
+    Raises:
+      UsageError: names the reason.
+    """
+    import_optional("PIL", "eval_video", "pillow")
+    check_drawable(config.make_env())
+    if are_several():
+        raise UsageError("eval_video is for runs of one process; film with --evaluate and --video")
 
 
 def show(config, env, init, evaluate) -> None:

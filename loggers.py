@@ -47,7 +47,7 @@ from harness.metrics import (
     scalars,
 )
 from harness.output import warn
-from harness.run_dir import CONFIG_FILE
+from harness.run_dir import CONFIG_FILE, VIDEOS_FOLDER
 from harness.text import duration, fitted
 
 
@@ -55,6 +55,7 @@ class Backend(Protocol):
     """One destination for the numbers of a run.
 
     Exceptions are allowed: `Logger` reports the first one and drops the backend.
+    A backend that shows videos also has a method `video(path, step)`; the path is that of a .gif.
     """
 
     def log(self, metrics: dict, step: int) -> None:
@@ -117,6 +118,10 @@ class Logger:
             advice = "a lower learning rate, a lower max_grad_norm, or smaller rewards"
             raise Diverged(f"training diverged: {last}; start again with {advice}")
 
+    def video(self, path: Path, step: int) -> None:
+        """Hand the .gif of an evaluation after `step` environment steps to the backends."""
+        self._each("video", path, step)
+
     def close(self) -> None:
         """Flush and close; logging afterwards does nothing."""
         self._each("close")
@@ -125,7 +130,8 @@ class Logger:
     def _each(self, method, *args):
         for backend in list(self.backends):
             try:
-                getattr(backend, method)(*args)
+                if method != "video" or hasattr(backend, "video"):
+                    getattr(backend, method)(*args)
             except Exception as error:
                 self.backends.remove(backend)
                 name = type(getattr(backend, "backend", backend)).__name__
@@ -166,16 +172,24 @@ class Background:
     def _work(self):
         try:
             while (item := self.queue.get()) is not None:
-                self.backend.log(*item)
+                method, *args = item
+                getattr(self.backend, method)(*args)
             self.backend.close()
         except Exception as error:
             self.error = error
 
     def log(self, metrics, step):
+        self._put("log", metrics, step)
+
+    def video(self, path, step):
+        if hasattr(self.backend, "video"):
+            self._put("video", path, step)
+
+    def _put(self, *item):
         if self.error:
             raise self.error
         try:
-            self.queue.put_nowait((metrics, step))
+            self.queue.put_nowait(item)
         except queue.Full:
             waiting = f"{self.queue.maxsize} reports are waiting"
             raise TimeoutError(f"{waiting}: it is too slow") from None
@@ -385,6 +399,9 @@ class TensorBoard:
             self.writer.add_text(name, f"|name|value|\n|-|-|\n{rows}")
         if is_covered:
             self._repeat(past)
+            for path in (self.run_dir / VIDEOS_FOLDER).glob("*.gif"):
+                if path.stem.isdecimal() and int(path.stem) < first_again:
+                    self.video(path, int(path.stem))
 
     def _repeat(self, past):
         """Write past reports, as if training had been without a pause until now."""
@@ -402,6 +419,21 @@ class TensorBoard:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for name, value in scalars(metrics).items():
             self.writer.add_scalar(name, value, step, walltime)
+
+    def video(self, path, step):
+        """Among the images, which may move; `add_video` would encode the frames again."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        content = path.read_bytes()
+        width, height = struct.unpack("<HH", content[6:10])
+        image = Summary.Image(
+            encoded_image_string=content,
+            width=width,
+            height=height,
+            colorspace=3,
+        )
+        value = Summary.Value(tag="eval/video", image=image)
+        self.writer.file_writer.add_summary(Summary(value=[value]), step)
 
     def close(self):
         self.writer.close()
@@ -467,6 +499,10 @@ class WandB:
 
     def log(self, metrics, step):
         self.run.log(scalars(metrics), step=step)
+
+    def video(self, path, step):
+        video = library("wandb").Video(str(path), format="gif")
+        self.run.log({"eval/video": video}, step=step)
 
     def close(self):
         self.run.finish()

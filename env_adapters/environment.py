@@ -38,9 +38,10 @@ class Environment:
       episode_return: () float32, sum of the episode's rewards as the task gives them, this step
         included;
       episode_length: () int32, number of the episode's steps, this one included;
-      action_mask: (num_actions,) bool, with a task that has one: which actions are valid next.
+      action_mask: (num_actions,) bool, with a task that has one: which actions are valid next;
+      and those in `reports`: () float32, about the episode that ends in this step.
 
-    With such a task observations are `MaskedObs`, `final_obs` among them.
+    With an action mask observations are `MaskedObs`, `final_obs` among them.
 
     Attributes:
       id: the name it was made with.
@@ -48,6 +49,8 @@ class Environment:
       action_space: a `Box` or `Discrete`; actions outside a `Box` are clipped to it.
       max_steps: an upper bound of an episode's length.
       render: `EnvState.task` -> uint8 image (height, width, 3), outside of JAX; or None.
+      reports: names of what `info` says of an episode that ends, besides the above: those of
+        `Task.report`.
       raw: the environment for replay buffers: its observations and rewards are those of the task,
         and `preprocess` makes of them what a learner reads. Here it is this environment.
     """
@@ -61,6 +64,8 @@ class Environment:
         self.raw = self
         self._task = task
         self._state_avals = jax.eval_shape(task.reset, jax.random.key(0))[1]
+        report = jax.eval_shape(task.report, self._state_avals) if task.report else {}
+        self.reports = tuple(report)
 
     def __repr__(self):
         return f"make({self.id!r})"
@@ -102,6 +107,8 @@ class Environment:
             "episode_return": state.episode_return,
             "episode_length": state.time,
         }
+        if self._task.report:
+            info |= self._task.report(state.task)
         reset = functools.partial(Environment.reset, self)  # not that of `Preprocessed`
         if self._task.costly_reset:
             once = self._task.equal_resets_once

@@ -13,10 +13,11 @@ MAX_RECORDED = 1000  # steps
 
 
 class Episodes(NamedTuple):
-    """Returns and lengths of finished episodes."""
+    """Returns and lengths of finished episodes, and what else the environment reports of them."""
 
     returns: jax.Array  # (episodes,) float32, sums of the task's rewards
     lengths: jax.Array  # (episodes,) int32, steps
+    reports: dict[str, jax.Array] = {}  # `Environment.reports`, each (episodes,) float32
 
 
 def play(
@@ -76,7 +77,8 @@ def play(
         def write(result, new):
             return result.at[row, jnp.arange(num_envs)].set(new, mode="drop")
 
-        new = Episodes(info["episode_return"], info["episode_length"])
+        reports = {name: info[name] for name in env.reports}
+        new = Episodes(info["episode_return"], info["episode_length"], reports)
         result = jax.tree.map(write, loop.result, new)
         return Loop(
             key=key,
@@ -102,6 +104,7 @@ def play(
         result=Episodes(
             returns=jnp.zeros((quota, num_envs), jnp.float32),
             lengths=jnp.zeros((quota, num_envs), jnp.int32),
+            reports={name: jnp.zeros((quota, num_envs), jnp.float32) for name in env.reports},
         ),
     )
     result = jax.lax.while_loop(is_unfinished, step, loop).result

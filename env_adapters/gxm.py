@@ -200,7 +200,7 @@ def small_task(owner: str, spec, **options) -> Task:
     """
     import gymnasium
 
-    from env_adapters.host_gymnasium import SmallTask
+    from env_adapters.host_gymnasium import SmallTask, reseeded
 
     constructor = gymnasium.envs.registration.load_env_creator(spec.entry_point)
     arguments = arguments_of(constructor)
@@ -234,6 +234,9 @@ def small_task(owner: str, spec, **options) -> Task:
         )
         return obs_after, state_after, reward, terminated, False
 
+    def reseed(key, state):
+        return reseeded(state, jax.random.bits(key, (4,), jnp.uint32))
+
     def render(state):
         let_pygame_run_anywhere()
         import_silently("pygame", f"the picture of {owner}", "pygame")
@@ -251,6 +254,7 @@ def small_task(owner: str, spec, **options) -> Task:
         action_space=action_space_of(host.env),
         max_steps=max_steps,
         render=render,
+        reseed=reseed,
         costly_reset=True,
         equal_resets_once=True,
     )

@@ -265,6 +265,12 @@ class SmallTask:
             setattr(self.env, name, kind.value_of(numbers[place]))
 
 
+def reseeded(state, words):
+    """A state (state_size,) uint32 whose random numbers follow from `words` (4,) uint32, in JAX."""
+    state = state.at[:4].set(words)  # where the generator is; after these comes its increment
+    return state.at[8:10].set(0)  # and whether half of its last number is left
+
+
 def stack(rows, batch: tuple[int, ...]):
     """Tuples of arrays, one per environment, as one tuple of arrays (*batch, ...)."""
     columns = zip(*rows, strict=True)

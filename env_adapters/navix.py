@@ -93,6 +93,9 @@ def make_task(env_id: str, **options) -> Task:
         state = timestep.replace(observation=())
         return observe(timestep), state, timestep.reward, terminated, truncated
 
+    def reseed(key, timestep):
+        return timestep.replace(state=timestep.state.replace(key=key))
+
     draw = jax.jit(lambda timestep: navix.observations.rgb(timestep.state))
     high = 1.0 if is_categorical else ENTITIES
     return Task(
@@ -107,5 +110,6 @@ def make_task(env_id: str, **options) -> Task:
         action_space=Discrete(len(env.action_set)),
         max_steps=max_steps,
         render=lambda state: np.asarray(draw(state)),
+        reseed=reseed,
         costly_reset=True,
     )

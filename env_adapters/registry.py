@@ -49,7 +49,7 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
       **options: parameters of the task, as memory_length=10 of gymnax::MemoryChain-bsuite, and for
         every task
           sticky_actions, noise, mask_probability, flicker, delay, frame_stack, time_limit,
-            rescale_actions: wrappers.py describes them and their order;
+            trials, rescale_actions: wrappers.py describes them and their order;
           normalize_obs, normalize_reward: running normalisation, see `Preprocessed`;
           reward_gamma: the discount of normalize_reward.
 

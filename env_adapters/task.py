@@ -64,6 +64,10 @@ class Task:
         computes resets only for environments whose episode has ended (`branch_where`).
       equal_resets_once: True if a costly reset computes equal keys of a batch only once, as a
         function on the host can.
+      reseed: (key, state) -> the same state, but the random numbers of later steps follow from the
+        key; None if no step draws from its state.
+      report: state -> {name: () float32}, what evaluations say of an episode besides its return and
+        length, called after its last step; None if there is nothing to say.
     """
 
     reset: Callable
@@ -77,6 +81,8 @@ class Task:
     clip_reward: bool = False
     costly_reset: bool = False
     equal_resets_once: bool = False
+    reseed: Callable | None = None
+    report: Callable | None = None
 
 
 class MaskedObs(NamedTuple):

@@ -11,13 +11,14 @@ They are applied in this order, the first one closest to the task:
   frame_stack       k: shows the last k observations, oldest first, joined along the last axis
                     (the channels of images)
   time_limit        n: truncates episodes after n steps
+  trials            k: k episodes of the same task make one, so that a memory can learn the task
   rescale_actions   True: continuous actions lie in [-1, 1], whatever the bounds of the task
   normalize_obs, normalize_reward, reward_gamma
                     running normalisation, see `envs.Preprocessed`
 
 A wrapper is a function from a `Task` to a `Task`. Its randomness comes from the keys of reset and
 step. What it has to remember (the last action, past observations) is part of the task's state and
-starts afresh with every episode.
+starts afresh with every episode, and with every trial.
 """
 
 import math
@@ -143,14 +144,23 @@ class Wrapped(NamedTuple):
     own: Any
 
 
-def inner_render(task: Task):
-    """The task's `render` for states that a wrapper has wrapped; None if it has none."""
-    return task.render and (lambda state: task.render(state.inner))
+def on_inner(task: Task) -> dict:
+    """The task's functions of a state, for states that a wrapper has wrapped."""
 
+    def render(state):
+        return task.render(state.inner)
 
-def inner_mask(task: Task):
-    """The task's `action_mask` for states that a wrapper has wrapped; None if it has none."""
-    return task.action_mask and (lambda state: task.action_mask(state.inner))
+    def reseed(key, state):
+        return state._replace(inner=task.reseed(key, state.inner))
+
+    def action_mask(state):
+        return task.action_mask(state.inner)
+
+    return {
+        "render": task.render and render,
+        "reseed": task.reseed and reseed,
+        "action_mask": task.action_mask and action_mask,
+    }
 
 
 def remember(task: Task, length: int, show, space: Box) -> Task:
@@ -176,8 +186,7 @@ def remember(task: Task, length: int, show, space: Box) -> Task:
         reset=reset,
         step=step,
         observation_space=space,
-        render=inner_render(task),
-        action_mask=inner_mask(task),
+        **on_inner(task),
     )
 
 
@@ -221,7 +230,7 @@ def sticky_actions(task: Task, probability: float) -> Task:
         obs, inner, *rest = task.step(key, state.inner, action)
         return obs, Wrapped(inner, (action, jnp.bool_(True))), *rest
 
-    return replace(task, reset=reset, step=step, render=inner_render(task))
+    return replace(task, reset=reset, step=step, **on_inner(task))
 
 
 def time_limit(task: Task, steps: int) -> Task:
@@ -242,8 +251,95 @@ def time_limit(task: Task, steps: int) -> Task:
         reset=reset,
         step=step,
         max_steps=min(steps, task.max_steps),
-        render=inner_render(task),
-        action_mask=inner_mask(task),
+        **on_inner(task),
+    )
+
+
+class Trials(NamedTuple):
+    """What `trials` keeps."""
+
+    first_obs: jax.Array  # what every trial begins with
+    first_state: Any  # likewise
+    finished: jax.Array  # () int32, trials of this episode that have ended
+    first_return: jax.Array  # () float32, the return of the first trial, so far
+    last_return: jax.Array  # () float32, the return of the latest trial, so far
+
+
+def trials(task: Task, number: int) -> Task:
+    """Make one episode of `number` episodes of the same task, its trials.
+
+    As in RL^2 (Duan et al. 2016, arXiv 1611.02779): what the first trial shows of the task, a
+    memory can use in the later ones. Every trial begins with the observation and the state that
+    reset has drawn. What happens then depends on the keys of the steps, or on `Task.reseed` where
+    random numbers come from the state.
+
+    A trial that ends begins the next one in the same step: the observation is the first one of that
+    trial, and nothing has terminated. The end of the last trial terminates the episode.
+
+    Observations get one more entry along their last axis, a channel if they are images. It is 1
+    (255 in images of bytes) where a trial begins, and 0 elsewhere.
+
+    The returns of the first and of the last trial are reported: a memory shows in their difference.
+    """
+    space = task.observation_space
+    mark = 255 if space.dtype == np.uint8 else 1
+    mark_shape = (*space.shape[:-1], 1)
+
+    def show(obs, begins):
+        entry = jnp.full(mark_shape, jnp.where(begins, mark, 0), space.dtype)
+        return jnp.concatenate([cast(obs, space), entry], axis=-1)
+
+    def reset(key):
+        obs, state = task.reset(key)
+        own = Trials(
+            first_obs=cast(obs, space),
+            first_state=state,
+            finished=jnp.int32(0),
+            first_return=jnp.float32(0.0),
+            last_return=jnp.float32(0.0),
+        )
+        return show(obs, True), Wrapped(state, own)
+
+    def step(key, state, action):
+        key, own_key = jax.random.split(key)
+        obs, inner, reward, terminated, truncated = task.step(key, state.inner, action)
+        own = state.own
+        ends = jnp.asarray(terminated, bool).reshape(()) | jnp.asarray(truncated, bool).reshape(())
+        finished = own.finished + ends
+        is_over = finished == number
+        begins = ends & ~is_over
+        trial_return = own.last_return + jnp.asarray(reward, jnp.float32).reshape(())
+        start = task.reseed(own_key, own.first_state) if task.reseed else own.first_state
+
+        def select(new, old):
+            return jnp.where(begins, new, old)
+
+        obs = select(own.first_obs, cast(obs, space))
+        inner = jax.tree.map(select, start, inner)
+        own = own._replace(
+            finished=finished,
+            first_return=jnp.where(own.finished == 0, trial_return, own.first_return),
+            last_return=select(0.0, trial_return),
+        )
+        return show(obs, begins), Wrapped(inner, own), reward, is_over, False
+
+    def report(state):
+        first, last = state.own.first_return, state.own.last_return
+        return {"first_trial_return": first, "last_trial_return": last}
+
+    def extend(bound, entry):
+        bound = np.broadcast_to(bound, space.shape)
+        return np.concatenate([bound, np.full(mark_shape, entry, bound.dtype)], axis=-1)
+
+    high = extend(space.high, mark)
+    return replace(
+        task,
+        reset=reset,
+        step=step,
+        observation_space=Box(extend(space.low, 0), high, high.shape, space.dtype),
+        max_steps=number * task.max_steps,
+        report=report,
+        **on_inner(task),
     )
 
 
@@ -301,6 +397,7 @@ WRAPPERS = {
     "delay": (0, delay),
     "frame_stack": (1, frame_stack),
     "time_limit": (UNLIMITED, time_limit),
+    "trials": (1, trials),
     "rescale_actions": (False, rescale_actions),
 }
 DEFAULTS = {name: default for name, (default, _) in WRAPPERS.items()}

@@ -30,6 +30,7 @@ PLUMBING = frozenset(
         "eval_episodes",
         "eval_policy",
         "num_eval_envs",
+        "eval_video",
         "keep_checkpoints",
         "compilation_cache",
     }

@@ -62,11 +62,9 @@ def evaluated_policies(config) -> tuple[str, ...]:
 
 
 def summarize_episodes(episodes, policy: str = "greedy") -> dict:
-    """The means of an evaluation: `episodes.returns` and `.lengths` are (S, episodes)."""
-    return {
-        f"eval/{policy}_return": np.asarray(episodes.returns).mean(axis=1),
-        f"eval/{policy}_length": np.asarray(episodes.lengths).mean(axis=1),
-    }
+    """The means of an evaluation: returns, lengths and reports of `episodes` are (S, episodes)."""
+    values = {"return": episodes.returns, "length": episodes.lengths} | episodes.reports
+    return {f"eval/{policy}_{name}": np.asarray(x).mean(axis=1) for name, x in values.items()}
 
 
 def iqm(values):
@@ -133,14 +131,19 @@ def describe(episodes, diverged=(), policy: str = "greedy") -> str:
     low, high = result["interval"]
     bounds = f"(95 % interval {low:.2f} to {high:.2f})"
     text = f"{policy} return over {episodes.returns.shape[1]} episodes: "
-    lost = f" ({len(diverged)} diverged)" if diverged else ""
+    more = ""
+    for name, values in episodes.reports.items():
+        mean = np.delete(np.asarray(values), list(diverged), axis=0).mean()
+        more += f"; {name.replace('_', ' ')} {mean:.2f}"
+    if diverged:
+        more += f" ({len(diverged)} diverged)"
     if "mean" in result:
-        return text + f"{result['mean']:.2f} {bounds}{lost}"
+        return text + f"{result['mean']:.2f} {bounds}{more}"
     means = result["means"]
     text += f"median of {len(means)} seeds {result['median']:.2f}, "
     text += f"IQM {result['iqm']:.2f} {bounds}; "
     text += "the seeds: " + " ".join(f"{mean:.2f}" for mean in means)
-    return text + lost
+    return text + more
 
 
 def as_json(value):

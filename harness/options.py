@@ -49,6 +49,7 @@ class Experiment:
     eval_every: int = 50_000  # environment steps between two evaluations; a checkpoint follows each
     eval_episodes: EvalEpisodes = 100  # episodes of an evaluation, of each policy
     num_eval_envs: int = 100  # parallel environments of an evaluation
+    eval_video: bool = False  # film a greedy episode of every evaluation, into the run's videos/
     keep_checkpoints: int = 2  # last checkpoints to keep, besides the one with the best evaluation
     evaluate: str = ""  # directory of a run that plays fresh episodes; --sample draws its actions
     best: bool = False  # with --evaluate, --init-from: take the checkpoint of the best evaluation

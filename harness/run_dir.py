@@ -31,6 +31,7 @@ CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
 NEW = "new"  # begins the name of what is still being written, after a dot where it is a file
 CHECKPOINTS_FOLDER = "checkpoints"
+VIDEOS_FOLDER = "videos"
 
 # Fields that say what to do, and what to read and write outside of the run's directory: they are
 # never taken from a run, which may be a stranger's.
@@ -53,6 +54,7 @@ MAY_DIFFER_ON_RESUME = {
     "neptune_mode",
     "best",
     "keep_checkpoints",
+    "eval_video",
 }
 MAY_DIFFER_ON_EVALUATE = MAY_DIFFER_ON_RESUME | {
     "seed",

@@ -92,6 +92,16 @@ def counting_task(terminal_every: int = 7) -> Task:
     return Task(reset, step, Box(0.0, 1.0, (2,)), Discrete(3), terminal_every)
 
 
+def drawn_task(terminal_every: int = 7) -> Task:
+    """`counting_task` with pictures that become lighter with every step."""
+
+    def render(state):
+        _, time = state
+        return np.full((4, 6, 3), 40 * time, np.uint8)
+
+    return dataclasses.replace(counting_task(terminal_every), render=render)
+
+
 def steering_task(terminal_every: int = 7) -> Task:
     """`counting_task` with two actions between -3 and 2; the first is added to the reward."""
     task = counting_task(terminal_every)
@@ -213,6 +223,7 @@ def masked_task(terminal_every=5, num_actions=3, empty_at=-1) -> Task:
 
 
 TASKS = {
+    "Drawn": drawn_task,
     "Constant": constant_task,
     "Counting": counting_task,
     "Steering": steering_task,
@@ -469,7 +480,8 @@ def check_conformance(env):
     assert (reward.shape, reward.dtype) == ((), jnp.float32)
     flags = (terminated, truncated, info["episode_done"])
     assert [(x.shape, x.dtype) for x in flags] == [((), jnp.bool_)] * 3
-    assert sorted(info) == ["episode_done", "episode_length", "episode_return", "final_obs"]
+    always = ("episode_done", "episode_length", "episode_return", "final_obs")
+    assert set(info) == {*always, *env.reports}
     assert info["episode_length"].dtype == jnp.int32
     assert info["episode_return"].dtype == jnp.float32
     assert isinstance(env.action_space, (Box, Discrete)) and isinstance(env.max_steps, int)

@@ -146,6 +146,43 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path):
 # --- Faults --------------------------------------------------------------------------------------
 
 
+def test_evaluations_are_filmed_and_training_does_not_notice(tmp_path):
+    from PIL import Image
+
+    config = in_updates(replace(CONFIG, env="test::Drawn", num_seeds=2), 4, 2)
+    main_in(tmp_path / "plain", ppo, config)
+    main_in(tmp_path / "filmed", ppo, config, eval_video=True)
+    assert not (tmp_path / "plain" / "run" / "videos").exists()
+    leaves = [final_leaves(tmp_path / name / "run", ppo, config) for name in ("plain", "filmed")]
+    assert_same_bits(leaves[0][1], leaves[1][1])
+    steps = [config.steps_per_update * update for update in (2, 4)]
+    paths = [tmp_path / "filmed" / "run" / "videos" / f"{step}.gif" for step in steps]
+    assert sorted(paths[0].parent.iterdir()) == sorted(paths)
+    with Image.open(paths[1]) as film:
+        assert film.n_frames == 5 and film.size == (300, 200)
+        film.seek(4)
+        assert film.convert("RGB").getpixel((0, 0)) == (160,) * 3
+
+
+def test_a_video_that_fails_is_named_once_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no screen")
+
+    monkeypatch.setattr(experiment, "write_gif", fail)
+    config = in_updates(replace(CONFIG, env="test::Drawn"), 4, 2, eval_video=True)
+    main_in(tmp_path, ppo, config)
+    warning = "warning: no more videos: no screen; training continues without them\n"
+    assert capsys.readouterr().err == warning
+    assert len(Checkpoints(tmp_path / "run").steps()) == 2
+
+
+def test_videos_that_cannot_be_drawn_are_refused_before_anything_begins(tmp_path):
+    config = replace(CONFIG, eval_video=True, run_dir=str(tmp_path / "run"))
+    with pytest.raises(UsageError, match="test::.* cannot be drawn: its library has no renderer"):
+        Run(config, ppo.init)
+    assert not (tmp_path / "run").exists()
+
+
 def break_seeds(monkeypatch, seeds, update):
     """Make the parameters of some seeds nan before the given update, counted from 1."""
     compiled_updates = experiment.compiled_updates

@@ -280,6 +280,39 @@ def test_wandb_offline(tmp_path):
     assert run["config"]["about"]["git"]["commit"] == "abc"
 
 
+def film_in(run_dir):
+    """A video of an evaluation after 1000 steps, of two frames; other backends show none."""
+    from PIL import Image
+
+    path = run_dir / "videos" / "1000.gif"
+    path.parent.mkdir()
+    first, second = (Image.new("RGB", (6, 4), (level, 0, 0)) for level in (0, 255))
+    first.save(path, save_all=True, append_images=[second])
+    with make_logger(Config(("console", "file", "tensorboard", "wandb")), run_dir) as logger:
+        logger.log({GREEDY: np.array([1.0, 2.0, 3.0])}, step=1000)
+        logger.video(path, 1000)
+        assert len(logger.backends) == 4
+    return path.read_bytes()
+
+
+def test_videos(tmp_path, capsys):
+    content = film_in(tmp_path)
+    assert not capsys.readouterr().err
+
+    def check_tensorboard():
+        events, _ = tensorboard_scalars(tmp_path)
+        (image,) = events.Images("eval/video")
+        assert (image.step, image.width, image.height) == (1000, 6, 4)
+        assert image.encoded_image_string == content
+
+    check_tensorboard()
+    (copy,) = tmp_path.glob("wandb/offline-run-*/files/media/videos/eval/*.gif")
+    assert copy.read_bytes() == content
+    (tmp_path / "videos" / "2000.gif").write_bytes(b"of a step that will come again")
+    make_logger(Config(("tensorboard",)), tmp_path, step=1000).close()  # a resumed run
+    check_tensorboard()
+
+
 def test_neptune_offline(tmp_path):
     log_twice(("neptune",), tmp_path)
     from neptune.core.components.queue.disk_queue import DiskQueue

@@ -91,6 +91,7 @@ PLUMBING = {
     "eval_every": 7,
     "eval_episodes": 3,
     "num_eval_envs": 2,
+    "eval_video": True,
     "eval_policy": "sample",
     "keep_checkpoints": 5,
     "evaluate": "runs/a",

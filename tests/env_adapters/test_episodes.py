@@ -30,6 +30,17 @@ def test_play_plays_the_number_it_is_asked_for(num_envs, episodes):
     np.testing.assert_array_equal(result.lengths, np.full(episodes, 7))
 
 
+def test_play_returns_what_the_environment_reports():
+    """The second trial of a coin is as long as the first, and both make the return."""
+    env = make("test::Coin", trials=2)
+    episodes = play(env, zero_policy, lambda _: (), jax.random.key(0), num_envs=4, episodes=10)
+    first, last = (episodes.reports[f"{trial}_trial_return"] for trial in ("first", "last"))
+    assert first.shape == (10,) and set(np.unique(first)) == {1, 9}
+    np.testing.assert_array_equal(first, last)
+    np.testing.assert_array_equal(episodes.returns, 2 * first)
+    assert not play(make("test::Coin"), zero_policy, lambda _: (), jax.random.key(0), 1, 1).reports
+
+
 def test_episodes_differ_from_one_another():
     """Side by side and one after the other: each environment has keys of its own, and new ones."""
     env = make("test::Coin")

@@ -10,7 +10,7 @@ import pytest
 from helpers import Bomb
 
 from env_adapters import gxm
-from env_adapters.host_gymnasium import SmallTask
+from env_adapters.host_gymnasium import SmallTask, reseeded
 from env_adapters.library import let_pygame_run_anywhere
 from envs import make
 
@@ -123,3 +123,34 @@ def test_any_bits_are_a_state(env_id, rng):
     for _ in range(3):
         obs, rows, reward, _ = host.step(rows, actions)
         assert np.isfinite(obs).all() and np.isfinite(reward).all()
+
+
+@pytest.mark.parametrize("env_id", ["Blackjack-v1", "Taxi-v4"])
+def test_a_reseeded_state_has_other_random_numbers_and_nothing_else(env_id):
+    host = SmallTask(library(env_id))
+    _, state = host.reset(0)
+    drawn = []
+    for words in ([1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 5]):
+        host._write_state(np.asarray(reseeded(jnp.asarray(state), jnp.array(words, jnp.uint32))))
+        now = plain(host.env)
+        drawn.append(host.env.np_random.integers(2**32, size=2).tolist())
+        host._write_state(state)
+        np.testing.assert_equal(now, plain(host.env))
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[0] != drawn[2]
+    host._write_state(state)
+    host.env.np_random.integers(2**32, dtype=np.uint32)  # leaves half of a number behind
+    half = host._read_state()
+    assert half[8] == 1 and reseeded(jnp.asarray(half), jnp.ones(4, jnp.uint32))[8] == 0
+
+
+def test_trials_slip_differently():
+    env = make("gxm::Gymnasium/FrozenLake-v1", max_episode_steps=5, trials=20)
+    step = jax.jit(env.step)
+    obs, state = env.reset(jax.random.key(0))
+    places = set()
+    for key in jax.random.split(jax.random.key(1), 60):
+        begins = obs[-1] == 1
+        obs, state, *_ = step(key, state, 2)
+        if begins:
+            places.add(int(obs[:-1].argmax()))
+    assert len(places) > 1  # where the first step of a trial leads to

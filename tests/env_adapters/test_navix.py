@@ -121,3 +121,20 @@ def test_make_refuses(id, options, message):
 @pytest.mark.parametrize("id", ["navix::Empty-5x5"])
 def test_pictures(id):
     check_picture(make(id))
+
+
+def test_trials_have_one_layout_and_luck_of_their_own():
+    """The obstacles' moves follow from a key in the state."""
+    id = "navix::Dynamic-Obstacles-8x8"
+    env = make(id, max_steps=4, observation="symbolic", trials=3)
+    obs, state = jax.jit(env.reset)(jax.random.key(0))
+    wait = 5  # which may end no trial before its time
+    seen = [obs]
+    for key in jax.random.split(jax.random.key(1), 11):
+        obs, state, *_ = jax.jit(env.step)(key, state, wait)
+        seen.append(obs)
+    first, *others = np.array(seen).reshape(3, 4, 8, 8, 4)
+    assert (first[0, ..., 3] == 1).all() and (first[1:, ..., 3] == 0).all()
+    for other in others:
+        np.testing.assert_array_equal(other[0], first[0])
+        assert (other[1:] != first[1:]).any()

@@ -1,12 +1,14 @@
 """Every wrapper against what numpy expects of it."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import constant_task, random_rollout
 
-from env_adapters.wrappers import wrap
+from env_adapters.wrappers import mask_observation, wrap
 from envs import Box, Discrete, Environment, Task, make
 
 
@@ -180,6 +182,128 @@ def test_time_limit():
     assert env.max_steps == 7
 
 
+def lottery_task():
+    """Observations (a secret drawn once, the steps so far, luck); the luck ends some episodes.
+
+    Both ends occur: little luck terminates an episode, its fifth step truncates it. The state keeps
+    a key, too, from which another number of the observation follows.
+    """
+
+    def show(secret, time, key, luck):
+        return jnp.stack([secret, 1.0 * time, luck, jax.random.uniform(key)])
+
+    def reset(key):
+        secret, luck = jax.random.uniform(key, (2,))
+        return show(secret, 0, key, luck), (secret, 0, key)
+
+    def step(key, state, action):
+        secret, time, own_key = state
+        luck = jax.random.uniform(key)
+        own_key, _ = jax.random.split(own_key)
+        obs = show(secret, time + 1, own_key, luck)
+        return obs, (secret, time + 1, own_key), luck + action, luck < 0.2, time + 1 >= 5
+
+    def reseed(key, state):
+        secret, time, _ = state
+        return secret, time, key
+
+    return Task(reset, step, Box(0.0, 5.0, (4,)), Discrete(3), 5, reseed=reseed)
+
+
+@pytest.mark.parametrize("reseeds", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"delay": 1},
+        {"noise": 0.1, "frame_stack": 2},
+        {"sticky_actions": 0.5, "flicker": 0.3, "time_limit": 3},
+    ],
+)
+def test_trials_are_episodes_of_one_task(options, reseeds):
+    """Against a loop that resets with the same key; the wrappers before it are part of a trial."""
+    task = lottery_task() if reseeds else replace(lottery_task(), reseed=None)
+    single = mask_observation("test::Any", task, ("3",) if "delay" in options else ("1",))
+    single = wrap(single, "test::Any", options)
+    joined = wrap(single, "test::Any", {"trials": 3})
+    (size,) = single.observation_space.shape
+    assert joined.observation_space.shape == (size + 1,)
+    assert joined.max_steps == 3 * single.max_steps
+    single_reset, single_step = jax.jit(single.reset), jax.jit(single.step)
+    joined_reset, joined_step = jax.jit(joined.reset), jax.jit(joined.step)
+    lengths = []
+    returns = []
+    for episode in range(8):
+        reset_key, key = jax.random.split(jax.random.key(episode))
+        obs, state = joined_reset(reset_key)
+        own_key = None
+        for trial in range(3):
+            expected, inner = single_reset(reset_key)
+            if trial and reseeds:
+                inner = single.reseed(own_key, inner)
+            np.testing.assert_array_equal(obs, [*expected, 1.0])
+            ends = False
+            length = 0
+            trial_return = np.float32(0.0)
+            while not ends:
+                key, action_key, step_key = jax.random.split(key, 3)
+                action = single.action_space.sample(action_key)
+                obs, state, reward, terminated, truncated = joined_step(step_key, state, action)
+                task_key, own_key = jax.random.split(step_key)
+                expected, inner, *rest = single_step(task_key, inner, action)
+                ends = rest[1] or rest[2]
+                length += 1
+                trial_return += rest[0]
+                assert reward == rest[0]
+                assert (terminated, truncated) == (ends and trial == 2, False)
+                if not ends or trial == 2:  # the last one ends with its true observation
+                    np.testing.assert_array_equal(obs, [*expected, 0.0])
+            lengths.append(length)
+            returns.append(float(trial_return))
+        reported = {"first_trial_return": returns[-3], "last_trial_return": returns[-1]}
+        assert {name: float(x) for name, x in joined.report(state).items()} == reported
+    assert min(lengths) == 1 and max(lengths) == (3 if "time_limit" in options else 5)
+
+
+def test_an_environment_of_trials():
+    """An episode has the length and the return of all its trials, and ends by terminating."""
+    obs, _, next_obs, terminated, truncated, info, env = rollout(clock_task(), trials=3)
+    time = np.arange(60)
+    np.testing.assert_array_equal(obs[:, 1], time % 7)
+    np.testing.assert_array_equal(obs[:, 2], time % 7 == 0)
+    np.testing.assert_array_equal(terminated, time % 21 == 20)
+    assert not truncated.any() and env.max_steps == 21
+    assert [len(np.unique(obs[i : i + 21, 0])) for i in (0, 21, 42)] == [1, 1, 1]
+    assert len(np.unique(obs[:, 0])) == 3  # each episode draws another task
+    np.testing.assert_array_equal(info["episode_length"], time % 21 + 1)
+    np.testing.assert_array_equal(info["episode_return"], time % 21 + 1)
+    np.testing.assert_array_equal(info["final_obs"][~terminated], next_obs[~terminated])
+    np.testing.assert_array_equal(info["final_obs"][terminated, 1:], [[7.0, 0.0]] * 2)
+
+
+def test_the_end_of_the_last_trial_terminates_even_where_trials_are_truncated():
+    options = {"trials": 2, "time_limit": 5}
+    *_, terminated, truncated, _, env = rollout(constant_task(50), steps=40, **options)
+    np.testing.assert_array_equal(terminated, np.arange(40) % 10 == 9)
+    assert not truncated.any() and env.max_steps == 10
+
+
+def test_in_images_a_channel_marks_the_beginning_of_a_trial():
+    images = clock_task(obs_shape=(4, 5, 3))
+    obs, *_, env = rollout(images, steps=28, trials=2, frame_stack=2)
+    assert obs.shape == (28, 4, 5, 7) and obs.dtype == np.uint8 == env.observation_space.dtype
+    assert (obs[..., 6] == np.where(np.arange(28) % 7 == 0, 255, 0)[:, None, None]).all()
+    np.testing.assert_array_equal(obs[:, 0, 0, 5], np.arange(28) % 7)
+
+
+def test_trials_with_masks_and_normalisation():
+    env = make("gymnax::FourRooms-misc", mask=("2", "3"), trials=3, normalize_obs=True)
+    obs, state = env.reset(jax.random.key(0))
+    assert obs.shape == env.observation_space.shape == (3,)
+    assert state.statistics.obs.mean[2] > 0.9  # the mark, so far 1 in every observation
+    assert env.max_steps == 1500
+
+
 def test_rescaled_actions():
     plain, scaled = make("gymnax::Pendulum-v1"), make("gymnax::Pendulum-v1", rescale_actions=True)
     space = scaled.action_space
@@ -192,10 +316,10 @@ def test_rescaled_actions():
 
 
 def test_a_wrapped_environment_is_drawn():
-    wrappers = {"frame_stack": 2, "delay": 1, "sticky_actions": 0.1, "time_limit": 9}
+    wrappers = {"frame_stack": 2, "delay": 1, "sticky_actions": 0.1, "time_limit": 3, "trials": 3}
     env = make("gymnax::CartPole-v1", **wrappers, normalize_obs=True)
     _, state = env.reset(jax.random.key(0))
-    assert env.observation_space.shape == (8,) and env.max_steps == 9
+    assert env.observation_space.shape == (9,) and env.max_steps == 9
     assert env.render(jax.device_get(state.task)).shape[-1] == 3
 
 
@@ -247,6 +371,9 @@ def test_mask_hides_and_changes_nothing_else(id, mask, kept):
         ("frame_stack", 0, "option frame_stack of .* must be at least 1, got 0"),
         ("time_limit", -5, "option time_limit of .* must be at least 1, got -5"),
         ("time_limit", 0, "option time_limit of .* must be at least 1, got 0"),
+        ("trials", 0, "option trials of gymnax::CartPole-v1 must be at least 1, got 0"),
+        ("trials", -2, "option trials of .* must be at least 1, got -2"),
+        ("trials", 1.5, "option trials of .* must be int, got 1.5"),
         ("time_limit", 2**31, "option time_limit of .* must be a finite number of 32 bits"),
         ("frame_stack", 10**9, "frame_stack of .* must be at most 262144, .* exceed 4 MiB"),
         ("delay", 10**9, "delay of .* must be at most 262144, got 1000000000"),

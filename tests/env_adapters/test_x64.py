@@ -19,6 +19,7 @@ EVERY_WRAPPER = {
     "delay": 2,
     "frame_stack": 2,
     "time_limit": 5,
+    "trials": 3,
     "normalize_obs": True,
     "normalize_reward": True,
 }
@@ -28,9 +29,9 @@ CASES = [
     ("gymnax::Freeway-MinAtar", {}),
     ("gymnax::GaussianBandit-misc", {}),
     ("popjaxrl::MultiArmedBanditEasy", {}),
-    ("navix::Empty-5x5", {}),
+    ("navix::Empty-5x5", {"trials": 2}),
     ("mujoco::Hopper-v5", {}),
-    ("gxm::Gymnasium/Taxi-v4", {}),
+    ("gxm::Gymnasium/Taxi-v4", {"trials": 2}),
     ("gxm::Gymnasium/ALE/Breakout-v5", {}),
 ]
 

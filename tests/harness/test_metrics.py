@@ -1,11 +1,10 @@
 """Statistics over seeds against scipy; means of a report."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import scipy.stats
 
+from envs import Episodes
 from harness.metrics import (
     SAMPLED,
     SAMPLED_LENGTH,
@@ -78,7 +77,7 @@ def test_a_report_knows_the_update_in_which_a_loss_was_first_not_finite():
 
 def test_evaluation_in_words_and_numbers():
     returns = np.array([[1.0, 3.0], [5.0, 7.0], [0.0, 0.0]])
-    episodes = SimpleNamespace(returns=returns, lengths=np.ones((3, 2)))
+    episodes = Episodes(returns, np.ones((3, 2)))
     means = summarize_episodes(episodes)["eval/greedy_return"]
     np.testing.assert_array_equal(means, [2.0, 6.0, 0.0])
     beginning = "greedy return over 2 episodes: "
@@ -87,8 +86,16 @@ def test_evaluation_in_words_and_numbers():
     healthy = "median of 2 seeds 4.00, IQM 4.00 (95 % interval 2.00 to 6.00)"
     healthy = beginning + healthy + "; the seeds: 2.00 6.00 (1 diverged)"
     assert describe(episodes, {2: "story"}) == healthy
-    single = SimpleNamespace(returns=np.array([[4.0, 4.0]]), lengths=np.ones((1, 2)))
+    single = Episodes(np.array([[4.0, 4.0]]), np.ones((1, 2)))
     assert describe(single) == beginning + "4.00 (95 % interval 4.00 to 4.00)"
     assert describe(episodes, {1: "a", 2: "b"}).endswith(" (2 diverged)")
     assert describe(single, policy="sampled").startswith("sampled return over 2 episodes: 4.00 ")
     assert summarize_episodes(single, "sampled").keys() == {SAMPLED, SAMPLED_LENGTH}
+
+
+def test_what_an_environment_reports_of_its_episodes_is_evaluated_as_well():
+    reports = {"first_trial_return": np.array([[1.0, 2.0], [5.0, 5.0], [0.0, 1.0]])}
+    episodes = Episodes(np.ones((3, 2)), np.ones((3, 2)), reports)
+    means = summarize_episodes(episodes, "sampled")["eval/sampled_first_trial_return"]
+    np.testing.assert_array_equal(means, [1.5, 5.0, 0.5])
+    assert describe(episodes, {1: "story"}).endswith("; first trial return 1.00 (1 diverged)")

@@ -79,7 +79,8 @@ def command(*args, code=0, capsys, script=ppo):
 
 
 def evaluations(run_dir):
-    files = sorted((run_dir / "evaluations").iterdir())
+    """The evaluations in the order of their making: names of one second do not sort."""
+    files = sorted((run_dir / "evaluations").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     return [json.loads(path.read_text()) for path in files]
 
 
