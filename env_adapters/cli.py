@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from env_adapters import own
-from env_adapters.contract import NUM_ENVS
+from env_adapters.contract import NUM_ENVS, bounded
 from env_adapters.episodes import check_drawable, record, write_gif
 from env_adapters.registry import NAMESPACES, known_ids, make
 from env_adapters.task import Discrete
@@ -151,9 +151,11 @@ def describe(space) -> str:
 def random_policy(env):
     """A policy for `record` that takes random actions."""
 
+    space = bounded(env.action_space)
+
     def policy(memory, obs, start, action, reward, key):
         keys = jax.random.split(key, len(obs))
-        return memory, jax.vmap(env.action_space.sample)(keys)
+        return memory, jax.vmap(space.sample)(keys)
 
     return policy
 
@@ -161,11 +163,12 @@ def random_policy(env):
 def try_out(env, command: Command) -> None:
     """Step an environment with random actions, and print what happens."""
     num_envs = command.num_envs
+    space = bounded(env.action_space)
 
     def step(carry, key):
         obs, state = carry
         action_keys, step_keys = jax.random.split(key, (2, num_envs))
-        actions = jax.vmap(env.action_space.sample)(action_keys)
+        actions = jax.vmap(space.sample)(action_keys)
         step_envs = jax.vmap(env.step, axis_name="envs")
         obs, state, _, terminated, truncated, info = step_envs(step_keys, state, actions)
         return (obs, state), (terminated, truncated, info["episode_return"], info["episode_length"])

@@ -227,7 +227,9 @@ def arguments_of(owner: str, function, options: dict) -> dict:
                 advice = f"give it with --env-kwargs {name} VALUE, or give it a default"
                 raise UsageError(f"{owner} needs its argument {name}: {advice}")
     if takes_all:
-        defaults = options | defaults
+        # A class that takes all passes them on to one above it, which knows no max_steps.
+        ours = ("max_steps",) if inspect.isclass(function) else ()
+        defaults = {name: x for name, x in options.items() if name not in ours} | defaults
     given = {name: value for name, value in options.items() if name in defaults}
     check_options(owner, given, defaults)
     return defaults

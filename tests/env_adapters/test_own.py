@@ -427,6 +427,15 @@ def test_one_that_keeps_the_contract_is_tried(name, write, capsys):
     assert re.search(r"contract +kept in [\d,]+ random steps of 4 env.*speed", words(capsys))
 
 
+def test_actions_without_bounds_are_tried(write, capsys):
+    """A uniform sample between infinite bounds would be nan."""
+    text = TASK.replace("Discrete(3)", "Box(-np.inf, np.inf, ())").replace("+ action", "+ 0")
+    write(text.replace("place * slope", "place + action"))
+    with as_command("envs", "my_env.py::walk", "--steps", "20", "--num-envs", "2"):
+        launch(main, Command)
+    assert "mean return" in (text := words(capsys)) and "nan" not in text
+
+
 def words(capsys):
     return " ".join(capsys.readouterr().out.split())
 
@@ -453,6 +462,8 @@ def test_options_reach_the_code(write):
     assert make("far.py::any_of", max_steps=5).max_steps == 5  # it imports the file beside it
     env = make("guess.py::Guess", size=5, max_steps=3)
     assert env.observation_space.shape == (5,) and env.max_steps == 3
+    write(GYMNASIUM + "class Other(Guess):\n    def __init__(self, **up): super().__init__(**up)\n")
+    assert make("my_env.py::Other", size=4, max_steps=5).max_steps == 5
     cart = make("gymnax.environments.classic_control.cartpole::CartPole", max_steps_in_episode=9)
     assert cart.max_steps == 9
     key = jax.random.key(0)
