@@ -11,6 +11,7 @@ checkpoint of a stranger: the worst that they can do is to play some other episo
 import collections
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -149,32 +150,36 @@ def observation_space_of(owner: str, env) -> Box:
     if not hasattr(space, "low"):
         from gymnasium import spaces
 
+        kind = type(space).__name__
+        valid = "a Box, or of a kind that gymnasium.spaces.flatten makes one"
         try:
             space = spaces.flatten_space(space)
-            low, high = space.low, space.high
-        except (AttributeError, NotImplementedError):
-            kind = type(space).__name__
-            valid = "a Box, or of a kind that gymnasium.spaces.flatten makes one"
+        except NotImplementedError:
             raise UsageError(f"observation_space of {owner} is a {kind}, not {valid}") from None
+        if not hasattr(space, "low"):  # of changing size
+            raise UsageError(f"observation_space of {owner} is a {kind}, not {valid}")
+    return box_of(space)
+
+
+def box_of(space) -> Box:
+    """A Box of a library as one of ours: uint8, or else float32."""
     low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
     dtype = np.uint8 if np.dtype(space.dtype) == np.uint8 else np.float32
     return Box(low, high, tuple(space.shape), dtype)
 
 
-def action_space_of(owner: str, env) -> Box | Discrete:
-    """The action space, as one of ours.
+def action_space_of(owner: str, space) -> Box | Discrete:
+    """An action space of a library as one of ours; actions of a Box are float32.
 
     Raises:
       UsageError: it is neither Discrete nor a Box.
     """
-    space = space_of(owner, env, "action_space")
     if hasattr(space, "n") and np.ndim(space.n) == 0:
         return Discrete(int(space.n))
     if not hasattr(space, "low"):
         kind = type(space).__name__
         raise UsageError(f"action_space of {owner} is a {kind}, not Discrete or a Box")
-    low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
-    return Box(low, high, tuple(space.shape))
+    return replace(box_of(space), dtype=np.float32)
 
 
 def space_of(owner: str, env, name: str):
@@ -213,7 +218,7 @@ def try_once(owner: str, env, space: Box, action, file=None) -> None:
 
 
 def check_obs(what: str, env, obs, space: Box) -> None:
-    with blaming(f"{what}: to read its observation"):
+    with blaming(f"flattening the observation of {what}"):
         found = to_box(env.observation_space, obs)
     if found.shape != space.shape:
         shapes = f"of shape {found.shape}, observation_space has the shape {space.shape}"
@@ -235,7 +240,7 @@ def make_task(owner: str, make: Callable, env, max_steps: int, file=None) -> Tas
       UsageError: the class does not keep the interface; says what is wrong.
     """
     space = observation_space_of(owner, env)
-    actions = action_space_of(owner, env)
+    actions = action_space_of(owner, space_of(owner, env, "action_space"))
     host = Host(make, env, space, env.action_space, max_steps)
     no_action = np.zeros(actions.shape, actions.dtype)
     try_once(owner, env, space, host._action(no_action), file)

@@ -5,7 +5,6 @@ class with Gymnasium's. To make one executes the file; harness/own_code.py sees 
 else's run directory does that.
 """
 
-import contextlib
 import hashlib
 import importlib
 import inspect
@@ -21,10 +20,10 @@ import numpy as np
 
 from env_adapters import contract, host_own
 from env_adapters.contract import blaming, describe
-from env_adapters.task import Box, Discrete, Task
+from env_adapters.task import Box, Task
 from env_adapters.wrappers import check_options, common_options, time_limit
 from harness.errors import UsageError, did_you_mean
-from harness.own_code import file_of, is_path
+from harness.own_code import file_of, hash_of, is_path
 
 MAX_STEPS = 1000  # where neither the environment nor max_steps says when episodes end
 KINDS = (
@@ -51,13 +50,11 @@ def make_task(env_id: str, **options) -> Task:
         if not callable(thing):
             raise UsageError(f"{env_id} is of type {type(thing).__name__}; it must be {KINDS}")
         own = arguments_of(env_id, thing, options)
-        make = partial(thing, **{name: options[name] for name in options if name in own})
-        if "render_mode" in parameters_of(thing):
-            make.keywords["render_mode"] = "rgb_array"
+        given = {name: options[name] for name in options if name in own}
+        make = partial(thing, **given | picture_mode(thing))
         with blaming(env_id, file):
             made = make()
     rest = {name: value for name, value in options.items() if name not in own}
-    own = {name: default for name, default in own.items() if name != "render_mode"}
     if isinstance(made, Task):
         check_options(env_id, rest, own)
         task = made
@@ -97,10 +94,7 @@ def check(env_id: str, seed: int = 0, **options) -> int:
 
 def version_of(env_id: str) -> str:
     """The hash of the file that is executed, "" if there is none; a changed file is another one."""
-    place = env_id.partition("::")[0]
-    with contextlib.suppress(OSError):
-        return hashlib.sha256(Path(place).read_bytes()).hexdigest() if is_path(place) else ""
-    return ""
+    return hash_of(env_id) if is_path(env_id.partition("::")[0]) else ""
 
 
 def find(env_id: str):
@@ -218,7 +212,7 @@ def arguments_of(owner: str, function, options: dict) -> dict:
     for name, parameter in parameters_of(function).items():
         if parameter.kind == parameter.VAR_KEYWORD:
             takes_all = True
-        elif parameter.kind != parameter.VAR_POSITIONAL:
+        elif parameter.kind != parameter.VAR_POSITIONAL and name != "render_mode":
             defaults[name] = default_of(parameter, options)
             if name in common_options():
                 taken = f"every environment has an option {name}, which comes first"
@@ -233,6 +227,13 @@ def arguments_of(owner: str, function, options: dict) -> dict:
     given = {name: value for name, value in options.items() if name in defaults}
     check_options(owner, given, defaults)
     return defaults
+
+
+def picture_mode(function) -> dict:
+    """The argument with which an object of Gymnasium draws pictures, if it has that."""
+    modes = getattr(function, "metadata", {}).get("render_modes", ())
+    can_draw = "rgb_array" in modes and "render_mode" in parameters_of(function)
+    return {"render_mode": "rgb_array"} if can_draw else {}
 
 
 def default_of(parameter, options: dict):
@@ -316,7 +317,8 @@ def gymnax_task(owner: str, env, options: dict, own: dict, file=None) -> Task:
     with blaming(owner, file):
         declared = space_of(owner, env, "observation_space", extra)
         observation_space, observe = observation_of(owner, declared)
-        action_space = action_space_of(owner, space_of(owner, env, "action_space", extra))
+        declared = space_of(owner, env, "action_space", extra)
+        action_space = host_own.action_space_of(owner, declared)
 
     def reset(key):
         result = reset_env(key, *extra)
@@ -364,19 +366,4 @@ def observation_of(owner: str, space):
     if not hasattr(space, "low"):
         kind = type(space).__name__
         raise UsageError(f"observation_space of {owner} is a {kind}, not Discrete or a Box")
-    return box_of(space), lambda obs: obs
-
-
-def action_space_of(owner: str, space) -> Box | Discrete:
-    if hasattr(space, "n"):
-        return Discrete(int(space.n))
-    if not hasattr(space, "low"):
-        kind = type(space).__name__
-        raise UsageError(f"action_space of {owner} is a {kind}, not Discrete or a Box")
-    return box_of(space, image=False)
-
-
-def box_of(space, image=True) -> Box:
-    low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
-    is_image = image and np.dtype(space.dtype) == np.uint8
-    return Box(low, high, tuple(space.shape), np.uint8 if is_image else np.float32)
+    return host_own.box_of(space), lambda obs: obs

@@ -253,6 +253,16 @@ BROKEN_TASKS = [
     ),
 ]
 BROKEN_CLASSES = [
+    (
+        "spaces.Box(-2.0, 2.0, (size,), np.float32)",
+        "spaces.Discrete(2)",
+        "flattening the observation of reset of my_env.py::Guess raises",
+    ),
+    (
+        "spaces.Box(-2.0, 2.0, (size,), np.float32)",
+        "spaces.Sequence(spaces.Discrete(2))",
+        "observation_space of my_env.py::Guess is a Sequence, not a Box, or of",
+    ),
     ("self.length = size,", "self.length = sizes,", "raises NameError in my_env.py, line 13: name"),
     (
         "self.observation_space =",
@@ -370,6 +380,7 @@ BAD = [
         "needs its argument depth: give it with --env-kwargs depth VALUE, or give",
     ),
     ("my_env.py::needs --env-kwargs depth x", "option depth of my_env.py::needs must be int, got"),
+    ("guess.py::Guess --env-kwargs render_mode human", "guess.py::Guess has no option 'render_mo"),
     ("my_env.py::needs --env-kwargs depth 7", "raises ValueError in my_env.py, line 31: not 7"),
     (
         "my_env.py::noisy",
@@ -392,6 +403,7 @@ def noisy(noise=3):
 @pytest.mark.parametrize(("args", "message"), BAD)
 def test_what_cannot_be_found_or_made_is_named(args, message, write, capsys):
     write(TASK + MORE)
+    write(GYMNASIUM, "guess.py")
     assert message in sentence_of(capsys, *args.split())
 
 
