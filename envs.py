@@ -14,12 +14,14 @@ The step that ends an episode already returns the first observation of the next 
 auto-reset). `info["final_obs"]` is always the true next observation; it differs from `obs` only in
 steps that end an episode.
 
-`env_adapters/` has one file per library and what they share; its README says how to add one.
+`env_adapters/` has one file per library and what they share; its README says how to add one, and
+how to train in an environment of one's own, `path/to/file.py::name`.
 From the command line:
 
     python envs.py                                     # the namespaces
     python envs.py gymnax                              # the ids of one
     python envs.py gymnax::CartPole-v1 --steps 1000    # random actions in an environment
+    python envs.py path/to/file.py::name               # one's own: does it keep the contract?
 """
 
 from env_adapters.environment import Environment, EnvState, Preprocessed

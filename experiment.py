@@ -62,6 +62,7 @@ from harness.run_dir import (
     provenance,
     save_evaluation,
     script_of,
+    warn_of_changes,
 )
 from harness.signals import answered, end_at_once, say
 from harness.sizes import check_memory, num_bytes
@@ -640,8 +641,9 @@ def show(config, env, init, evaluate) -> None:
     Raises:
       UsageError: there is no such run or checkpoint, or the environment cannot be drawn.
     """
-    saved = load_config(config.evaluate, type(config))
+    saved = load_config(config.evaluate, type(config), config.env)
     check_same(config, saved, MAY_DIFFER_ON_EVALUATE)
+    warn_of_changes(config.evaluate, config.env)
     if config.video:
         check_drawable(env)
     like = check_memory(config, partial(shapes, config, init))

@@ -3,6 +3,7 @@
 python envs.py
 python envs.py popjaxrl
 python envs.py gymnax::CartPole-v1 --steps 1000 --gif cartpole.gif
+python envs.py path/to/file.py::name
 """
 
 import importlib.util
@@ -15,12 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from env_adapters import own
+from env_adapters.contract import NUM_ENVS, bounded
 from env_adapters.episodes import check_drawable, record, write_gif
 from env_adapters.registry import NAMESPACES, known_ids, make
 from env_adapters.task import Discrete, only_valid, random_valid
+from env_adapters.wrappers import enable_x64
 from fast import use_fast_random
 from harness.errors import Options, UsageError, did_you_mean
 from harness.options import check_gif
+from harness.own_code import names_code
 
 # namespace -> the module it needs, where that is not the one of its name
 MODULES = {
@@ -33,7 +38,7 @@ MODULES = {
 class Command:
     """List environments, or try one with random actions."""
 
-    # a namespace, or an environment as namespace::id; empty: list the namespaces
+    # a namespace, or an environment as namespace::id or file.py::name; empty: list the namespaces
     what: Annotated[str, tyro.conf.Positional] = ""
     steps: int = 1000  # steps of each environment
     num_envs: int = 8  # parallel environments
@@ -64,7 +69,10 @@ def main(command: Command) -> None:
     elif command.what in NAMESPACES:
         list_environments(command.what)
     else:
-        try_out(make_environment(command), command)
+        env = make_environment(command)
+        if names_code(command.what):
+            check_own(command)
+        try_out(env, command)
 
 
 def make_environment(command: Command):
@@ -74,7 +82,8 @@ def make_environment(command: Command):
       UsageError: it cannot be made, or cannot be drawn and a .gif is asked for.
     """
     what = command.what
-    if "::" not in what and not did_you_mean(what, known_ids(what)):
+    is_known = "::" in what or names_code(what)
+    if not is_known and not did_you_mean(what, known_ids(what)):
         hint = did_you_mean(what, list(NAMESPACES))
         valid = f"namespaces: {', '.join(NAMESPACES)}"
         raise UsageError(f"{what!r} is no namespace{hint}, and no namespace::id; {valid}")
@@ -87,6 +96,17 @@ def make_environment(command: Command):
     if command.gif:
         check_drawable(env)
     return env
+
+
+def check_own(command: Command) -> None:
+    """Play in an environment of one's own, and say whether it keeps the contract.
+
+    Raises:
+      UsageError: it does not; says what is wrong.
+    """
+    with enable_x64(False):
+        num_steps = own.check(command.what, command.seed, **command.env_kwargs)
+    print(f"contract     kept in {num_steps:,} random steps of {NUM_ENVS} environments")
 
 
 def list_namespaces() -> None:
@@ -134,7 +154,7 @@ def random_actions(env, keys, obs):
     if isinstance(env.action_space, Discrete):
         no_values = jnp.zeros((len(keys), env.action_space.n))
         return jax.vmap(random_valid)(keys, only_valid(no_values, obs))
-    return jax.vmap(env.action_space.sample)(keys)
+    return jax.vmap(bounded(env.action_space).sample)(keys)
 
 
 def random_policy(env):

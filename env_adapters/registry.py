@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 
-from env_adapters import brax, craftax, gxm, gymnax, mujoco, navix, popgym_arcade, popjaxrl
+from env_adapters import brax, craftax, gxm, gymnax, mujoco, navix, own, popgym_arcade, popjaxrl
 from env_adapters.environment import Environment, Preprocessed
 from env_adapters.task import Task
 from env_adapters.wrappers import (
@@ -17,6 +17,7 @@ from env_adapters.wrappers import (
     wrap,
 )
 from harness.errors import did_you_mean
+from harness.own_code import names_code
 
 # namespace -> (its ids, (id, **options) -> Task). Both import the library when they are called.
 NAMESPACES: dict[str, tuple[Callable[[], list[str]], Callable[..., Task]]] = {
@@ -38,13 +39,14 @@ SLOW_TO_LIST = {"navix": "MiniGrid", "popgym_arcade": "Arcade"}
 
 
 def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment:
-    """The environment `namespace::id`.
+    """The environment `namespace::id`, or one's own, `path/to/file.py::name`.
 
     Equal arguments give the same object. It has no state, and is a static argument of jitted
     functions.
 
     Args:
-      id: the namespace and the library's own id, as in "gymnax::CartPole-v1".
+      id: the namespace and the library's own id, as in "gymnax::CartPole-v1". A file or a module
+        with a dot in the place of the namespace is executed; own.py says what `name` may be.
       mask: entries of the observation to remove, see `mask_observation`.
       **options: parameters of the task, as memory_length=10 of gymnax::MemoryChain-bsuite, and for
         every task
@@ -63,11 +65,18 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
             valid = "a number, True or False, a text, or a tuple"
             raise ValueError(f"option {name} of {id} must be {valid}, got {value!r}")
     kinds = tuple(type(options[name]) for name in sorted(options))  # 1, 1.0 and True are equal
-    return _make(full_id(id), masks, tuple(sorted(options.items())), kinds)
+    version = own.version_of(id) if names_code(id) else ""
+    return _make(full_id(id), masks, tuple(sorted(options.items())), kinds, version)
 
 
-@functools.cache
-def _make(id, mask, options, kinds=()):
+def maker_of(id: str) -> Callable[..., Task]:
+    """The function (**options) -> Task of an environment.
+
+    Raises:
+      ValueError: the namespace or id is unknown; names the closest match.
+    """
+    if names_code(id):
+        return functools.partial(own.make_task, id)
     namespace, separator, env_id = id.partition("::")
     if not separator:
         hint = did_you_mean(id, known_ids(id))
@@ -83,9 +92,14 @@ def _make(id, mask, options, kinds=()):
         hint = hint or did_you_mean(env_id, known_ids(env_id))
         valid = f"valid ids of {namespace}: {', '.join(ids())}"
         raise ValueError(f"unknown environment {id!r}{hint}; {valid}")
+    return functools.partial(make_task, env_id)
 
+
+@functools.cache
+def _make(id, mask, options, kinds=(), version=""):
+    make_task = maker_of(id)
     common = common_options()
-    own = {name: value for name, value in options if name not in common}
+    its_own = {name: value for name, value in options if name not in common}
     given = {name: value for name, value in options if name in common}
     check_options(id, given, {})
     common |= given
@@ -94,7 +108,7 @@ def _make(id, mask, options, kinds=()):
         raise ValueError(f"option reward_gamma of {id} must be between 0 and 1, got {gamma}")
 
     with enable_x64(False):
-        task = make_task(env_id, **own)
+        task = make_task(**its_own)
         if mask:
             task = mask_observation(id, task, mask)
         task = in_32_bits(wrap(task, id, {name: common[name] for name in DEFAULTS}))

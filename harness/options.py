@@ -206,6 +206,7 @@ def parse(config_class):
     parser.add_argument("--resume", nargs="?")
     parser.add_argument("--evaluate", nargs="?")
     parser.add_argument("--init-from", nargs="?")
+    parser.add_argument("--env", nargs="?")
     fields = ("num_seeds", "num_devices", "coordinator", "num_processes", "process_id")
     for field in fields:
         parser.add_argument(f"--{field.replace('_', '-')}", nargs="?")
@@ -221,7 +222,8 @@ def parse(config_class):
         prepare_devices(given)
     saved = {}
     if given.resume or given.evaluate:
-        saved = vars(load_config(given.resume or given.evaluate, config_class)).copy()
+        run = given.resume or given.evaluate
+        saved = vars(load_config(run, config_class, given.env)).copy()
     if given.evaluate:
         saved["best"] = False  # it was about --init-from
     flags = {word.partition("=")[0].replace("_", "-") for word in words}

@@ -26,6 +26,7 @@ from pathlib import Path
 from harness.errors import UsageError, check_types
 from harness.metrics import METRICS_FILE
 from harness.output import warn
+from harness.own_code import check_given, short_name, sources_of
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
@@ -109,8 +110,12 @@ def numerical_sources(script: Path) -> dict[str, Path]:
     }
 
 
-def provenance(script: Path) -> dict:
-    """What made a run: command, code version, packages, machine; None for what is unknown."""
+def provenance(script: Path, env: str = "") -> dict:
+    """What made a run: command, code version, packages, machine; None for what is unknown.
+
+    Args:
+      env: its environment; if that is the user's own code, its hash is among the `sources`.
+    """
     import jax
 
     def git(*args):
@@ -128,7 +133,8 @@ def provenance(script: Path) -> dict:
         "sources": {
             name: hashlib.sha256(path.read_bytes()).hexdigest()
             for name, path in numerical_sources(script).items()
-        },
+        }
+        | sources_of(env),
         "git": {
             "commit": git("rev-parse", "HEAD"),
             "dirty": None if changes is None else bool(changes),
@@ -156,12 +162,12 @@ def open_run_dir(config):
     path = Path(config.resume or config.run_dir or unused_name(config, script.stem))
     if config.resume:
         refuse_links(path)
-        saved = load_config(config.resume, type(config))
+        saved = load_config(config.resume, type(config), config.env)
         if config.total_steps < saved.total_steps:
             less = f"total_steps may only grow, from {saved.total_steps} to {config.total_steps}"
             raise UsageError(f"{config.resume!r} cannot be shortened: {less} is less")
         check_same(config, saved, MAY_DIFFER_ON_RESUME | {"total_steps"})
-        check_versions(path, provenance(script))
+        check_versions(path, provenance(script, config.env))
 
     def is_taken():
         return not config.resume and any(entry.name[0] != "." for entry in path.iterdir())
@@ -180,7 +186,7 @@ def open_run_dir(config):
                 "config": dataclasses.asdict(config),
                 "final_step": config.num_updates * config.steps_per_update,
             }
-            write_json(path / CONFIG_FILE, about | provenance(script))
+            write_json(path / CONFIG_FILE, about | provenance(script, config.env))
     except Timeout:
         raise UsageError(f"run directory {str(path)!r} is in use by another process") from None
     except FileExistsError:
@@ -260,7 +266,8 @@ def save_evaluation(run_dir: Path, contents: dict) -> Path:
 def unused_name(config, script: str) -> Path:
     """A path under runs/ that says what the run is and that does not exist yet."""
     cell = getattr(config, "cell", "")
-    parts = [config.env, script, cell, f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")]
+    env, moment = short_name(config.env), time.strftime("%Y%m%d-%H%M%S")
+    parts = [env, script, cell, f"seed{config.seed}", moment]
     name = "__".join(re.sub(r"[^\w.-]+", "-", part) for part in parts if part)
     twins = (f"{name}-{number}" for number in itertools.count(2))  # started in the same second
     paths = (Path("runs") / name for name in itertools.chain([name], twins))
@@ -310,11 +317,16 @@ def read_about(run_dir) -> dict:
     return about
 
 
-def load_config(run_dir: str, config_class):
-    """The config of a run of the script of `config_class`.
+def load_config(run_dir: str, config_class, env: str | None = None):
+    """The config of a run of the script of `config_class`; to make it makes the environment.
+
+    Args:
+      env: the environment that the user named, if any. One that is code is executed only if it is
+        this one.
 
     Raises:
-      UsageError: there is no such run, it is damaged, or it is of another script or version.
+      UsageError: there is no such run, it is damaged, or it is of another script or version, or
+        its environment is code that the user has not named.
     """
     script = script_of(config_class).stem
     about = read_about(run_dir)
@@ -331,7 +343,10 @@ def load_config(run_dir: str, config_class):
     values |= {name: defaults[name].default for name in OF_THE_COMMAND}
     try:
         check_types(config_class, values)
+        check_given(run_dir, values["env"], env)
         return config_class(**values)
+    except UsageError:
+        raise
     except ValueError as error:
         raise UsageError(f"the config of {run_dir!r} is not valid here: {error}") from None
 
@@ -360,7 +375,8 @@ def check_versions(run_dir: Path, here: dict) -> None:
     for name in sorted(here["sources"].keys() | sources.keys()):
         if here["sources"].get(name) != sources.get(name):
             commit = began.get("git", {}).get("commit")
-            hint = f"; it was made at commit {str(commit)[:10]}" if commit else ""
+            is_known = commit and "::" not in name  # not the user's own file
+            hint = f"; it was made at commit {str(commit)[:10]}" if is_known else ""
             raise UsageError(f"{str(run_dir)!r} was begun with another version of {name}{hint}")
     for name in NUMERICAL_PACKAGES:
         was = began.get("packages", {}).get(name)
@@ -368,6 +384,14 @@ def check_versions(run_dir: Path, here: dict) -> None:
         if was != now:
             advice = "install that, or start a new run"
             raise UsageError(f"{str(run_dir)!r} was begun with {name} {was}, not {now}: {advice}")
+
+
+def warn_of_changes(run_dir: str, env: str) -> None:
+    """Say so if the environment is the user's own, and not the code that a run was trained with."""
+    began = read_about(run_dir).get("sources", {})
+    now = sources_of(env)
+    if now and began.get(env) != now[env]:
+        warn(f"{env} is not what {run_dir!r} was trained with: its code has changed")
 
 
 def refuse_links(run_dir: Path) -> None:

@@ -65,7 +65,7 @@ def load_trained(config, shapes, like):
         observations that it was trained to read normalised.
     """
     run = config.init_from
-    source = load_config(run, type(config))
+    source = load_config(run, type(config), config.env)
     theirs = shapes(source)
     if source.num_seeds not in (1, config.num_seeds):
         seeds = f"has {source.num_seeds} seeds, this run {config.num_seeds}"

@@ -20,12 +20,12 @@ envs: env_adapters harness.options
 experiment: env_adapters loggers harness
 loggers: harness
 env_adapters: harness fast
-    | task, library, callbacks < environment, wrappers, physics < episodes, host_*, playground < *
-    < registry < cli
+    | task, library, callbacks < environment, wrappers, physics < episodes, contract, playground
+    < host_* < * < registry < cli
 memory_cells: harness.errors
     | parts < masked_rnn < * < xlstm < __init__
 harness: fast
-    | errors, text, identity, axes < output, signals, processes < metrics < run_dir
+    | errors, text, identity, axes < output, signals, processes, own_code < metrics < run_dir
     < checkpoints, sizes < options, trained, history < plots, devices < dashboard
 fast: nothing
 replay: harness.axes
