@@ -55,7 +55,7 @@ class Config(Experiment):
     log_every: int = 500  # updates between two reports
 
     # Environment and networks
-    env: str = "gymnax::CartPole-v1"  # environment, as namespace::id
+    env: str = "gymnax::CartPole-v1"  # environment, as namespace::id or file.py::name
     env_kwargs: Options = field(default_factory=dict, hash=False)  # its options, e.g. frame_stack 4
     mask: tuple[str, ...] = ()  # observation entries to hide: indices, or a name such as velocity
     hidden_size: int = 128  # features of every layer

@@ -55,7 +55,7 @@ class Config(Experiment):
     """Proximal policy optimisation (PPO), for continuous actions."""
 
     # Environment and networks
-    env: str = "gymnax::Pendulum-v1"  # environment, as namespace::id
+    env: str = "gymnax::Pendulum-v1"  # environment, as namespace::id or file.py::name
     env_kwargs: Options = field(default_factory=dict, hash=False)  # its options, e.g. frame_stack 4
     mask: tuple[str, ...] = ()  # observation entries to hide: indices, or a name such as velocity
     normalize_obs: bool = True  # give observations a mean of 0 and a variance of 1

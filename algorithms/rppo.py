@@ -54,7 +54,7 @@ class Config(Experiment):
     """Recurrent PPO: proximal policy optimisation with a memory, for discrete actions."""
 
     # Environment and networks
-    env: str = "gymnax::CartPole-v1"  # environment, as namespace::id
+    env: str = "gymnax::CartPole-v1"  # environment, as namespace::id or file.py::name
     env_kwargs: Options = field(default_factory=dict, hash=False)  # its options, e.g. frame_stack 4
     mask: tuple[str, ...] = ()  # observation entries to hide: indices, or a name such as velocity
     cell: Literal[tuple(CELLS)] = "gru"  # the memory

@@ -110,5 +110,6 @@ def test_comments_are_read_from_the_class_that_has_the_last_word():
     explained = explain_fields(dqn.Config)
     assert explained["total_steps"][0] == "Experiment"
     assert explained["gamma"] == ("Algorithm", "discount per step")
-    assert explained["env"] == ("Environment and networks", "environment, as namespace::id")
+    comment = "environment, as namespace::id or file.py::name"
+    assert explained["env"] == ("Environment and networks", comment)
     assert explained.keys() == {field.name for field in dataclasses.fields(dqn.Config)}
