@@ -62,6 +62,8 @@ class Task:
         computes resets only for environments whose episode has ended (`branch_where`).
       equal_resets_once: True if a costly reset computes equal keys of a batch only once, as a
         function on the host can.
+      own_actions: the task's own actions, where a wrapper has made `action_space` [-1, 1] of them;
+        None where it has not.
     """
 
     reset: Callable
@@ -74,11 +76,24 @@ class Task:
     clip_reward: bool = False
     costly_reset: bool = False
     equal_resets_once: bool = False
+    own_actions: Box | None = None
 
 
 def cast(obs, space: Box):
     """The observation with the dtype and shape of its space."""
     return jnp.asarray(obs).astype(space.dtype).reshape(space.shape)
+
+
+def scale(action, space: Box):
+    """Actions in [-1, 1], with any leading axes, as the space has them."""
+    action = space.low + 0.5 * (action + 1.0) * (np.asarray(space.high) - space.low)
+    # Rounding may take an action past a bound, and some tasks refuse such actions.
+    return jnp.clip(action, space.low, space.high)
+
+
+def unscale(action, space: Box):
+    """The inverse of `scale`."""
+    return 2.0 * (action - space.low) / (np.asarray(space.high) - space.low) - 1.0
 
 
 def strong(x):
