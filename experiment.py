@@ -633,8 +633,8 @@ def show(config, env, init, evaluate) -> None:
 
     for path in config.export:
         seed = min(set(range(config.num_seeds)) - set(diverged))
-        one_seed = jax.tree.map(lambda x, i=seed: x[i : i + 1], state)
-        export(path, Agent(evaluate, one_seed, env), {"step": step, "seed": saved.seed + seed})
+        agent = Agent(evaluate, state, env, seed)
+        export(path, agent, {"step": step, "seed": saved.seed + seed})
         print(f"greedy agent of seed {saved.seed + seed}: {path}")
     if config.video:
         policy = list(results)[-1]

@@ -60,13 +60,17 @@ class Agent:
       outputs: likewise.
     """
 
-    def __init__(self, evaluate, state, env):
+    def __init__(self, evaluate, state, env, seed=0):
         """
         Args:
           evaluate: that of the state's script.
-          state: of one seed, leaves (1, ...).
+          state: of all seeds.
+          seed: which of them, counted from 0.
         """
         self.config = state.config
+        if hasattr(state, "buffer"):  # acting does not read it, and a copy of it may not fit
+            state = state.replace(buffer=())
+        state = jax.tree.map(lambda x: x[seed : seed + 1], state)
         self.env, self.policy, initialize = greedy_policy(evaluate, state, env)
         carry = jax.eval_shape(lambda: initialize(1))
         leaves, self.structure = jax.tree.flatten_with_path(carry)
