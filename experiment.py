@@ -37,6 +37,7 @@ from harness.devices import (
     with_own_keys,
 )
 from harness.errors import Diverged, Options, RunError, UsageError, import_optional
+from harness.export import Agent, check_exporters, export
 from harness.metrics import (
     METRICS_FILE,
     Report,
@@ -633,14 +634,16 @@ def check_eval_video(config) -> None:
 
 
 def show(config, env, init, evaluate) -> None:
-    """What --evaluate does: play fresh episodes with a trained agent, and film another (--video).
+    """What --evaluate does: play fresh episodes with a trained agent, film and export it.
 
     The episodes are others than those that chose the best checkpoint: their keys are made from
     --seed. The result is printed, and written to evaluations/ in the run's directory.
 
     Raises:
-      UsageError: there is no such run or checkpoint, or the environment cannot be drawn.
+      UsageError: there is no such run or checkpoint, the environment cannot be drawn, or what
+        --export needs is not installed.
     """
+    check_exporters(config.export)
     saved = load_config(config.evaluate, type(config), config.env)
     check_same(config, saved, MAY_DIFFER_ON_EVALUATE)
     warn_of_changes(config.evaluate, config.env)
@@ -687,6 +690,11 @@ def show(config, env, init, evaluate) -> None:
     except OSError as error:
         warn(f"the evaluation was not saved: {error.strerror}")
 
+    for path in config.export:
+        seed = min(set(range(config.num_seeds)) - set(diverged))
+        agent = Agent(evaluate, state, env, seed)
+        export(path, agent, {"step": step, "seed": saved.seed + seed})
+        print(f"greedy agent of seed {saved.seed + seed}: {path}")
     if config.video:
         policy = list(results)[-1]
         seed = min(set(range(config.num_seeds)) - set(diverged))

@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from env_adapters.task import Box, MaskedObs, Task, cast, strong, without_mask
+from env_adapters.task import (
+    Box,
+    MaskedObs,
+    Task,
+    cast,
+    scale,
+    strong,
+    unscale,
+    without_mask,
+)
 from harness.axes import DEVICES, axes_in_use
 
 
@@ -47,8 +56,10 @@ class Environment:
       id: the name it was made with.
       observation_space: a `Box`; observations are float32, or uint8 if they are images.
       action_space: a `Box` or `Discrete`; actions outside a `Box` are clipped to it.
+      task_action_space: the same, or the task's own `Box` where `rescale_actions` has changed it.
       max_steps: an upper bound of an episode's length.
       render: `EnvState.task` -> uint8 image (height, width, 3), outside of JAX; or None.
+      has_action_mask: whether the task says which actions are valid.
       reports: names of what `info` says of an episode that ends, besides the above: those of
         `Task.report`.
       raw: the environment for replay buffers: its observations and rewards are those of the task,
@@ -59,7 +70,9 @@ class Environment:
         self.id = id
         self.observation_space = task.observation_space
         self.action_space = task.action_space
+        self.task_action_space = task.own_actions or task.action_space
         self.max_steps = task.max_steps
+        self.has_action_mask = task.action_mask is not None
         self.render = task.render
         self.raw = self
         self._task = task
@@ -131,6 +144,29 @@ class Environment:
     def preprocess_obs(self, env_state, obs):
         """Observations of `raw` as a learner reads them: here as they are."""
         return obs
+
+    def with_mask(self, obs, action_mask=None):
+        """The observation as `step` returns it: with the action mask, if there is one."""
+        return MaskedObs(obs, action_mask) if self.has_action_mask else obs
+
+    def to_task(self, action):
+        """Actions of this environment, with any leading axes, as the task itself executes them.
+
+        They are clipped to its bounds, and in its units where `rescale_actions` has changed these.
+        """
+        space = self.action_space
+        action = jnp.asarray(action, space.dtype)
+        if not isinstance(space, Box):
+            return action
+        action = jnp.clip(action, space.low, space.high)
+        own = self._task.own_actions
+        return action if own is None else scale(action, own).astype(own.dtype)
+
+    def from_task(self, action):
+        """The inverse of `to_task`, for actions within bounds."""
+        own = self._task.own_actions
+        action = action if own is None else unscale(action, own)
+        return jnp.asarray(action, self.action_space.dtype)
 
     def _cast_action(self, action):
         space = self.action_space
@@ -402,19 +438,20 @@ class Preprocessed(Environment):
         """Steps of `raw` as a learner reads them, scaled with the statistics of `env_state`.
 
         Args:
-          env_state: states of vmapped environments, (N, ...).
+          env_state: states of vmapped environments, (N, ...); a frozen environment has statistics
+            of its own and does not read it.
           steps: any pytree of named tuples. Their fields `obs`, `next_obs` and `reward` are scaled,
             with any leading axes; everything else stays as it is.
         """
-        statistics = mean_over_envs(env_state.statistics)
+        statistics = self._fixed or mean_over_envs(env_state.statistics)
 
-        def scale(path, x):
+        def scale_field(path, x):
             field = getattr(path[-1], "name", None)
             if field in ("obs", "next_obs"):
                 return self._scale_obs(x, statistics)
             return self._scale_reward(x, statistics) if field == "reward" else x
 
-        return jax.tree.map_with_path(scale, steps)
+        return jax.tree.map_with_path(scale_field, steps)
 
     def preprocess_obs(self, env_state, obs):
         """Observations of `raw`, with any leading axes, as a learner reads them."""

@@ -68,6 +68,8 @@ class Task:
         key; None if no step draws from its state.
       report: state -> {name: () float32}, what evaluations say of an episode besides its return and
         length, called after its last step; None if there is nothing to say.
+      own_actions: the task's own actions, where a wrapper has made `action_space` [-1, 1] of them;
+        None where it has not.
     """
 
     reset: Callable
@@ -83,6 +85,7 @@ class Task:
     equal_resets_once: bool = False
     reseed: Callable | None = None
     report: Callable | None = None
+    own_actions: Box | None = None
 
 
 class MaskedObs(NamedTuple):
@@ -125,6 +128,18 @@ def greatest_entropy(values, obs):
 def cast(obs, space: Box):
     """The observation with the dtype and shape of its space."""
     return jnp.asarray(obs).astype(space.dtype).reshape(space.shape)
+
+
+def scale(action, space: Box):
+    """Actions in [-1, 1], with any leading axes, as the space has them."""
+    action = space.low + 0.5 * (action + 1.0) * (np.asarray(space.high) - space.low)
+    # Rounding may take an action past a bound, and some tasks refuse such actions.
+    return jnp.clip(action, space.low, space.high)
+
+
+def unscale(action, space: Box):
+    """The inverse of `scale`."""
+    return 2.0 * (action - space.low) / (np.asarray(space.high) - space.low) - 1.0
 
 
 def strong(x):

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from env_adapters.task import Box, Discrete, Task, cast
+from env_adapters.task import Box, Discrete, Task, cast, scale
 from harness import errors
 from harness.errors import did_you_mean
 
@@ -351,11 +351,10 @@ def rescale_actions(task: Task, _) -> Task:
     space = task.action_space
 
     def step(key, state, action):
-        action = space.low + 0.5 * (action + 1.0) * (np.asarray(space.high) - space.low)
-        # Rounding may take an action past a bound, and some tasks refuse such actions.
-        return task.step(key, state, jnp.clip(action, space.low, space.high))
+        return task.step(key, state, scale(action, space))
 
-    return replace(task, step=step, action_space=Box(-1.0, 1.0, space.shape, space.dtype))
+    scaled = Box(-1.0, 1.0, space.shape, space.dtype)
+    return replace(task, step=step, action_space=scaled, own_actions=space)
 
 
 # --- What every task gets ------------------------------------------------------------------------

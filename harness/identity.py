@@ -26,6 +26,7 @@ PLUMBING = frozenset(
         "resume",
         "evaluate",
         "video",
+        "export",
         "eval_every",
         "eval_episodes",
         "eval_policy",

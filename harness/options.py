@@ -54,6 +54,7 @@ class Experiment:
     evaluate: str = ""  # directory of a run that plays fresh episodes; --sample draws its actions
     best: bool = False  # with --evaluate, --init-from: take the checkpoint of the best evaluation
     video: str = ""  # with --evaluate: write an episode of the first seed to this .gif
+    export: tuple[str, ...] = ()  # with --evaluate: write its greedy agent to .onnx, .jaxexport
     coordinator: str = ""  # host:port of the first of several processes, or auto: on a cluster
     num_processes: int = 1  # that share the devices of a run, each started with this command
     process_id: int = 0  # which of them this is
@@ -126,6 +127,7 @@ MAY_BE_LARGE = (
     "num_layers",
     "n_step",
 )
+EXPORTED = (".onnx", ".jaxexport")  # the kinds of files that --export writes
 MAX_LAYERS = 1000  # every layer is traced on its own
 MAX_DIGITS = 100  # of a whole number; 1e999999999 would fill the memory
 
@@ -518,9 +520,13 @@ def check_sizes(config) -> None:
     check_counters(config)
     if config.video:
         check_gif("video", config.video)
+    for path in config.export:
+        check_file("export", path, EXPORTED)
     trained = "needs a trained agent: give the run's directory with evaluate"
     if config.video and not config.evaluate:
         raise ValueError(f"video {trained}")
+    if config.export and not config.evaluate:
+        raise ValueError(f"export {trained}")
     if config.best and not (config.evaluate or config.init_from):
         raise ValueError(f"best {trained} or init_from")
 
@@ -559,13 +565,19 @@ def check_ranges(config) -> None:
 
 
 def check_gif(name: str, path: str) -> None:
-    """Refuse a path, the value of option `name`, to which no .gif can be written.
+    """`check_file` for a .gif."""
+    check_file(name, path, (".gif",))
+
+
+def check_file(name: str, path: str, suffixes: tuple[str, ...]) -> None:
+    """Refuse a path, a value of option `name`, to which no file of this kind can be written.
 
     Raises:
       ValueError: names the option, the path and what is valid.
     """
-    if Path(path).suffix != ".gif":
-        raise ValueError(f"{name} must be a file name that ends in .gif, got {path!r}")
+    if Path(path).suffix not in suffixes:
+        kinds = " or ".join(suffixes)
+        raise ValueError(f"{name} must be a file name that ends in {kinds}, got {path!r}")
     if not is_folder(Path(path).parent):
         raise ValueError(f"{name} must be in a folder that exists, got {path!r}")
     if is_folder(path):

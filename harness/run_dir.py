@@ -41,6 +41,7 @@ OF_THE_COMMAND = (
     "resume",
     "evaluate",
     "video",
+    "export",
     "coordinator",
     "num_processes",
     "process_id",
@@ -332,8 +333,9 @@ def load_config(run_dir: str, config_class, env: str | None = None):
     about = read_about(run_dir)
     if about["script"] != script:
         raise UsageError(f"{run_dir!r} is a run of {about['script']}.py, not of {script}.py")
-    fields = about["config"]
-    valid = {field.name for field in dataclasses.fields(config_class)}
+    # A run lacks the options of commands that are newer than it.
+    fields = {name: v for name, v in about["config"].items() if name not in OF_THE_COMMAND}
+    valid = {field.name for field in dataclasses.fields(config_class)} - {*OF_THE_COMMAND}
     if fields.keys() != valid:
         different = ", ".join(sorted(fields.keys() ^ valid))
         made = f"{run_dir!r} was made by another version of {script}.py"

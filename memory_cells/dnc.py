@@ -144,7 +144,7 @@ class DNC(SequenceCell):
 def step(params, state, gates):
     """One step, from the input half of the controller's gates."""
     hidden, kernel, bias = params
-    reads = state.reads.reshape(len(state.h), -1)
+    reads = state.reads.reshape(state.h.shape[0], -1)
     h = jnp.concatenate([state.h, reads], axis=-1)
     i, f, g, o = (x + h @ u for x, u in zip(gates, hidden, strict=True))
     c = nn.sigmoid(f) * state.c + nn.sigmoid(i) * jnp.tanh(g)

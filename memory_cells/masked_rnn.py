@@ -95,7 +95,7 @@ class SequenceCell(MemoryCell):
     """A cell whose subclass writes `sequence`; a step is a sequence of length 1."""
 
     def __call__(self, carry, x):
-        no_starts = jnp.zeros((1, len(x)), bool)
+        no_starts = jnp.zeros((1, x.shape[0]), bool)
         carry, ys = self.sequence(carry, x[None], no_starts)
         return carry, ys[0]
 

@@ -26,7 +26,7 @@ memory_cells: harness.errors
     | parts < masked_rnn < * < xlstm < __init__
 harness: fast
     | errors, text, identity, axes < output, signals, processes, own_code < metrics < run_dir
-    < checkpoints, sizes < options, trained, history < plots, devices < dashboard
+    < checkpoints, sizes < options, trained, history, real < export, plots, devices < dashboard
 fast: nothing
 replay: harness.axes
 """

@@ -56,7 +56,7 @@ def _forget(rows, first_time, began):
     """Rows of times first_time, first_time + 1, ...; zero where older than `began` (B,)."""
     time = first_time + jnp.arange(rows.shape[-2])
     belongs = time >= began[:, None]  # (B, rows)
-    mask = belongs.reshape(len(rows), *(1,) * (rows.ndim - 3), -1, 1)
+    mask = belongs.reshape(rows.shape[0], *(1,) * (rows.ndim - 3), -1, 1)
     return jnp.where(mask, rows, 0.0)
 
 

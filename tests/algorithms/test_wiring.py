@@ -97,6 +97,7 @@ PLUMBING = {
     "evaluate": "runs/a",
     "best": True,
     "video": "a.gif",
+    "export": ("a.onnx",),
     "compilation_cache": "elsewhere",
 }
 

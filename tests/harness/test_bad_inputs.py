@@ -59,6 +59,8 @@ BAD = [
     ("--video agent.mp4", "video must be a file name that ends in .gif, got 'agent.mp4'"),
     ("--video agent.gif", "video needs a trained agent"),
     ("--video nowhere/agent.gif", "video must be in a folder that exists, got 'nowhere/agent.gif'"),
+    ("--export agent.pt", "export must be a file name that ends in .onnx or .jaxexport, got 'ag"),
+    ("--export agent.onnx", "export needs a trained agent"),
     ("--best", "best needs a trained agent"),
     ("--learning-rate nan", "learning_rate must be finite, got nan"),
     ("--learning-rate inf", "learning_rate must be finite, got inf"),

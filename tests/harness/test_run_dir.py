@@ -114,6 +114,9 @@ def test_configs_that_do_not_fit(tmp_path):
     with pytest.raises(UsageError, match=message):
         load_config(str(run_dir), ppo.Config)
     saved["config"].pop("old_option")
+    saved["config"].pop("export")  # of the command: a run may be older than it
+    (run_dir / "config.json").write_text(json.dumps(saved))
+    assert load_config(str(run_dir), ppo.Config).export == ()
     saved["config"]["env"] = "gymnax::Pendulum-v1"
     (run_dir / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UsageError, match="is not valid here: gymnax::Pendulum-v1 has no option"):
@@ -273,7 +276,7 @@ def test_what_is_written_anew_is_not_written_through_a_link(tmp_path):
 def test_what_to_do_is_never_taken_from_a_run(about, tmp_path, monkeypatch):
     """A stranger may have written it: a folder of compiled programs would be executed."""
     monkeypatch.chdir(tmp_path)
-    leaks = {"compilation_cache": "cache", "video": "a.gif", "run_dir": "x"}
+    leaks = {"compilation_cache": "cache", "video": "a.gif", "export": ["a.onnx"], "run_dir": "x"}
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     for option, other in (("--resume", "evaluate"), ("--evaluate", "resume")):
@@ -281,7 +284,7 @@ def test_what_to_do_is_never_taken_from_a_run(about, tmp_path, monkeypatch):
         (run_dir / "config.json").write_text(json.dumps(about | {"config": config}))
         with as_command("ppo", option, "run"):
             parsed = parse(ppo.Config)
-        assert not (parsed.video or parsed.run_dir or getattr(parsed, other))
+        assert not (parsed.video or parsed.export or parsed.run_dir or getattr(parsed, other))
         assert parsed.compilation_cache == "~/.cache/memory-rl"
 
 
