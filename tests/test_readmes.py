@@ -294,7 +294,11 @@ def problems_of_code(code):
     wanted = [(a.name, "") for node in nodes if isinstance(node, ast.Import) for a in node.names]
     from_nodes = [node for node in nodes if isinstance(node, ast.ImportFrom)]
     wanted += [(node.module, a.name) for node in from_nodes for a in node.names]
+    wanted = [(module, name) for module, name in wanted if module not in OPTIONAL]
     return [f"{module} has no {name}" for module, name in wanted if not exists(module, name)]
+
+
+OPTIONAL = ("onnxruntime",)  # what a reader may install, and requirements.txt does not
 
 
 def exists(module, name):
