@@ -105,6 +105,7 @@ MORE = {  # what the table has besides: {command: seeds}
     f"sac.py {PENDULUM} {NORMALIZED}": 3,
     f"rsac.py {PENDULUM} {GRU} {NORMALIZED}": 3,
     f"sacd.py {CARTPOLE} {NORMALIZED}": 3,
+    f"rsacd.py {CARTPOLE} {GRU} {NORMALIZED}": 3,
 }
 ORDER = (  # of the scripts in tables
     "ppo.py",
