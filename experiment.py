@@ -256,8 +256,8 @@ def check_not_stuck(state, env) -> None:
     stuck = getattr(state.env_state, "stuck", ())
     if isinstance(stuck, jax.Array):
         steps = np.concatenate([np.ravel(shard.data) for shard in stuck.addressable_shards])
-        if (steps >= 0).any():
-            step = steps[steps >= 0].min()
+        step = greatest(int(steps.max()))  # in all processes, or one would wait for another
+        if step >= 0:
             raise RunError(
                 f"the action mask of {env.id} allows nothing at step {step} of an episode"
             )
@@ -500,7 +500,10 @@ class Run:
         seed = min(set(range(self.config.num_seeds)) - set(self.logger.diverged))
         try:
             path.parent.mkdir(exist_ok=True)
-            write_gif(str(path), env, play_recorded(evaluate, state, env, seed))
+            part = path.with_suffix(".part.gif")
+            part.unlink(missing_ok=True)  # of a run that was killed
+            write_gif(str(part), env, play_recorded(evaluate, state, env, seed))
+            part.replace(path)
         except Exception as error:  # as for loggers: training is worth more
             self.films = False
             warn(f"no more videos: {error}; training continues without them")

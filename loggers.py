@@ -399,9 +399,17 @@ class TensorBoard:
             self.writer.add_text(name, f"|name|value|\n|-|-|\n{rows}")
         if is_covered:
             self._repeat(past)
-            for path in (self.run_dir / VIDEOS_FOLDER).glob("*.gif"):
-                if path.stem.isdecimal() and int(path.stem) < first_again:
-                    self.video(path, int(path.stem))
+            films = (self.run_dir / VIDEOS_FOLDER).glob("*.gif")
+            films = [path for path in films if path.stem.isdecimal() and path.is_file()]
+            for path in sorted(films, key=lambda path: int(path.stem)):
+                if int(path.stem) < first_again:
+                    self._show_again(path)
+
+    def _show_again(self, path):
+        try:
+            self.video(path, int(path.stem))
+        except (OSError, struct.error):
+            warn(f"{str(path)!r} is damaged, TensorBoard does without it")
 
     def _repeat(self, past):
         """Write past reports, as if training had been without a pause until now."""

@@ -48,6 +48,7 @@ class Host:
         self._unused = [first]
         self._playing = collections.OrderedDict()  # (seed, bytes of actions) -> object
         self._most = KEPT
+        self._drawn = None, None, ()  # an object for pictures, its seed and its actions so far
         self._actions = action_space
         self._observations = first.observation_space
         self._lock = threading.Lock()  # programs that run at the same time share the objects
@@ -75,10 +76,15 @@ class Host:
 
     def picture(self, state: Replay):
         """What the environment draws of a state, (height, width, 3) uint8."""
-        past = np.asarray(state.actions)[: int(state.time)]
+        seed, past = int(state.seed), np.asarray(state.actions)[: int(state.time)]
         with self._lock:
-            env = self._at(int(state.seed), past)
-            self._playing[int(state.seed), past.tobytes()] = env
+            env, drawn_seed, drawn = self._drawn
+            if drawn_seed != seed or not np.array_equal(drawn, past[: len(drawn)]):
+                env, drawn = env or self._make(), ()
+                env.reset(seed=seed)
+            for action in past[len(drawn) :]:  # one, if the states of an episode come in order
+                env.step(self._action(action))
+            self._drawn = env, seed, past
             return np.asarray(env.render())
 
     def _first(self, seed):
@@ -174,7 +180,7 @@ def action_space_of(owner: str, space) -> Box | Discrete:
     Raises:
       UsageError: it is neither Discrete nor a Box.
     """
-    if hasattr(space, "n") and np.ndim(space.n) == 0:
+    if hasattr(space, "n") and np.ndim(space.n) == 0 and not getattr(space, "shape", ()):
         return Discrete(int(space.n))
     if not hasattr(space, "low"):
         kind = type(space).__name__

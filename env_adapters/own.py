@@ -45,7 +45,7 @@ def make_task(env_id: str, **options) -> Task:
     """
     thing = find(env_id)
     file = file_of(env_id)
-    made, make, own = thing, None, {}
+    made, make, own, given = thing, None, {}, {}
     if not (isinstance(thing, Task) or is_environment(thing)):
         if not callable(thing):
             raise UsageError(f"{env_id} is of type {type(thing).__name__}; it must be {KINDS}")
@@ -65,7 +65,7 @@ def make_task(env_id: str, **options) -> Task:
         if make is None:
             advice = "name its class, or a function that makes one"
             raise UsageError(f"{env_id} is an object, and a run needs several: {advice}")
-        limit = limit_of(env_id, made, rest, own)
+        limit = limit_of(env_id, made, rest, own | given)
         task = limited(host_own.make_task(env_id, make, made, limit, file))
     else:
         task = gymnax_task(env_id, made, rest, own, file)
@@ -84,9 +84,13 @@ def check(env_id: str, seed: int = 0, **options) -> int:
     """
     own = {name: value for name, value in options.items() if name not in common_options()}
     task = make_task(env_id, **own)
+    return contract.check_behaviour(env_id, task, seed, file_of(env_id), is_replayed(task))
+
+
+def is_replayed(task: Task) -> bool:
+    """Whether a task is a class with Gymnasium's interface, whose states are seeds and actions."""
     state = jax.eval_shape(task.reset, jax.random.key(0))[1]
-    on_host = isinstance(getattr(state, "inner", None), host_own.Replay)
-    return contract.check_behaviour(env_id, task, seed, file_of(env_id), on_host)
+    return isinstance(getattr(state, "inner", None), host_own.Replay)
 
 
 # --- Finding -------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def arguments_of(owner: str, function, options: dict) -> dict:
         ours = ("max_steps",) if inspect.isclass(function) else ()
         defaults = {name: x for name, x in options.items() if name not in ours} | defaults
     given = {name: value for name, value in options.items() if name in defaults}
-    check_options(owner, given, defaults)
+    check_options(owner, given, defaults, guess=False)
     return defaults
 
 
@@ -251,16 +255,16 @@ def default_of(parameter, options: dict):
 def limit_of(owner: str, env, options: dict, own: dict, params=None) -> int:
     """The steps after which episodes are truncated.
 
-    It is the option max_steps, or what the object says itself, or MAX_STEPS.
+    It is the option or argument max_steps, or what the object says itself, or MAX_STEPS.
 
     Args:
-      own: the other options, for the error.
+      own: the other options, and the arguments that the object was made with.
 
     Raises:
       ValueError: there is no such option, or its value is not valid.
     """
     spec = getattr(env, "spec", None)
-    says = [getattr(spec, "max_episode_steps", None)]
+    says = [own.get("max_steps"), getattr(spec, "max_episode_steps", None)]
     for x in (params, env):
         says += [getattr(x, name, None) for name in ("max_steps_in_episode", "max_steps")]
     whole = [int(x) for x in says if isinstance(x, int | float | np.integer) and x >= 1]

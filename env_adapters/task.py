@@ -108,12 +108,16 @@ def without_mask(obs):
 
 def only_valid(values, obs):
     """Values or logits (..., num_actions), with `INVALID` for the actions that obs rules out."""
-    return jnp.where(obs.action_mask, values, INVALID) if isinstance(obs, MaskedObs) else values
+    if not isinstance(obs, MaskedObs):
+        return values
+    # Where an episode ended nothing may be valid: a truncated one is worth what it was without.
+    is_over = ~obs.action_mask.any(axis=-1, keepdims=True)
+    return jnp.where(obs.action_mask | is_over, values, INVALID)
 
 
 def random_valid(key, values):
     """Any of the actions (...) that `only_valid` has left of values (..., num_actions)."""
-    valid = values > INVALID
+    valid = ~(values <= INVALID)  # nan, of a seed that diverged, counts as valid
     place = jax.random.randint(key, values.shape[:-1], 0, valid.sum(axis=-1))  # among the valid
     return (valid.cumsum(axis=-1) > place[..., None]).argmax(axis=-1)
 
@@ -139,7 +143,8 @@ def scale(action, space: Box):
 
 def unscale(action, space: Box):
     """The inverse of `scale`."""
-    return 2.0 * (action - space.low) / (np.asarray(space.high) - space.low) - 1.0
+    width = np.asarray(space.high) - space.low
+    return 2.0 * (action - space.low) / np.where(width > 0, width, 1.0) - 1.0
 
 
 def strong(x):

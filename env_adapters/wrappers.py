@@ -473,7 +473,7 @@ def common_options() -> dict:
     return DEFAULTS | {"normalize_obs": False, "normalize_reward": False, "reward_gamma": 0.99}
 
 
-def check_options(owner: str, options: dict, defaults: dict) -> None:
+def check_options(owner: str, options: dict, defaults: dict, guess: bool = True) -> None:
     """Refuse options that are neither in `defaults` nor common, and values that make no sense.
 
     A value has the type of its default. Numbers are finite and have 32 bits, whole numbers whose
@@ -482,6 +482,8 @@ def check_options(owner: str, options: dict, defaults: dict) -> None:
     Args:
       defaults: the task's own options. Those that are neither numbers, flags, text nor tuples
         cannot be set, and are left out.
+      guess: whether defaults and names tell what is positive and what a probability, as they do in
+        the libraries.
 
     Raises:
       ValueError: names the option, its value and what is valid.
@@ -496,6 +498,8 @@ def check_options(owner: str, options: dict, defaults: dict) -> None:
             check_tuple(option, value, default)
         elif isinstance(value, (int, float)) and not abs(value) <= LARGEST[type(value)]:
             raise ValueError(f"{option} must be a finite number of 32 bits, got {value}")
+        elif not guess:
+            continue
         elif type(default) is int and default > 0 and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
         elif name.endswith(PROBABILITY) and not 0 <= value <= 1:

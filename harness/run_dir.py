@@ -402,8 +402,9 @@ def refuse_links(run_dir: Path) -> None:
     Raises:
       UsageError: names the link.
     """
-    names = (METRICS_FILE, LOCK_FILE, CHECKPOINTS_FOLDER, "wandb", ".neptune")
-    for path in (run_dir / name for name in names):
+    names = (METRICS_FILE, LOCK_FILE, CHECKPOINTS_FOLDER, VIDEOS_FOLDER, "wandb", ".neptune")
+    films = (run_dir / VIDEOS_FOLDER).glob("*")
+    for path in [*(run_dir / name for name in names), *films]:
         if path.is_symlink():
             advice = "put there what it leads to"
             raise UsageError(f"{str(path)!r} is a link, a run writes only its own files: {advice}")

@@ -309,8 +309,11 @@ def test_videos(tmp_path, capsys):
     (copy,) = tmp_path.glob("wandb/offline-run-*/files/media/videos/eval/*.gif")
     assert copy.read_bytes() == content
     (tmp_path / "videos" / "2000.gif").write_bytes(b"of a step that will come again")
+    (tmp_path / "videos" / "500.gif").touch()  # of a machine that lost its power
+    (tmp_path / "videos" / "600.gif").symlink_to("nowhere")
     make_logger(Config(("tensorboard",)), tmp_path, step=1000).close()  # a resumed run
     check_tensorboard()
+    assert "500.gif' is damaged, TensorBoard does without it" in capsys.readouterr().err
 
 
 def test_neptune_offline(tmp_path):

@@ -75,6 +75,20 @@ def test_probability_and_entropy_are_those_of_the_valid_actions(rng):
     assert jnp.isfinite(gradient).all() and (gradient[~valid] == 0).all()
 
 
+def test_where_nothing_is_valid_values_are_what_they_were(rng):
+    """In the last observation of a truncated episode, from which targets bootstrap."""
+    values = jnp.asarray(rng.normal(size=(2, 3)))
+    obs = MaskedObs(jnp.zeros((2, 1)), jnp.array([[False] * 3, [True, False, True]]))
+    np.testing.assert_array_equal(only_valid(values, obs)[0], values[0])
+    assert only_valid(values, obs)[1, 1] == -1e9
+
+
+def test_a_diverged_agent_explores_valid_actions(rng):
+    obs = MaskedObs(jnp.zeros((50, 1)), jnp.asarray([[False, True, True]] * 50))
+    actions = random_valid(jax.random.key(0), only_valid(jnp.full((50, 3), jnp.nan), obs))
+    assert set(actions.tolist()) == {1, 2}
+
+
 # --- The scripts ---------------------------------------------------------------------------------
 
 

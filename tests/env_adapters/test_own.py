@@ -89,6 +89,34 @@ class Guess(gymnasium.Env):
         return np.full((8, 8, 3), self.time, np.uint8)
 """
 
+DRAWN = """
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+class Counted(gymnasium.Env):
+    metadata = {"render_modes": ["rgb_array"]}
+    observation_space, action_space = spaces.Box(0.0, 99.0, (1,)), spaces.Discrete(2)
+    made = steps = 0
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+        Counted.made += 1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.time += 1
+        Counted.steps += 1
+        return np.full(1, self.time, np.float32), 0.0, False, self.time == 50, {}
+
+    def render(self):
+        return np.full((4, 4, 3), self.time, np.uint8)
+"""
+
 GYMNAX = """
 import jax
 import jax.numpy as jnp
@@ -263,6 +291,11 @@ BROKEN_TASKS = [
     ),
 ]
 BROKEN_CLASSES = [
+    (
+        "spaces.Discrete(size, start=1)",
+        "spaces.MultiBinary(size)",
+        "action_space of my_env.py::Guess is a MultiBinary, not Discrete or a Box",
+    ),
     (
         "spaces.Box(-2.0, 2.0, (size,), np.float32)",
         "spaces.Discrete(2)",
@@ -490,6 +523,41 @@ def test_options_reach_the_code(write):
     assert cart.max_steps == 9
     key = jax.random.key(0)
     np.testing.assert_array_equal(cart.reset(key)[0], make("gymnax::CartPole-v1").reset(key)[0])
+
+
+def test_arguments_are_the_users_own(write):
+    """Their names and defaults mean what the user says, and max_steps is the limit."""
+    longer = GYMNASIUM.replace("length: int = 6,", "length: int = 6, max_steps: int = 50,")
+    write(longer.replace("size: int = 3,", "size: int = 3, frame_rate: float = 30.0,"))
+    assert make("my_env.py::Guess").max_steps == 50
+    env = make("my_env.py::Guess", max_steps=2000, frame_rate=60.0, length=0)
+    assert env.max_steps == 2000
+    with pytest.raises(ValueError, match="my_env.py::Guess has no option 'lenght'"):
+        make("my_env.py::Guess", lenght=3)
+
+
+def test_trials_are_not_for_classes_whose_seed_decides_all(write):
+    write(GYMNASIUM)
+    with pytest.raises(ValueError, match="its random numbers would be the same in every trial"):
+        make("my_env.py::Guess", trials=3)
+    write(TASK)
+    assert make("my_env.py::walk", trials=3).max_steps == 27
+
+
+def test_a_film_steps_an_object_of_its_own_once_a_frame(write):
+    write(DRAWN)
+    env = make("my_env.py::Counted")
+    obs, state = env.reset(jax.random.key(0))
+    states = [state.task]
+    for _ in range(19):
+        _, state, *_ = env.step(jax.random.key(0), state, 1)
+        states.append(state.task)
+    Counted = find("my_env.py::Counted")  # noqa: N806
+    Counted.made, Counted.steps = 0, 0
+    pictures = [env.render(jax.device_get(task))[0, 0, 0] for task in states]
+    assert pictures == list(range(20)) and (Counted.made, Counted.steps) == (1, 19)
+    assert env.render(jax.device_get(states[3]))[0, 0, 0] == 3
+    assert (Counted.made, Counted.steps) == (1, 22)
 
 
 def test_a_file_that_changed_is_another_environment(write):

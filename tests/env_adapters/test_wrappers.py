@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import constant_task, random_rollout
 
+from env_adapters.task import scale, unscale
 from env_adapters.wrappers import mask_observation, wrap
 from envs import Box, Discrete, Environment, Task, make
 
@@ -396,3 +397,11 @@ def test_noise_is_not_for_images():
     message = "noise is not for images of whole numbers, which test::Any has"
     with pytest.raises(ValueError, match=message):
         wrap(clock_task(obs_shape=(4, 4, 3)), "test::Any", {"noise": 0.1})
+
+
+def test_unscaling_reverts_scaling():
+    """An action that the bounds leave no choice is shown as a number, too."""
+    space = Box(np.array([-2.0, 0.0, 1.0]), np.array([4.0, 1.0, 1.0]), (3,))
+    action = np.array([0.5, -0.25, 0.75])
+    np.testing.assert_allclose(unscale(scale(action, space), space)[:2], action[:2])
+    assert np.isfinite(unscale(scale(action, space), space)).all()

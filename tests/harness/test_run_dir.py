@@ -246,13 +246,17 @@ def test_nothing_outside_of_a_run_is_changed_through_a_link(tmp_path):
     (victim / "1.json").write_text("precious")
     (run_dir / ".lock").unlink(missing_ok=True)
     links = {"metrics.jsonl": victim / "1.json", ".lock": victim / "1.json"}
-    links |= {"checkpoints": victim, "wandb": victim, ".neptune": victim}
+    links |= {"checkpoints": victim, "wandb": victim, ".neptune": victim, "videos": victim}
+    (run_dir / "videos").mkdir()
+    links = {"videos/64.gif": victim / "1.json"} | links
     for name, target in links.items():
         (run_dir / name).symlink_to(target)
         with pytest.raises(UsageError, match=f"/run/{name}' is a link, a run writes only its own"):
             open_run_dir(replace(CONFIG, resume=str(run_dir)))
         assert not is_running(run_dir)
         (run_dir / name).unlink()
+        if name == "videos/64.gif":
+            (run_dir / "videos").rmdir()
     assert [path.read_text() for path in victim.iterdir()] == ["precious"]
     (tmp_path / "link").symlink_to(run_dir)  # the directory itself may be one
     open_run_dir(replace(CONFIG, resume=str(tmp_path / "link")))[1].release()
