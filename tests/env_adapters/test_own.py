@@ -532,8 +532,8 @@ def test_arguments_are_the_users_own(write):
     assert make("my_env.py::Guess").max_steps == 50
     env = make("my_env.py::Guess", max_steps=2000, frame_rate=60.0, length=0)
     assert env.max_steps == 2000
-    with pytest.raises(ValueError, match="my_env.py::Guess has no option 'lenght'"):
-        make("my_env.py::Guess", lenght=3)
+    with pytest.raises(ValueError, match="my_env.py::Guess has no option 'lenth'"):
+        make("my_env.py::Guess", lenth=3)
 
 
 def test_trials_are_not_for_classes_whose_seed_decides_all(write):
