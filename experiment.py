@@ -497,7 +497,7 @@ class Run:
         """Write an episode of the first seed that has not diverged, and hand it to the loggers."""
         step = environment_steps(state)
         path = self.dir / VIDEOS_FOLDER / f"{step}.gif"
-        seed = min(set(range(self.config.num_seeds)) - set(self.logger.diverged))
+        seed = first_healthy(self.config, self.logger.diverged)
         try:
             path.parent.mkdir(exist_ok=True)
             part = path.with_suffix(".part.gif")
@@ -624,6 +624,11 @@ def play_recorded(evaluate, state, env, seed: int):
     return jax.tree.map(lambda x: x[0], recordings)
 
 
+def first_healthy(config, diverged) -> int:
+    """The first seed of a run that has not diverged, counted from 0."""
+    return min(set(range(config.num_seeds)) - set(diverged))
+
+
 def check_eval_video(config) -> None:
     """Refuse --eval-video where no video could be written.
 
@@ -693,14 +698,13 @@ def show(config, env, init, evaluate) -> None:
     except OSError as error:
         warn(f"the evaluation was not saved: {error.strerror}")
 
+    seed = first_healthy(config, diverged)
     for path in config.export:
-        seed = min(set(range(config.num_seeds)) - set(diverged))
         agent = Agent(evaluate, state, env, seed)
         export(path, agent, {"step": step, "seed": saved.seed + seed})
         print(f"greedy agent of seed {saved.seed + seed}: {path}")
     if config.video:
         policy = list(results)[-1]
-        seed = min(set(range(config.num_seeds)) - set(diverged))
         recordings = evaluate_as(policy, evaluate, state, env, 1, play=record)
         episode = jax.tree.map(lambda x: x[seed], recordings)
         try:

@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from env_adapters import own
-from env_adapters.contract import NUM_ENVS, bounded
+from env_adapters.contract import NUM_ENVS, random_action
 from env_adapters.episodes import check_drawable, record, write_gif
 from env_adapters.registry import NAMESPACES, known_ids, make
-from env_adapters.task import Discrete, only_valid, random_valid
+from env_adapters.task import Discrete
 from env_adapters.wrappers import enable_x64
 from fast import use_fast_random
 from harness.errors import Options, UsageError, did_you_mean
@@ -151,10 +150,7 @@ def describe(space) -> str:
 
 def random_actions(env, keys, obs):
     """Valid actions (N, ...) for observations (N, ...)."""
-    if isinstance(env.action_space, Discrete):
-        no_values = jnp.zeros((len(keys), env.action_space.n))
-        return jax.vmap(random_valid)(keys, only_valid(no_values, obs))
-    return jax.vmap(bounded(env.action_space).sample)(keys)
+    return jax.vmap(lambda key, obs: random_action(key, env.action_space, obs))(keys, obs)
 
 
 def random_policy(env):

@@ -274,21 +274,13 @@ def check_behaviour(owner: str, task: Task, seed: int, file=None, on_host=False)
 
 def rollout(task: Task, key, num_steps: int) -> dict:
     """What several environments return, as numpy arrays (NUM_ENVS, ...) and (T, NUM_ENVS, ...)."""
-    space = bounded(task.action_space)
-
-    def sample(key, state):
-        if not task.action_mask:
-            return space.sample(key)
-        return random_valid(key, only_valid(jnp.zeros(space.n), MaskedObs((), mask_of(state))))
-
-    def mask_of(state):
-        return task.action_mask(state) if task.action_mask else jnp.bool_([True])
 
     def step(carry, key):
         state, time = carry
         action_key, step_key, reset_key = jax.random.split(key, 3)
-        is_stuck = ~mask_of(state).any()
-        action = sample(action_key, state)
+        mask = task.action_mask(state) if task.action_mask else None
+        obs = () if mask is None else MaskedObs((), mask)
+        action = random_action(action_key, task.action_space, obs)
         obs, state, reward, terminated, truncated = task.step(step_key, state, action)
         time = time + 1
         results = {
@@ -297,7 +289,7 @@ def rollout(task: Task, key, num_steps: int) -> dict:
             "terminated": jnp.asarray(terminated),
             "truncated": jnp.asarray(truncated),
             "time": time,
-            "is_stuck": is_stuck,
+            "is_stuck": jnp.bool_(False) if mask is None else ~mask.any(),
         }
         done = results["terminated"] | results["truncated"]
         restart = lambda key: (as_after_reset(task.reset(key)[1]), jnp.int32(0))  # noqa: E731
@@ -337,10 +329,15 @@ def as_numpy(tree):
     return jax.tree.map(convert, tree)
 
 
-def bounded(space: Box | Discrete) -> Box | Discrete:
-    """The space with -1 and 1 in place of infinite bounds, so that it can be sampled."""
+def random_action(key, space: Box | Discrete, obs):
+    """A random action that the observation does not rule out."""
     if isinstance(space, Discrete):
-        return space
+        return random_valid(key, only_valid(jnp.zeros(space.n), obs))
+    return bounded(space).sample(key)
+
+
+def bounded(space: Box) -> Box:
+    """The space with -1 and 1 in place of infinite bounds, so that it can be sampled."""
     low = np.where(np.isfinite(space.low), space.low, np.minimum(-1.0, space.high))
     high = np.where(np.isfinite(space.high), space.high, np.maximum(1.0, low))
     return replace(space, low=low, high=high)

@@ -128,8 +128,8 @@ class Environment:
             obs, state = branch_where(done, reset, reset_key, (final_obs, state), once)
         else:
             obs, state = where(done, reset, reset_key, (final_obs, state))
-        if self._task.action_mask:
-            state = self._note_stuck(state, obs, stuck)
+        state = self._note_stuck(state, obs, stuck)
+        if self.has_action_mask:
             info["action_mask"] = obs.action_mask
         return obs, state, reward, terminated, truncated, info
 
