@@ -79,6 +79,7 @@ __all__ = [
     "check_config",
     "compile_updates",
     "environment_steps",
+    "episode_metrics",
     "fill_buffer",
     "launch",
     "mean_over_devices",
@@ -214,6 +215,23 @@ def compiled_updates(update, state, env, num_updates):
 
     state, (sums, finite) = on_devices(run, parts)(state, num_updates)
     return state, sums, finite
+
+
+def episode_metrics(done, episode_return, episode_length) -> dict:
+    """What the episodes that end in a rollout add to an update's metrics.
+
+    They are sums: a report divides them by `charts/episodes`.
+
+    Args:
+      done: (T, N) bool, whether an episode ends with the step.
+      episode_return: (T, N) float32, of the episode up to this step.
+      episode_length: (T, N) int32, likewise.
+    """
+    return {
+        "charts/episodic_return": episode_return.sum(where=done),
+        "charts/episodic_length": episode_length.sum(where=done, dtype=jnp.float32),
+        "charts/episodes": done.sum(),
+    }
 
 
 def run_updates(update, state, env, num_updates: int):
