@@ -52,7 +52,7 @@ from experiment import (
 )
 from fast import Conv, Dense, flatten_small
 from memory_cells import CELLS, MaskedRNN, make_cell
-from replay import SequenceReplay, Transition, mean_of_steps
+from replay import SequenceReplay, Transition, blank_step, mean_of_steps
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -366,20 +366,10 @@ def init(config: Config, key) -> State:
         reset_keys = jax.random.split(reset_key, config.num_envs)
         obs, env_state = jax.vmap(env.raw.reset, axis_name="envs")(reset_keys)
         no_action = jnp.zeros((config.num_envs, *env.action_space.shape), env.action_space.dtype)
-        no_reward = jnp.zeros(config.num_envs)
-        inputs = Inputs(obs, no_action, no_reward)
+        inputs = Inputs(obs, no_action, jnp.zeros(config.num_envs))
         start = jnp.ones(config.num_envs, bool)
         carry = network.initialize_carry(config.num_envs)
         params = network.init(network_key, carry, inputs, start, method="step")
-        transition = Transition(
-            inputs=inputs,
-            start=start,
-            action=no_action,
-            reward=no_reward,
-            next_obs=obs,
-            terminated=start,
-            done=start,
-        )
         return State(
             params=params,
             target_params=params,
@@ -388,7 +378,7 @@ def init(config: Config, key) -> State:
             carry=carry,
             inputs=inputs,
             start=start,
-            buffer=make_replay(config).init(carry, transition),
+            buffer=make_replay(config).init(carry, blank_step(inputs, start)),
             key=key,
             updates=jnp.int32(0),
             config=config,
