@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from env_adapters.task import (
+    AsymmetricObs,
     Box,
     MaskedObs,
     Task,
     cast,
     scale,
+    seen_by,
     strong,
     unscale,
     without_mask,
@@ -50,7 +52,8 @@ class Environment:
       action_mask: (num_actions,) bool, with a task that has one: which actions are valid next;
       and those in `reports`: () float32, about the episode that ends in this step.
 
-    With an action mask observations are `MaskedObs`, `final_obs` among them.
+    With an action mask observations are `MaskedObs`, `final_obs` among them. Those of
+    `make_asymmetric` are `AsymmetricObs`, of which `observation_space` describes the actor's part.
 
     Attributes:
       id: the name it was made with.
@@ -60,14 +63,17 @@ class Environment:
       max_steps: an upper bound of an episode's length.
       render: `EnvState.task` -> uint8 image (height, width, 3), outside of JAX; or None.
       has_action_mask: whether the task says which actions are valid.
+      hides: whether a critic could see more than the actor: a mask or a wrapper hides or disturbs
+        what the task shows, or the task has a privileged observation.
       reports: names of what `info` says of an episode that ends, besides the above: those of
         `Task.report`.
       raw: the environment for replay buffers: its observations and rewards are those of the task,
         and `preprocess` makes of them what a learner reads. Here it is this environment.
     """
 
-    def __init__(self, id: str, task: Task):
+    def __init__(self, id: str, task: Task, hides: bool = False, asymmetric: bool = False):
         self.id = id
+        self.hides = hides
         self.observation_space = task.observation_space
         self.action_space = task.action_space
         self.task_action_space = task.own_actions or task.action_space
@@ -79,6 +85,7 @@ class Environment:
         self._state_avals = jax.eval_shape(task.reset, jax.random.key(0))[1]
         report = jax.eval_shape(task.report, self._state_avals) if task.report else {}
         self.reports = tuple(report)
+        self._full_space = privileged_space(task, self._state_avals) if asymmetric else None
 
     def __repr__(self):
         return f"make({self.id!r})"
@@ -130,12 +137,12 @@ class Environment:
             obs, state = where(done, reset, reset_key, (final_obs, state))
         state = self._note_stuck(state, obs, stuck)
         if self.has_action_mask:
-            info["action_mask"] = obs.action_mask
+            info["action_mask"] = seen_by("actor", obs).action_mask
         return obs, state, reward, terminated, truncated, info
 
     def frozen(self, env_state):
-        """The environment to evaluate in: this one, as it has no statistics to freeze."""
-        return self
+        """The environment to evaluate in, without what a critic sees; no statistics are frozen."""
+        return Environment(self.id, self._task) if self._full_space else self
 
     def preprocess(self, env_state, steps):
         """Steps of `raw` as a learner reads them: here as they are."""
@@ -175,15 +182,17 @@ class Environment:
 
     def _cast_obs(self, obs, task_state):
         obs = strong(cast(obs, self._task.observation_space))
-        if not self._task.action_mask:
+        if self._task.action_mask:
+            obs = MaskedObs(obs, jnp.asarray(self._task.action_mask(task_state), bool))
+        if not self._full_space:
             return obs
-        return MaskedObs(obs, jnp.asarray(self._task.action_mask(task_state), bool))
+        return AsymmetricObs(obs, strong(cast(self._task.privileged(task_state), self._full_space)))
 
     def _note_stuck(self, state, obs, before):
         """Remember when the mask first allowed nothing: `Run` ends with an error for it."""
         if not self._task.action_mask:
             return state
-        now = jnp.where(obs.action_mask.any(), NEVER, state.time)
+        now = jnp.where(seen_by("actor", obs).action_mask.any(), NEVER, state.time)
         return state._replace(stuck=jnp.where(before == NEVER, now, before))
 
     def _cast_state(self, task_state):
@@ -199,6 +208,14 @@ class Environment:
             return strong(jnp.asarray(leaf).astype(aval.dtype))
 
         return jax.tree.map(cast_leaf, task_state, self._state_avals)
+
+
+def privileged_space(task: Task, state) -> Box:
+    """The space of a task's privileged observations: float32, or uint8 if they are images."""
+    obs = jax.eval_shape(task.privileged, state)
+    is_image = obs.dtype == np.uint8
+    dtype, high = (np.uint8, 255) if is_image else (np.float32, np.inf)
+    return Box(0 if is_image else -np.inf, high, obs.shape, dtype)
 
 
 # --- Choosing between a step and a reset ---------------------------------------------------------
@@ -329,6 +346,7 @@ class Statistics(NamedTuple):
     obs: Moments | None  # of the observations returned so far
     returns: Moments | None  # of `discounted` at every step so far
     discounted: jax.Array  # () float32, sum of the episode's past rewards, older ones discounted
+    full: Moments | None = None  # like obs, of what the critic sees
 
 
 class Preprocessed(Environment):
@@ -366,35 +384,41 @@ class Preprocessed(Environment):
         gamma: float,
         statistics: Statistics | None = None,
         raw: bool = False,
+        hides: bool = False,
+        asymmetric: bool = False,
     ):
         """Statistics are fixed if they are given, and collected otherwise; `raw`: only collected.
 
         Raises:
           ValueError: `observations` are to be normalised and they are images.
         """
-        super().__init__(id, task)
+        super().__init__(id, task, hides, asymmetric)
         self._observations = observations
         self._rewards = rewards
         self._gamma = gamma
         self._fixed = statistics
         self._is_raw = raw
         if observations:
-            if task.observation_space.dtype == np.uint8:
+            if np.uint8 in (task.observation_space.dtype, getattr(self._full_space, "dtype", None)):
                 reason = "the networks divide them by 255"
                 raise ValueError(f"normalize_obs is not for images, which {id} has: {reason}")
             if not raw:
                 self.observation_space = Box(-10.0, 10.0, task.observation_space.shape)
         if not raw and not statistics:
-            self.raw = Preprocessed(id, task, observations, rewards, gamma, raw=True)
+            self.raw = Preprocessed(
+                id, task, observations, rewards, gamma, raw=True, asymmetric=asymmetric
+            )
 
     def reset(self, key):
         obs, state = super().reset(key)
         if self._fixed:
             return self._scale_obs(obs, self._fixed), state
+        has_full = self._observations and self._full_space
         statistics = Statistics(
             obs=Moments.init(self.observation_space.shape) if self._observations else None,
             returns=Moments.init(()) if self._rewards else None,
             discounted=jnp.float32(0.0),
+            full=Moments.init(self._full_space.shape) if has_full else None,
         )
         statistics = self._count_obs(statistics, obs)
         state = state._replace(statistics=statistics)
@@ -419,6 +443,8 @@ class Preprocessed(Environment):
     def frozen(self, env_state):
         """The environment to evaluate in, which uses the statistics of `env_state` unchanged.
 
+        It shows what an actor sees, and nothing else.
+
         Rewards are still scaled, since a policy with memory may read them;
         `info["episode_return"]` is the raw return.
 
@@ -441,7 +467,7 @@ class Preprocessed(Environment):
           env_state: states of vmapped environments, (N, ...); a frozen environment has statistics
             of its own and does not read it.
           steps: any pytree of named tuples. Their fields `obs`, `next_obs` and `reward` are scaled,
-            with any leading axes; everything else stays as it is.
+            with any leading axes, and so is what a critic sees; everything else stays as it is.
         """
         statistics = self._fixed or mean_over_envs(env_state.statistics)
 
@@ -449,6 +475,8 @@ class Preprocessed(Environment):
             field = getattr(path[-1], "name", None)
             if field in ("obs", "next_obs"):
                 return self._scale_obs(x, statistics)
+            if field == "full" and self._observations and self._full_space:
+                return normalized(x, statistics.full)
             return self._scale_reward(x, statistics) if field == "reward" else x
 
         return jax.tree.map_with_path(scale_field, steps)
@@ -460,21 +488,25 @@ class Preprocessed(Environment):
     def _count_obs(self, statistics, obs):
         if not self._observations:
             return statistics
-        return statistics._replace(obs=statistics.obs.update(without_mask(obs)))
+        if isinstance(obs, AsymmetricObs):
+            statistics = statistics._replace(full=statistics.full.update(obs.full))
+        return statistics._replace(obs=statistics.obs.update(without_mask(seen_by("actor", obs))))
 
     def _count_reward(self, statistics, reward, done):
         discounted = self._gamma * statistics.discounted + self._clip_reward(reward)
         returns = statistics.returns.update(discounted) if self._rewards else None
         discounted = jnp.where(done, 0.0, discounted)
-        return Statistics(statistics.obs, returns, discounted)
+        return statistics._replace(returns=returns, discounted=discounted)
 
     def _scale_obs(self, obs, statistics):
         if not self._observations:
             return obs
+        if isinstance(obs, AsymmetricObs):
+            full = normalized(obs.full, statistics.full)
+            return AsymmetricObs(self._scale_obs(obs.obs, statistics), full)
         if isinstance(obs, MaskedObs):
             return obs._replace(obs=self._scale_obs(obs.obs, statistics))
-        centred = obs - statistics.obs.mean
-        return jnp.clip(centred / jnp.sqrt(statistics.obs.var + 1e-8), -10.0, 10.0)
+        return normalized(obs, statistics.obs)
 
     def _clip_reward(self, reward):
         return jnp.clip(reward, -1.0, 1.0) if self._task.clip_reward else reward
@@ -484,6 +516,11 @@ class Preprocessed(Environment):
         if not self._rewards:
             return reward
         return jnp.clip(reward / jnp.sqrt(statistics.returns.var + 1e-8), -10.0, 10.0)
+
+
+def normalized(x, moments: Moments):
+    """x with a mean of 0 and a variance of 1, clipped to [-10, 10]."""
+    return jnp.clip((x - moments.mean) / jnp.sqrt(moments.var + 1e-8), -10.0, 10.0)
 
 
 def mean_over_envs(statistics: Statistics) -> Statistics:
