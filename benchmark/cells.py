@@ -3,7 +3,7 @@
     python benchmark/cells.py
     python benchmark/cells.py --cells gru mlstm --steps 64 512 8192 --envs 1 256
     python benchmark/cells.py --cells mamba --steps 512 1024 2048 4096 --repeats 0
-    python benchmark/cells.py --peer memorax --peer-python /path/to/python
+    python benchmark/cells.py --peer memorax
 
 A pass reads T steps of B environments, with resets and D = H inputs. Its gradient is that of the
 mean squared output, by parameters and inputs. Compile time is that of the gradient. Memory is what
@@ -14,8 +14,8 @@ compile time are measured.
 With several numbers of steps a second table shows how memory grows: a line fitted through all of
 them, and how far it misses one at most, in percent of the largest.
 
-The peer runs in an environment of its own (`pip install memorax==1.0.1 "gymnax<1"`). Its cells get
-the sizes that are the defaults of ours. Timed rows are written to benchmark/results.
+The peer runs in an environment of its own, which is made if it is missing (see peers.py). Its cells
+get the sizes that are the defaults of ours. Timed rows are written to benchmark/results.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import sys
 import time
 
 import results
+from peers import interpreter_of
 
 
 def ours(name, impl, hidden_size, xs, starts):
@@ -273,16 +274,13 @@ def main():
         "--limit", type=float, default=8.0, help="GiB; what needs more is compiled, but not run"
     )
     parser.add_argument("--peer", choices=[name for name in LIBRARIES if name != "ours"])
-    parser.add_argument("--peer-python", help="the interpreter that has the peer")
     args = parser.parse_args()
-    if bool(args.peer) != bool(args.peer_python):
-        parser.error("--peer and --peer-python go together")
 
     workers = {"ours": Worker(sys.executable, "ours")}
     head = ["cell", "impl", "T", "B"]
     head += ["forward ms", "forward + gradient ms", "compile s", "memory MiB"]
     if args.peer:
-        workers[args.peer] = Worker(args.peer_python, args.peer)
+        workers[args.peer] = Worker(str(interpreter_of(args.peer)), args.peer)
         head += [f"{args.peer}: forward ms", "forward + gradient ms", "compile s", "memory MiB"]
         head += ["times ours"]
     about = {library: worker.ask("about") for library, worker in workers.items()}

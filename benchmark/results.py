@@ -80,6 +80,7 @@ PACKAGES = (
     "memorax",
     "rejax",
     "sbx-rl",
+    "sb3-contrib",
 )
 
 

@@ -87,7 +87,7 @@ PARALLEL = {  # how a memory reads a whole sequence at once; those that are not 
     "mamba": "scan",
     "rtu": "scan, if linear",
 }
-PEERS = ("memorax", "rejax", "sbx-rl")
+PEERS = ("memorax", "rejax", "sbx-rl", "sb3-contrib")
 OWN_COMMANDS = ("learning", "memory-chain", "recall")  # kinds whose files differ in their commands
 
 
@@ -249,11 +249,16 @@ def results_full(here):
 
 
 def result_row(agent, here):
+    import learning
+
     entry = load(agent.result)
     values = entry["values"]
     mmer = values.get("mmer")
+    # What was run, in the words of the file: tasks.toml may ask for something else by now.
+    own_options = entry["command"].partition("--total-steps")[0].split()[2:]
+    of_task = learning.TASKS[agent.task]["options"].split()
     cells = [
-        f"`{agent.script} {agent.options}`".replace(" `", "`"),
+        f"`{' '.join([agent.script, *own_options[len(of_task) :]])}`",
         thousands(values["steps"]),
         str(values["num_seeds"]),
         number(values["median"]),
@@ -280,7 +285,7 @@ def published_cells(agent):
 
 def speed_short(here):
     def cell(system, is_peer):
-        entry = load(f"throughput/cpu/{slug(system)}")
+        entry = load(speed_file(system, "cpu"))
         speed = linked(fixed(entry["values"]["steps_per_second"]), entry, here)
         if not is_peer:
             return speed, entry
@@ -297,10 +302,14 @@ def speed_short(here):
     return markdown(["", "Memory-RL", "others"], rows) + "\n" + legend + more
 
 
+def speed_file(system, device):
+    return f"throughput/{device}/{slug(system)}"
+
+
 def speed_table(systems, device, here):
     rows = []
     for system in systems:
-        entry = load(f"throughput/{device}/{slug(system)}")
+        entry = load(speed_file(system, device))
         values = entry["values"]
         peer = peer_of(entry)
         cells = [
@@ -309,17 +318,33 @@ def speed_table(systems, device, here):
             fixed(values["lowest"]),
             fixed(values["highest"]),
             str(values["rounds"] or ""),
+            ratio_of(values.get("ours_over_this")),
+            percent(share_of_floor(values), ".0f"),
             fixed(values["compile_seconds"], 1),
+            fixed(values.get("peak_mib")),
         ]
         rows.append((cells, [entry]))
-    head = ["system", "steps per second", "lowest", "highest", "rounds", "compile, seconds"]
+    head = ["system", "steps per second", "lowest", "highest", "rounds", "ours / this"]
+    head += ["of the floor", "compile, seconds", "peak MiB"]
     return measured_table(head, rows, here)
+
+
+def ratio_of(ratio):
+    """A median with its least and greatest round."""
+    return "" if ratio is None else "{:.2f} ({:.2f} to {:.2f})".format(*ratio)
+
+
+def share_of_floor(values):
+    """The speed as a share of that of the matrix products alone; None if that is not known."""
+    floor = values.get("floor")
+    return floor and values["steps_per_second"] / floor["steps_per_second"]
 
 
 def speed(here):
     import throughput
 
-    return speed_table(throughput.SYSTEMS, "cpu", here)
+    measured = [name for name in throughput.SYSTEMS if results.exists(speed_file(name, "cpu"))]
+    return speed_table(measured, "cpu", here)
 
 
 def speed_gpu(here):

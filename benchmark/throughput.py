@@ -1,31 +1,32 @@
 """Training speed beside other JAX libraries, in environment steps per second.
 
-    python benchmark/throughput.py --peer memorax PYTHON --peer rejax PYTHON --peer sbx PYTHON
+    python benchmark/throughput.py                             # ours and all peers
+    python benchmark/throughput.py --peers memorax rejax       # ours and these
+    python benchmark/throughput.py --peers --only "rppo"       # ours alone, some of them
     python benchmark/throughput.py --grid
 
 The task is CartPole, for SAC Pendulum. --grid measures SAC instead, by parallel environments and
 gradient steps per update.
 
-Every system is a process of its own. PYTHON is the interpreter of a peer's own environment:
-
-    pip install memorax==1.0.1 "gymnax<1"
-    pip install rejax==0.1.3 "gymnax<1" six
-    pip install torch sbx-rl==0.28.0
-
-Give each the JAX that ours has: with JAX 0.12 rejax is 8 % faster than with 0.11. A process
-compiles, then waits. The driver lets the processes train in turn, one at a time, for several
-rounds, so that a busy moment slows all of them. First updates are not timed. Medians, lowest and
-highest speeds are written to benchmark/results.
+Every system is a process of its own, a peer's in a virtual environment with the JAX that ours has
+(see peers.py). A process compiles, then waits. The driver lets the processes train in turn, one at
+a time, for several rounds, so that a busy moment slows all of them. First updates are not timed.
+Of every system the median, lowest and highest speed, the time to compile and the peak memory of its
+process are written to benchmark/results, of ours also the floor (see floor.py), of peers also the
+ratio of ours to theirs, round by round.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import time
+from typing import Any, NamedTuple
 
 import results
+from peers import PEERS, interpreter_of
 
 SHAPES = {"small": (16, 128), "large": (64, 128)}  # environments, steps
 
@@ -55,6 +56,14 @@ def ours(script, **fields):
         state, *_ = jax.block_until_ready(compiled_updates(script.update, state, env, updates))
         return updates * config.steps_per_update * config.num_seeds
 
+    def floor():
+        from floor import floor_of
+
+        found = floor_of(script.update, state, env)
+        steps = config.steps_per_update * config.num_seeds
+        return found | {"steps_per_second": steps / found["seconds"]}
+
+    run.floor = floor
     return run
 
 
@@ -198,41 +207,147 @@ def sbx_sac(width):
     return run
 
 
-SYSTEMS = {  # name: (interpreter, maker of a run function, updates per round)
-    "rppo gru shared torso, 16 x 128": ("ours", lambda: ours_recurrent("small", True), 10),
-    "rppo gru two torsos, 16 x 128": ("ours", lambda: ours_recurrent("small", False), 10),
-    "memorax PPO gru (two torsos), 16 x 128": ("memorax", lambda: memorax_ppo("small"), 10),
-    "rppo gru shared torso, 64 x 128": ("ours", lambda: ours_recurrent("large", True), 5),
-    "rppo gru two torsos, 64 x 128": ("ours", lambda: ours_recurrent("large", False), 5),
-    "memorax PPO gru (two torsos), 64 x 128": ("memorax", lambda: memorax_ppo("large"), 5),
-    "rppo slstm shared torso, 64 x 128": (
+def sb3_recurrent_ppo(shape):
+    from sb3_contrib import RecurrentPPO
+    from stable_baselines3.common.env_util import make_vec_env
+
+    num_envs, num_steps = SHAPES[shape]
+    network = {"lstm_hidden_size": 128, "net_arch": [], "enable_critic_lstm": True}
+    agent = RecurrentPPO(
+        "MlpLstmPolicy",
+        make_vec_env("CartPole-v1", num_envs),
+        n_steps=num_steps,
+        batch_size=num_envs * num_steps // 4,
+        n_epochs=4,
+        learning_rate=1e-3,
+        policy_kwargs=network,
+    )
+
+    def run(updates):
+        steps = max(updates, 1) * num_envs * num_steps
+        agent.learn(steps, reset_num_timesteps=False)
+        return updates * num_envs * num_steps
+
+    return run
+
+
+class System(NamedTuple):
+    """What takes part.
+
+    Attributes:
+      library: "ours", or one of `PEERS`.
+      make_run: () -> a function that trains for so many updates and returns the number of steps.
+      updates: of a round.
+      against: of a peer, the system of ours that does the same.
+    """
+
+    library: str
+    make_run: Any
+    updates: int
+    against: str = ""
+
+
+SYSTEMS = {
+    "rppo gru shared torso, 16 x 128": System("ours", lambda: ours_recurrent("small", True), 10),
+    "rppo gru two torsos, 16 x 128": System("ours", lambda: ours_recurrent("small", False), 10),
+    "memorax PPO gru (two torsos), 16 x 128": System(
+        "memorax",
+        lambda: memorax_ppo("small"),
+        10,
+        "rppo gru two torsos, 16 x 128",
+    ),
+    "rppo lstm two torsos, 16 x 128": System(
+        "ours",
+        lambda: ours_recurrent("small", False, "lstm"),
+        10,
+    ),
+    "sb3 RecurrentPPO lstm (two), 16 x 128": System(
+        "sb3",
+        lambda: sb3_recurrent_ppo("small"),
+        1,
+        "rppo lstm two torsos, 16 x 128",
+    ),
+    "rppo gru shared torso, 64 x 128": System("ours", lambda: ours_recurrent("large", True), 5),
+    "rppo gru two torsos, 64 x 128": System("ours", lambda: ours_recurrent("large", False), 5),
+    "memorax PPO gru (two torsos), 64 x 128": System(
+        "memorax",
+        lambda: memorax_ppo("large"),
+        5,
+        "rppo gru two torsos, 64 x 128",
+    ),
+    "rppo slstm shared torso, 64 x 128": System(
         "ours",
         lambda: ours_recurrent("large", True, "slstm"),
         3,
     ),
-    "ppo, 32 x 64, 16 minibatches": ("ours", lambda: ours_feedforward("ppo"), 100),
-    "rejax PPO, 32 x 64, 16 minibatches": ("rejax", lambda: rejax_on_policy("ppo"), 100),
-    "pqn, 32 x 64, 16 minibatches": ("ours", lambda: ours_feedforward("pqn"), 100),
-    "rejax PQN, 32 x 64, 16 minibatches": ("rejax", lambda: rejax_on_policy("pqn"), 100),
-    "dqn, 10 environments, batch 128": (
+    "ppo, 32 x 64, 16 minibatches": System("ours", lambda: ours_feedforward("ppo"), 100),
+    "rejax PPO, 32 x 64, 16 minibatches": System(
+        "rejax",
+        lambda: rejax_on_policy("ppo"),
+        100,
+        "ppo, 32 x 64, 16 minibatches",
+    ),
+    "pqn, 32 x 64, 16 minibatches": System("ours", lambda: ours_feedforward("pqn"), 100),
+    "rejax PQN, 32 x 64, 16 minibatches": System(
+        "rejax",
+        lambda: rejax_on_policy("pqn"),
+        100,
+        "pqn, 32 x 64, 16 minibatches",
+    ),
+    "dqn, 10 environments, batch 128": System(
         "ours",
         lambda: ours_off_policy("dqn", 10, 128, 64),
         10_000,
     ),
-    "rejax DQN, 10 environments, batch 128": ("rejax", rejax_dqn, 10_000),
-    "sac, batch 256, two layers of 64": ("ours", lambda: ours_off_policy("sac", 1, 256, 64), 2_000),
-    "rejax SAC, batch 256, two layers of 64": ("rejax", lambda: rejax_sac(64), 2_000),
-    "sbx SAC, batch 256, two layers of 64": ("sbx", lambda: sbx_sac(64), 500),
-    "sac, batch 256, two layers of 256": ("ours", lambda: ours_off_policy("sac", 1, 256, 256), 500),
-    "rejax SAC, batch 256, two layers of 256": ("rejax", lambda: rejax_sac(256), 500),
-    "sbx SAC, batch 256, two layers of 256": ("sbx", lambda: sbx_sac(256), 500),
+    "rejax DQN, 10 environments, batch 128": System(
+        "rejax",
+        rejax_dqn,
+        10_000,
+        "dqn, 10 environments, batch 128",
+    ),
+    "sac, batch 256, two layers of 64": System(
+        "ours",
+        lambda: ours_off_policy("sac", 1, 256, 64),
+        2_000,
+    ),
+    "rejax SAC, batch 256, two layers of 64": System(
+        "rejax",
+        lambda: rejax_sac(64),
+        2_000,
+        "sac, batch 256, two layers of 64",
+    ),
+    "sbx SAC, batch 256, two layers of 64": System(
+        "sbx",
+        lambda: sbx_sac(64),
+        500,
+        "sac, batch 256, two layers of 64",
+    ),
+    "sac, batch 256, two layers of 256": System(
+        "ours",
+        lambda: ours_off_policy("sac", 1, 256, 256),
+        500,
+    ),
+    "rejax SAC, batch 256, two layers of 256": System(
+        "rejax",
+        lambda: rejax_sac(256),
+        500,
+        "sac, batch 256, two layers of 256",
+    ),
+    "sbx SAC, batch 256, two layers of 256": System(
+        "sbx",
+        lambda: sbx_sac(256),
+        500,
+        "sac, batch 256, two layers of 256",
+    ),
 }
 
 
 def worker(name):
     """Compile, then run one round per line of standard input."""
-    _, make_run, updates = SYSTEMS[name]
-    timed_rounds(make_run, updates)
+    system = SYSTEMS[name]
+    run = timed_rounds(system.make_run, system.updates)
+    if system.library == "ours":
+        print(json.dumps({"floor": run.floor()}), flush=True)
 
 
 def timed_rounds(make_run, updates):
@@ -246,10 +361,13 @@ def timed_rounds(make_run, updates):
     about = {"compile": seconds[0] - seconds[2]} | results.environment()
     print(json.dumps(about), flush=True)
     run(updates)
-    for _ in sys.stdin:
+    while sys.stdin.readline().strip() == "go":
         start = time.perf_counter()
         steps = run(updates)
-        print(json.dumps({"sps": steps / (time.perf_counter() - start)}), flush=True)
+        speed = steps / (time.perf_counter() - start)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of Linux' KiB
+        print(json.dumps({"sps": speed, "peak_mib": peak}), flush=True)
+    return run
 
 
 def take_turns(commands: dict, rounds: int):
@@ -259,10 +377,11 @@ def take_turns(commands: dict, rounds: int):
       commands: name -> the command of a process that calls `timed_rounds`.
 
     Returns:
-      What each process says of itself when it has compiled, and its speed in every round, by name.
+      What each process says of itself, when it has compiled and at the end, and its speed in every
+      round, by name.
     """
     workers = {}
-    started = {}
+    about = {}
     for name, command in commands.items():
         workers[name] = subprocess.Popen(
             command,
@@ -271,17 +390,19 @@ def take_turns(commands: dict, rounds: int):
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        started[name] = json.loads(workers[name].stdout.readline())
+        about[name] = json.loads(workers[name].stdout.readline())
     speeds = {name: [] for name in workers}
     for _ in range(rounds):
         for name, process in workers.items():
             process.stdin.write("go\n")
             process.stdin.flush()
-            speeds[name].append(json.loads(process.stdout.readline())["sps"])
-    for process in workers.values():
-        process.stdin.close()
-        process.wait()
-    return started, speeds
+            told = json.loads(process.stdout.readline())
+            speeds[name].append(told.pop("sps"))
+            about[name] |= told
+    for name, process in workers.items():
+        rest, _ = process.communicate()  # one after the other: what they do now is measured, too
+        about[name] |= json.loads(rest or "{}")
+    return about, speeds
 
 
 def report_grid(rounds):
@@ -318,26 +439,37 @@ def report_grid(rounds):
     results.record(f"sac-grid/{device}", values, results.this_command())
 
 
-def record(system, speeds, started):
+def paired(own, others):
+    """The ratio of two systems' speeds, round by round: its median, least and greatest."""
+    ratios = [a / b for a, b in zip(own, others, strict=True)]
+    return [round(f(ratios), 3) for f in (statistics.median, min, max)]
+
+
+def record(name, speeds, about):
     """Write the result file of a system; machine and versions are those of its own process."""
+    own = SYSTEMS[name]
     values = {
-        "system": system,
-        "steps_per_second": round(statistics.median(speeds)),
-        "lowest": round(min(speeds)),
-        "highest": round(max(speeds)),
-        "rounds": len(speeds),
-        "compile_seconds": round(started["compile"], 2),
+        "system": name,
+        "steps_per_second": round(statistics.median(speeds[name])),
+        "lowest": round(min(speeds[name])),
+        "highest": round(max(speeds[name])),
+        "rounds": len(speeds[name]),
+        "compile_seconds": round(about["compile"], 2),
+        "peak_mib": round(about["peak_mib"]),
+        "floor": about.get("floor"),
+        "ours_over_this": paired(speeds[own.against], speeds[name]) if own.against else None,
     }
-    name = f"throughput/{results.folder(started['machine'])}/{results.slug(system)}"
-    own = {key: started[key] for key in ("machine", "versions")}
-    results.record(name, values, results.this_command(), **own)
+    path = f"throughput/{results.folder(about['machine'])}/{results.slug(name)}"
+    provenance = {key: about[key] for key in ("machine", "versions")}
+    results.record(path, values, results.this_command(), **provenance)
+    return values
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peer", nargs=2, action="append", default=[], metavar=("NAME", "PYTHON"))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="only systems whose name contains this")
     parser.add_argument(
@@ -350,21 +482,37 @@ def main():
     if args.worker:
         return worker(args.worker)
 
-    interpreters = {"ours": sys.executable} | dict(args.peer)
+    chosen = [name for name, own in SYSTEMS.items() if own.library in ("ours", *args.peers)]
+    chosen = [name for name in chosen if args.only in name]
+    # A peer is measured against a system of ours, which then takes part as well.
+    needed = {SYSTEMS[name].against for name in chosen}
+    chosen = [name for name in SYSTEMS if name in chosen or name in needed]
+    interpreters = {"ours": sys.executable}
+    for name in chosen:
+        library = SYSTEMS[name].library
+        if library not in interpreters:
+            interpreters[library] = str(interpreter_of(library))
     commands = {
-        name: [interpreters[kind], __file__, "--worker", name]
-        for name, (kind, _, _) in SYSTEMS.items()
-        if kind in interpreters and args.only in name
+        name: [interpreters[SYSTEMS[name].library], __file__, "--worker", name] for name in chosen
     }
-    started, speeds = take_turns(commands, args.rounds)
-    print(
-        f"{'system':<42}{'steps/s (median)':>18}{'min':>12}{'max':>12}{'compile s':>12}{'JAX':>10}"
-    )
-    for name, values in speeds.items():
-        median = statistics.median(values)
-        start = f"{started[name]['compile']:>12.1f}{started[name]['versions']['jax']:>10}"
-        print(f"{name:<42}{median:>18,.0f}{min(values):>12,.0f}{max(values):>12,.0f}{start}")
-        record(name, values, started[name])
+    about, speeds = take_turns(commands, args.rounds)
+    head = ("system", "steps/s", "min", "max", "ours/this", "of floor", "compile s", "MiB")
+    print(f"{head[0]:<42}" + "".join(f"{word:>11}" for word in head[1:]))
+    for name in chosen:
+        values = record(name, speeds, about[name])
+        ratio = values["ours_over_this"]
+        floor = values["floor"]
+        speed = values["steps_per_second"]
+        cells = [
+            f"{speed:,}",
+            f"{values['lowest']:,}",
+            f"{values['highest']:,}",
+            f"{ratio[0]:.2f}" if ratio else "",
+            f"{speed / floor['steps_per_second']:.0%}" if floor else "",
+            f"{values['compile_seconds']:.1f}",
+            f"{values['peak_mib']:,}",
+        ]
+        print(f"{name:<42}" + "".join(f"{cell:>11}" for cell in cells))
 
 
 if __name__ == "__main__":

@@ -240,3 +240,38 @@ def test_learning_trains_what_is_missing_and_records_it(monkeypatch, tmp_path):
     shutil.rmtree(agent.run_dir)
     learning.main()  # it is done: nothing is trained
     assert not agent.run_dir.exists()
+
+
+def test_products_of_a_program_are_counted_as_often_as_they_run():
+    import floor
+    import jax
+    import jax.numpy as jnp
+
+    def program(x, w):
+        def step(x, _):
+            return jnp.tanh(x @ w), None
+
+        x, _ = jax.lax.scan(step, x, length=5)
+        x = jax.lax.cond(x.sum() > 0, lambda x: x @ w @ w, lambda x: x, x)
+        return jax.jit(lambda x: (x @ w.T).sum())(x)
+
+    traced = jax.make_jaxpr(jax.vmap(program, in_axes=(0, None)))(
+        jnp.ones((3, 2, 4)), jnp.ones((4, 4))
+    )
+    products = floor.products_of(traced.jaxpr)
+    assert sum(products.values()) == 5 + 2 + 1
+    assert floor.flops_of(products) == (5 + 2 + 1) * 2 * (3 * 2) * 4 * 4
+    kind = ((3, 2, 4), (4, 7), (((2,), (0,)), ((), ())))
+    assert floor.flops_of_one(*kind) == 2 * 3 * 2 * 4 * 7
+    assert floor.bytes_of_one(*kind) == 4 * (3 * 2 * 4 + 4 * 7 + 3 * 2 * 7)
+    kind = ((5, 3, 2), (5, 2, 4), (((2,), (1,)), ((0,), (0,))))
+    assert floor.flops_of_one(*kind) == 2 * 5 * 3 * 2 * 4
+
+
+def test_ratios_are_paired_by_round():
+    import throughput
+
+    assert throughput.paired([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == [2.0, 1.0, 3.0]
+    for system in throughput.SYSTEMS.values():
+        assert (system.library == "ours") == (not system.against)
+        assert system.library == "ours" or throughput.SYSTEMS[system.against].library == "ours"
