@@ -30,16 +30,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from envs import (
-    Discrete,
-    Episodes,
-    make,
-    make_asymmetric,
-    only_valid,
-    play,
-    seen_by,
-    without_mask,
-)
+from envs import Discrete, Episodes, make, make_asymmetric, only_valid, play, seen_by, without_mask
 from experiment import (
     Experiment,
     Options,
