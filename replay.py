@@ -78,6 +78,16 @@ class ItemReplay:
     batch_size: int  # B
     n_step: int = 1  # n, consecutive items of an environment that are drawn together
 
+    @classmethod
+    def of(cls, config):
+        """The replay of a script's config."""
+        return cls(
+            num_envs=config.num_envs,
+            buffer_size=config.buffer_size,
+            batch_size=config.batch_size,
+            n_step=config.n_step,
+        )
+
     @property
     def _buffer(self):
         return make_buffer(self.num_envs, self.buffer_size // self.num_envs, needed=self.n_step)
@@ -228,6 +238,18 @@ class SequenceReplay:
     prioritized: bool = False
     priority_exponent: float = 0.9  # 0: all sequences are equally likely
     importance_exponent: float = 0.6  # 0: all weights are 1
+
+    @classmethod
+    def of(cls, config, **options):
+        """The replay of a script's config, whose sequences begin with `burn_in` steps."""
+        return cls(
+            num_envs=config.num_envs,
+            num_steps=config.num_steps,
+            buffer_size=config.buffer_size,
+            batch_size=config.batch_size,
+            length=config.burn_in + config.sequence_length,
+            **options,
+        )
 
     @property
     def _chunks(self):

@@ -160,12 +160,7 @@ class Transition(NamedTuple):
 
 
 def make_replay(config: Config):
-    return ItemReplay(
-        buffer_size=config.buffer_size,
-        batch_size=config.batch_size,
-        num_envs=config.num_envs,
-        n_step=config.n_step,
-    )
+    return ItemReplay.of(config)
 
 
 # --- Mathematics ---------------------------------------------------------------------------------
@@ -231,8 +226,10 @@ def rollout(state, env):
         return state, (transition, info)
 
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
-    metrics = episode_metrics(info["episode_done"], info["episode_return"], info["episode_length"])
-    metrics["charts/epsilon"] = epsilon(state.updates, config)
+    metrics = {
+        "charts/epsilon": epsilon(state.updates, config),
+        **episode_metrics(info["episode_done"], info["episode_return"], info["episode_length"]),
+    }
     buffer = make_replay(config).add(state.buffer, batch)
     return state.replace(buffer=buffer, updates=state.updates + 1), metrics
 

@@ -54,7 +54,7 @@ from experiment import (
     vmap_seeds,
 )
 from fast import Conv, Dense, flatten_small
-from memory_cells import CELLS, MaskedRNN, make_cell
+from memory_cells import CELLS, MaskedRNN, as_sequence, make_cell
 from replay import SequenceReplay, Transition, blank_step, mean_of_steps, n_step_targets
 
 
@@ -208,20 +208,21 @@ class ActorCritic(nn.Module):
     def values(self, features, action):
         """Features (..., size), action (..., A) -> Q_1 and Q_2 (2, ...)."""
         x = jnp.concatenate([features, action], axis=-1)
-        return self.critic_heads(jnp.broadcast_to(x, (2, *x.shape)))[..., 0]  # copies are faster
+        copies = jnp.broadcast_to(x, (2, *x.shape))  # faster than sharing
+        return self.critic_heads(copies)[..., 0]
 
     def __call__(self, carry, inputs, start):
         """One step: Inputs (N, ...), start (N,) -> carry, policy, values of its mean (2, N)."""
-        sequence = jax.tree.map(lambda x: x[None], inputs)
-        carry, features, critic_features = self.read(carry, sequence, start[None])
+        sequence = as_sequence((inputs, start))
+        carry, features, critic_features = self.read(carry, *sequence)
         policy = self.policy(features[0])
         return carry, policy, self.values(critic_features[0], policy[0])
 
     def act(self, carry, inputs, start):
         """One step of the actor: Inputs (N, ...), start (N,) -> carry, policy."""
         torso = self.critic_torso if self.config.shared_torso else self.actor_torso
-        sequence = jax.tree.map(lambda x: x[None], inputs)
-        carry, features = torso(carry[0], sequence, start[None], burn_in=0)
+        sequence = as_sequence((inputs, start))
+        carry, features = torso(carry[0], *sequence, burn_in=0)
         return (carry,), self.policy(features[0])
 
     @nn.nowrap
@@ -258,20 +259,14 @@ class State(struct.PyTreeNode):
 
 
 def make_replay(config: Config):
-    return SequenceReplay(
-        buffer_size=config.buffer_size,
-        batch_size=config.batch_size,
-        num_envs=config.num_envs,
-        num_steps=config.num_steps,
-        length=config.burn_in + config.sequence_length,
-    )
+    return SequenceReplay.of(config)
 
 
 # --- Mathematics ---------------------------------------------------------------------------------
 def squashed_normal(noise, policy, space):
     """An action from standard normal noise: action (..., A) and its log-probability (...)."""
     mean, log_std = policy
-    scale = 0.5 * (space.high - space.low) * np.ones(space.shape)
+    scale = space.half_width
     u = mean + jnp.exp(log_std) * noise
     action = space.low + scale * (1.0 + jnp.tanh(u))
     log_normal = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi)
@@ -313,8 +308,7 @@ def sac_loss(params, target_params, network, sample, key):
 
     # L_alpha; the target entropy is that of actions in the bounds of the environment
     entropy = -jax.lax.stop_gradient(log_prob)[:-1]
-    log_scale = np.log(0.5 * (space.high - space.low)) * np.ones(space.shape)
-    target_entropy = np.sum(config.target_entropy + log_scale)
+    target_entropy = np.sum(config.target_entropy + np.log(space.half_width))
     excess = mean_of_steps(entropy - target_entropy, is_step)
     alpha_loss = config.autotune * params["params"]["log_alpha"] * excess
 

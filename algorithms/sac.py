@@ -166,7 +166,8 @@ class ActorCritic(nn.Module):
     def values(self, features, action):
         """Features (..., size), action (..., A) -> Q_1 and Q_2 (2, ...)."""
         x = jnp.concatenate([features, action], axis=-1)
-        return self.critic_heads(jnp.broadcast_to(x, (2, *x.shape)))[..., 0]  # copies are faster
+        copies = jnp.broadcast_to(x, (2, *x.shape))  # faster than sharing
+        return self.critic_heads(copies)[..., 0]
 
     def __call__(self, obs):
         """Observations (B, ...) -> policy, values of its mean (2, B)."""
@@ -212,19 +213,14 @@ class Transition(NamedTuple):
 
 
 def make_replay(config: Config):
-    return ItemReplay(
-        buffer_size=config.buffer_size,
-        batch_size=config.batch_size,
-        num_envs=config.num_envs,
-        n_step=config.n_step,
-    )
+    return ItemReplay.of(config)
 
 
 # --- Mathematics ---------------------------------------------------------------------------------
 def squashed_normal(noise, policy, space):
     """An action from standard normal noise: action (..., A) and its log-probability (...)."""
     mean, log_std = policy
-    scale = 0.5 * (space.high - space.low) * np.ones(space.shape)
+    scale = space.half_width
     u = mean + jnp.exp(log_std) * noise
     action = space.low + scale * (1.0 + jnp.tanh(u))
     log_normal = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi)
@@ -263,8 +259,7 @@ def sac_loss(params, target_params, network, sample, key):
 
     # L_alpha; the target entropy is that of actions in the bounds of the environment
     entropy = -jax.lax.stop_gradient(log_prob).mean()
-    log_scale = np.log(0.5 * (space.high - space.low)) * np.ones(space.shape)
-    target_entropy = np.sum(config.target_entropy + log_scale)
+    target_entropy = np.sum(config.target_entropy + np.log(space.half_width))
     alpha_loss = config.autotune * params["params"]["log_alpha"] * (entropy - target_entropy)
 
     return td_loss + actor_loss + alpha_loss, {

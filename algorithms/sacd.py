@@ -221,12 +221,7 @@ class Transition(NamedTuple):
 
 
 def make_replay(config: Config):
-    return ItemReplay(
-        buffer_size=config.buffer_size,
-        batch_size=config.batch_size,
-        num_envs=config.num_envs,
-        n_step=config.n_step,
-    )
+    return ItemReplay.of(config)
 
 
 # --- Mathematics ---------------------------------------------------------------------------------
