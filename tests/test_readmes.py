@@ -127,16 +127,22 @@ def stop_after(parse):
     return wrapper
 
 
+def passes_on(path):
+    """Whether a script gives the options that are not its own to another one."""
+    return "parse_known_args(" in path.read_text()
+
+
 def start(path, args):
     """Start a script until it has parsed its command line: whether it could, what it printed."""
-    if not re.search(r"parse_args\(|launch\(|tyro\.cli\(", path.read_text()):
+    if not re.search(r"parse_args\(|parse_known_args\(|launch\(|tyro\.cli\(", path.read_text()):
         return not args, "it takes no options"
+    parse = "parse_known_args" if passes_on(path) else "parse_args"
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
         patch.setattr(sys, "argv", [str(path), *args])
         patch.setattr(tyro, "cli", stop_after(tyro.cli))
-        patch.setattr(ArgumentParser, "parse_args", stop_after(ArgumentParser.parse_args))
+        patch.setattr(ArgumentParser, parse, stop_after(getattr(ArgumentParser, parse)))
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             try:
                 runpy.run_path(str(path), run_name="__main__")
@@ -211,7 +217,8 @@ def simple_commands(line):
 def problem_of_script(path, args):
     """What a script says against its arguments; where ... is among them, only against options."""
     if "..." in args or path.parent != ALGORITHMS:  # argparse would take shortened ones
-        problem = unknown_options(args, options_of(path))
+        others = options_of_any_script() if passes_on(path) else set()
+        problem = unknown_options(args, options_of(path) | others)
         if problem or "..." in args:
             return problem
     is_valid, output = try_arguments(path, tuple(args))
