@@ -592,6 +592,12 @@ def report(command, study, folder: Path) -> None:
     refused = sum("refused" in trial.user_attrs for trial in pruned)
     best = sorted(finished, key=lambda trial: trial.value, reverse=True)
     counts = f"{len(finished)} complete, {len(pruned) - refused} pruned, {refused} refused"
+    others = {
+        trial.user_attrs.get("run") for trial in study.trials if trial.state != TrialState.FAIL
+    }
+    failed = [trial.user_attrs.get("run") for trial in study.get_trials(states=[TrialState.FAIL])]
+    if lost := {run for run in failed if run} - others:  # the rest was interrupted and repeated
+        counts += f", {len(lost)} failed"
     print(f"{folder}: {counts}")
     if not best:
         return

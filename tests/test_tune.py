@@ -112,6 +112,12 @@ def test_scripts_are_named_and_memories_belong_to_those_that_have_them():
         read("--search", "cell choice gru s5", script="ppo.py")
 
 
+def test_without_optuna_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UsageError, match="tune.py needs optuna, .*: pip install optuna"):
+        read("--search", LEARNING_RATE)
+
+
 def test_no_seed_of_a_result_is_one_that_chooses():
     files = (results.RESULTS / "learning").glob("*.json")
     seeds = [json.loads(file.read_text())["values"]["num_seeds"] for file in files]
@@ -200,6 +206,11 @@ def test_a_trial_that_fails_is_named_with_its_log(training, capsys):
     assert trial.state == optuna.trial.TrialState.FAIL
     assert "failed with exit code 1" in (said := capsys.readouterr().out)
     assert "no more memory" in said and ".log" in said
+    study = SimpleNamespace(
+        trials=[trial], get_trials=lambda states: [trial] * (trial.state in states)
+    )
+    tune.report(SimpleNamespace(objective="mean"), study, "runs/tune/mine")
+    assert "0 complete, 0 pruned, 0 refused, 1 failed" in capsys.readouterr().out
 
 
 # --- A study --------------------------------------------------------------------------------------
