@@ -36,7 +36,7 @@ import optax
 from flax import struct
 from jax.scipy.stats import norm
 
-from envs import Box, Episodes, make, play
+from envs import Box, Episodes, each_part, make, play
 from experiment import (
     Experiment,
     Options,
@@ -114,6 +114,7 @@ def dense(features, scale=2**0.5):
     return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
 
 
+@each_part
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs

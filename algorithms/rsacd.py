@@ -13,7 +13,8 @@ each of which trains its own parameters only:
 with sums over all actions b instead of SAC's samples. Q' is the target network, a copy of Q that
 follows it slowly. The smaller of two estimates counteracts overestimation (Fujimoto et al. 2018,
 arXiv 1802.09477). Where an episode was truncated, s' is the observation that the time limit cut
-off, not the first of the next episode.
+off, not the first of the next episode. Of actions with several parts, pi is the product over these
+and Q the sum, as in DecQN (Seyde et al. 2023, arXiv 2210.12566): sums over b add up parts.
 
 Here s is the state of two memories that have read the episode so far, the actor's and the
 critic's (Ni et al. 2022, arXiv 2110.05038). Minibatches are sequences of steps, with the carry that
@@ -39,12 +40,13 @@ from flax import struct
 from envs import (
     Discrete,
     Episodes,
+    MultiDiscrete,
+    each_part,
     greatest_entropy,
     make,
     only_valid,
     play,
     random_valid,
-    without_mask,
 )
 from experiment import (
     Experiment,
@@ -115,7 +117,7 @@ class Config(Experiment):
         return MaskedRNN(cell)
 
     def __post_init__(self):
-        check_config(self, Discrete)
+        check_config(self, Discrete, MultiDiscrete)
         self.make_memory()
 
 
@@ -124,9 +126,9 @@ def dense(features, scale=2**0.5):
     return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
 
 
+@each_part
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
-    obs = without_mask(obs)
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
     if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
         layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
@@ -149,13 +151,13 @@ class Torso(nn.Module):
     """Inputs (T, N, ...) to the features (T - burn_in, N, hidden_size) of policy or values."""
 
     config: Config
-    num_actions: int
+    action_space: Discrete | MultiDiscrete
 
     @nn.compact
     def __call__(self, carry, inputs, starts, burn_in):
         config = self.config
         # Nothing precedes an episode's first step: what the last episode ended with is hidden.
-        action = nn.one_hot(inputs.action, self.num_actions) * config.prev_action
+        action = self.action_space.one_hot(inputs.action) * config.prev_action
         reward = inputs.reward[..., None] * config.prev_reward
         previous = jnp.where(starts[..., None], 0.0, jnp.concatenate([action, reward], axis=-1))
         x = jnp.concatenate([encode(inputs.obs, num_axes=2), previous], axis=-1)
@@ -181,15 +183,15 @@ class ActorCritic(nn.Module):
     """Policy, two estimates of the values, and the logarithm of alpha."""
 
     config: Config
-    num_actions: int
+    action_space: Discrete | MultiDiscrete
 
     def setup(self):
         config = self.config
-        self.actor_torso = Torso(config, self.num_actions)
-        self.critic_torso = Torso(config, self.num_actions)
-        self.actor_head = Head(config, self.num_actions, scale=0.01)
+        self.actor_torso = Torso(config, self.action_space)
+        self.critic_torso = Torso(config, self.action_space)
+        self.actor_head = Head(config, self.action_space.num_outputs, scale=0.01)
         twins = nn.vmap(Head, {"params": 0}, {"params": True}, axis_size=2)
-        self.critic_heads = twins(config, self.num_actions, scale=1.0)
+        self.critic_heads = twins(config, self.action_space.num_outputs, scale=1.0)
         self.log_alpha = self.param("log_alpha", nn.initializers.constant(np.log(config.alpha)), ())
 
     def read(self, carry, inputs, starts, burn_in=0):
@@ -202,12 +204,12 @@ class ActorCritic(nn.Module):
 
     def policy(self, features, obs):
         """Features (..., size) of observations (..., *obs_shape) -> logits (..., num_actions)."""
-        return only_valid(self.actor_head(features), obs)
+        return only_valid(self.action_space.logits(self.actor_head(features)), obs)
 
     def values(self, features):
         """Features (..., size) -> Q_1 and Q_2 of all actions (2, ..., num_actions)."""
         copies = jnp.broadcast_to(features, (2, *features.shape))  # faster than sharing
-        return self.critic_heads(copies)
+        return self.action_space.values(self.critic_heads(copies))
 
     def __call__(self, carry, inputs, start):
         """One step: Inputs (N, ...), start (N,) -> carry, logits (N, A), values (2, N, A)."""
@@ -222,7 +224,7 @@ class ActorCritic(nn.Module):
 
 
 def make_network(config: Config, env):
-    return ActorCritic(config, env.action_space.n)
+    return ActorCritic(config, env.action_space)
 
 
 def make_optimizer(config: Config):
@@ -260,6 +262,7 @@ def make_replay(config: Config):
 def sacd_loss(params, target_params, network, sample):
     """L_Q + L_pi + L_alpha of the docstring over one minibatch, and their parts for the log."""
     config = network.config
+    space = network.action_space
     constant = jax.lax.stop_gradient(params)
     alpha = jnp.exp(constant["params"]["log_alpha"])
     sequence = (sample.carry, sample.batch.inputs, sample.batch.start, config.burn_in)
@@ -276,20 +279,20 @@ def sacd_loss(params, target_params, network, sample):
 
     # L_Q
     next_q = network.apply(target_params, target_features, method="values").min(axis=0)
-    next_value = jax.lax.stop_gradient(policy * (next_q - alpha * log_policy)).sum(axis=-1)[1:]
-    targets = rows.reward + config.gamma * jnp.where(rows.terminated, 0.0, next_value)
+    next_value = space.sum_actions(jax.lax.stop_gradient(policy * (next_q - alpha * log_policy)))
+    targets = rows.reward + config.gamma * jnp.where(rows.terminated, 0.0, next_value[1:])
     action = batch.action[None, ..., None]
-    q_value = jnp.take_along_axis(q_values, action, axis=-1)[:, :-1, :, 0]
+    q_value = space.sum_parts(jnp.take_along_axis(q_values, action, axis=-1)[:, :-1, ..., 0])
     td_loss = mean_of_steps(0.5 * ((q_value - targets) ** 2).sum(axis=0), is_step)
 
     # L_pi
     actor_q = jax.lax.stop_gradient(q_values).min(axis=0)
-    actor_loss = (policy * (alpha * log_policy - actor_q)).sum(axis=-1)
+    actor_loss = space.sum_actions(policy * (alpha * log_policy - actor_q))
     actor_loss = mean_of_steps(actor_loss[:-1], is_step)
 
     # L_alpha
-    entropy = -jax.lax.stop_gradient(policy * log_policy).sum(axis=-1)[:-1]
-    target_entropy = config.target_entropy_ratio * greatest_entropy(logits, rows.inputs.obs)
+    entropy = -space.sum_actions(jax.lax.stop_gradient(policy * log_policy))[:-1]
+    target_entropy = config.target_entropy_ratio * greatest_entropy(space, rows.inputs.obs)
     excess = mean_of_steps(entropy - target_entropy, is_step)
     alpha_loss = config.autotune * params["params"]["log_alpha"] * excess
 

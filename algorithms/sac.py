@@ -32,7 +32,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from envs import Box, Episodes, make, play
+from envs import Box, Episodes, each_part, make, play
 from experiment import (
     Experiment,
     Options,
@@ -98,6 +98,7 @@ def dense(features, scale=2**0.5):
     return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
 
 
+@each_part
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs

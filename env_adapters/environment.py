@@ -13,9 +13,13 @@ import numpy as np
 
 from env_adapters.task import (
     Box,
+    Discrete,
     MaskedObs,
     Task,
+    as_joint,
+    as_parts,
     cast,
+    first_of,
     scale,
     strong,
     unscale,
@@ -54,9 +58,12 @@ class Environment:
 
     Attributes:
       id: the name it was made with.
-      observation_space: a `Box`; observations are float32, or uint8 if they are images.
-      action_space: a `Box` or `Discrete`; actions outside a `Box` are clipped to it.
-      task_action_space: the same, or the task's own `Box` where `rescale_actions` has changed it.
+      observation_space: a `Box`; observations are float32, or uint8 if they are images. Where they
+        have parts, a dict or tuple of boxes, also nested; None for a part that `mask` hides.
+      action_space: a `Box`, `Discrete` or `MultiDiscrete`; actions outside a `Box` are clipped to
+        it, discrete ones count from 0.
+      task_action_space: the same, or the task's own, where these are in other units or count from
+        another number, or where `joint_actions` has made one action of several parts.
       max_steps: an upper bound of an episode's length.
       render: `EnvState.task` -> uint8 image (height, width, 3), outside of JAX; or None.
       has_action_mask: whether the task says which actions are valid.
@@ -152,21 +159,29 @@ class Environment:
     def to_task(self, action):
         """Actions of this environment, with any leading axes, as the task itself executes them.
 
-        They are clipped to its bounds, and in its units where `rescale_actions` has changed these.
+        They are clipped to its bounds, in its units, and count from its first number.
         """
         space = self.action_space
-        action = jnp.asarray(action, space.dtype)
-        if not isinstance(space, Box):
-            return action
-        action = jnp.clip(action, space.low, space.high)
         own = self._task.own_actions
-        return action if own is None else scale(action, own).astype(own.dtype)
+        action = jnp.asarray(action, space.dtype)
+        if isinstance(space, Box):
+            action = jnp.clip(action, space.low, space.high)
+            return action if own is None else scale(action, own).astype(own.dtype)
+        if own is None:
+            return action
+        is_joint = isinstance(space, Discrete) and own.shape
+        return first_of(own) + (as_parts(action, own) if is_joint else action)
 
     def from_task(self, action):
         """The inverse of `to_task`, for actions within bounds."""
-        own = self._task.own_actions
-        action = action if own is None else unscale(action, own)
-        return jnp.asarray(action, self.action_space.dtype)
+        space, own = self.action_space, self._task.own_actions
+        if isinstance(own, Box):
+            action = unscale(action, own)
+        elif own is not None:
+            action = action - first_of(own)
+            if isinstance(space, Discrete) and own.shape:
+                action = as_joint(action, own)
+        return jnp.asarray(action, space.dtype)
 
     def _cast_action(self, action):
         space = self.action_space
@@ -174,7 +189,7 @@ class Environment:
         return jnp.clip(action, space.low, space.high) if isinstance(space, Box) else action
 
     def _cast_obs(self, obs, task_state):
-        obs = strong(cast(obs, self._task.observation_space))
+        obs = jax.tree.map(strong, cast(obs, self._task.observation_space))
         if not self._task.action_mask:
             return obs
         return MaskedObs(obs, jnp.asarray(self._task.action_mask(task_state), bool))
@@ -326,7 +341,7 @@ class Moments(NamedTuple):
 class Statistics(NamedTuple):
     """What normalisation keeps; None for what is not normalised."""
 
-    obs: Moments | None  # of the observations returned so far
+    obs: Any  # Moments of the observations returned so far, with parts of each that is no image
     returns: Moments | None  # of `discounted` at every step so far
     discounted: jax.Array  # () float32, sum of the episode's past rewards, older ones discounted
 
@@ -340,6 +355,8 @@ class Preprocessed(Environment):
       rewards: reward / sqrt(var + 1e-8), with the variance of g, the discounted sum of past
         rewards: g <- gamma * g + reward;
     both clipped to [-10, 10], as in CleanRL and Engstrom et al. 2020, arXiv 2005.12729.
+
+    Of observations that have parts, images stay as they are.
 
     The statistics are part of the state and outlive episodes. Environments under
     `jax.vmap(env.step, axis_name="envs")`, and the same for `env.reset`, share their statistics;
@@ -370,7 +387,7 @@ class Preprocessed(Environment):
         """Statistics are fixed if they are given, and collected otherwise; `raw`: only collected.
 
         Raises:
-          ValueError: `observations` are to be normalised and they are images.
+          ValueError: `observations` are to be normalised and they are images only.
         """
         super().__init__(id, task)
         self._observations = observations
@@ -379,11 +396,14 @@ class Preprocessed(Environment):
         self._fixed = statistics
         self._is_raw = raw
         if observations:
-            if task.observation_space.dtype == np.uint8:
+            if all(map(is_image, jax.tree.leaves(task.observation_space))):
                 reason = "the networks divide them by 255"
                 raise ValueError(f"normalize_obs is not for images, which {id} has: {reason}")
             if not raw:
-                self.observation_space = Box(-10.0, 10.0, task.observation_space.shape)
+                self.observation_space = jax.tree.map(
+                    lambda part: part if is_image(part) else Box(-10.0, 10.0, part.shape),
+                    task.observation_space,
+                )
         if not raw and not statistics:
             self.raw = Preprocessed(id, task, observations, rewards, gamma, raw=True)
 
@@ -392,7 +412,7 @@ class Preprocessed(Environment):
         if self._fixed:
             return self._scale_obs(obs, self._fixed), state
         statistics = Statistics(
-            obs=Moments.init(self.observation_space.shape) if self._observations else None,
+            obs=self._no_moments() if self._observations else None,
             returns=Moments.init(()) if self._rewards else None,
             discounted=jnp.float32(0.0),
         )
@@ -445,10 +465,15 @@ class Preprocessed(Environment):
         """
         statistics = self._fixed or mean_over_envs(env_state.statistics)
 
+        moments = jax.tree_util.tree_leaves_with_path(statistics.obs, is_leaf=is_moments)
+        moments = dict(moments)  # by the place in the observation: () if it has no parts
+
         def scale_field(path, x):
-            field = getattr(path[-1], "name", None)
+            fields = [i for i, key in enumerate(path) if hasattr(key, "name")]
+            last = fields[-1] if fields else 0
+            field = getattr(path[last], "name", None)
             if field in ("obs", "next_obs"):
-                return self._scale_obs(x, statistics)
+                return scaled(x, moments.get(path[last + 1 :]))
             return self._scale_reward(x, statistics) if field == "reward" else x
 
         return jax.tree.map_with_path(scale_field, steps)
@@ -457,10 +482,22 @@ class Preprocessed(Environment):
         """Observations of `raw`, with any leading axes, as a learner reads them."""
         return self._scale_obs(obs, mean_over_envs(env_state.statistics))
 
+    def _no_moments(self):
+        def init(part):
+            return None if is_image(part) else Moments.init(part.shape)
+
+        return jax.tree.map(init, self._task.observation_space)
+
     def _count_obs(self, statistics, obs):
         if not self._observations:
             return statistics
-        return statistics._replace(obs=statistics.obs.update(without_mask(obs)))
+
+        def count(_, moments, x):
+            return moments and moments.update(x)
+
+        space = self._task.observation_space
+        moments = jax.tree.map(count, space, statistics.obs, without_mask(obs))
+        return statistics._replace(obs=moments)
 
     def _count_reward(self, statistics, reward, done):
         discounted = self._gamma * statistics.discounted + self._clip_reward(reward)
@@ -473,8 +510,12 @@ class Preprocessed(Environment):
             return obs
         if isinstance(obs, MaskedObs):
             return obs._replace(obs=self._scale_obs(obs.obs, statistics))
-        centred = obs - statistics.obs.mean
-        return jnp.clip(centred / jnp.sqrt(statistics.obs.var + 1e-8), -10.0, 10.0)
+        return jax.tree.map(
+            lambda _, x, moments: scaled(x, moments),
+            self._task.observation_space,
+            obs,
+            statistics.obs,
+        )
 
     def _clip_reward(self, reward):
         return jnp.clip(reward, -1.0, 1.0) if self._task.clip_reward else reward
@@ -484,6 +525,21 @@ class Preprocessed(Environment):
         if not self._rewards:
             return reward
         return jnp.clip(reward / jnp.sqrt(statistics.returns.var + 1e-8), -10.0, 10.0)
+
+
+def is_image(space: Box) -> bool:
+    return space.dtype == np.uint8
+
+
+def is_moments(x) -> bool:
+    return isinstance(x, Moments)
+
+
+def scaled(x, moments: Moments | None):
+    """x with mean 0 and variance 1, clipped; as it is without moments."""
+    if moments is None:
+        return x
+    return jnp.clip((x - moments.mean) / jnp.sqrt(moments.var + 1e-8), -10.0, 10.0)
 
 
 def mean_over_envs(statistics: Statistics) -> Statistics:
