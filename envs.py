@@ -26,8 +26,9 @@ From the command line:
 
 from env_adapters.environment import Environment, EnvState, Preprocessed
 from env_adapters.episodes import Episodes, Recording, play, record, write_gif
-from env_adapters.registry import NAMESPACES, full_id, known_ids, make
+from env_adapters.registry import NAMESPACES, full_id, known_ids, make, make_asymmetric
 from env_adapters.task import (
+    AsymmetricObs,
     Box,
     Discrete,
     MaskedObs,
@@ -37,11 +38,13 @@ from env_adapters.task import (
     greatest_entropy,
     only_valid,
     random_valid,
+    seen_by,
     without_mask,
 )
 
 __all__ = [
     "NAMESPACES",
+    "AsymmetricObs",
     "Box",
     "Discrete",
     "EnvState",
@@ -57,10 +60,12 @@ __all__ = [
     "greatest_entropy",
     "known_ids",
     "make",
+    "make_asymmetric",
     "only_valid",
     "play",
     "random_valid",
     "record",
+    "seen_by",
     "without_mask",
     "write_gif",
 ]

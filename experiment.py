@@ -25,6 +25,7 @@ import numpy as np
 from env_adapters.episodes import check_drawable, record, write_gif
 from env_adapters.registry import make
 from env_adapters.task import Box, Discrete, MultiDiscrete
+from env_adapters.wrappers import HIDING
 from harness.axes import mean_over_devices
 from harness.checkpoints import Checkpoints
 from harness.devices import (
@@ -79,6 +80,7 @@ __all__ = [
     "check_config",
     "compile_updates",
     "environment_steps",
+    "episode_metrics",
     "fill_buffer",
     "launch",
     "mean_over_devices",
@@ -171,6 +173,23 @@ def check_config(config, *actions, bounded: bool = False) -> None:
         advice = "; ppo_continuous.py needs none"
         needed = "this script needs continuous actions with bounds"
         raise ValueError(f"{needed}, those of {env.id} have none{advice}")
+    if getattr(config, "critic_obs", "same") == "full":
+        check_critic_obs(config, env)
+
+
+def check_critic_obs(config, env) -> None:
+    """Refuse a critic that is to see more, where it cannot or where there is nothing more to see.
+
+    Raises:
+      ValueError: says why.
+    """
+    if config.shared_torso:
+        reason = "a shared one would show the actor what only the critic may see"
+        raise ValueError(f"critic_obs full needs two torsos, leave out shared_torso: {reason}")
+    if not (env.hides or config.evaluate):  # acting does not need it
+        nothing = f"nothing of {env.id} is hidden from the actor"
+        ways = f"a mask, {', '.join(HIDING[:-1])} or {HIDING[-1]}"
+        raise ValueError(f"critic_obs full does nothing: {nothing}; hide something with {ways}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -217,6 +236,23 @@ def compiled_updates(update, state, env, num_updates):
 
     state, (sums, finite) = on_devices(run, parts)(state, num_updates)
     return state, sums, finite
+
+
+def episode_metrics(done, episode_return, episode_length) -> dict:
+    """What the episodes that end in a rollout add to an update's metrics.
+
+    They are sums: a report divides them by `charts/episodes`.
+
+    Args:
+      done: (T, N) bool, whether an episode ends with the step.
+      episode_return: (T, N) float32, of the episode up to this step.
+      episode_length: (T, N) int32, likewise.
+    """
+    return {
+        "charts/episodic_return": episode_return.sum(where=done),
+        "charts/episodic_length": episode_length.sum(where=done, dtype=jnp.float32),
+        "charts/episodes": done.sum(),
+    }
 
 
 def run_updates(update, state, env, num_updates: int):

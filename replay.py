@@ -6,7 +6,7 @@
     batch = replay.sample(buffer, key)
 
     replay = SequenceReplay(num_envs, num_steps, buffer_size, batch_size, length)
-    buffer = replay.init(carry, transition)            # of N environments: (N, ...)
+    buffer = replay.init(carry, blank_step(inputs, start))  # of N environments: (N, ...)
     buffer = replay.add(buffer, carry, transitions)    # the carry before T steps, and the steps
     carry, batch, weight, indices = replay.sample(buffer, key)
 
@@ -116,6 +116,19 @@ class Transition(NamedTuple):
     next_obs: jax.Array  # the true next observation, not the one after an auto-reset
     terminated: jax.Array  # bool, the task is over at next_obs, which is worth nothing
     done: jax.Array  # bool, terminated or truncated: obs[t + 1] begins another episode
+
+
+def blank_step(inputs, start) -> Transition:
+    """A step with the shapes and dtypes of those that begin with these inputs (N, ...)."""
+    return Transition(
+        inputs=inputs,
+        start=start,
+        action=inputs.action,
+        reward=inputs.reward,
+        next_obs=inputs.obs,
+        terminated=start,
+        done=start,
+    )
 
 
 class Chunk(NamedTuple):

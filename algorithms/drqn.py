@@ -41,6 +41,7 @@ from experiment import (
     Run,
     check_config,
     compile_updates,
+    episode_metrics,
     fill_buffer,
     launch,
     mean_over_devices,
@@ -51,7 +52,7 @@ from experiment import (
 )
 from fast import Conv, Dense, flatten_small
 from memory_cells import CELLS, MaskedRNN, make_cell
-from replay import SequenceReplay, Transition, mean_of_steps
+from replay import SequenceReplay, Transition, blank_step, mean_of_steps
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -311,13 +312,8 @@ def rollout(state, env):
         return state, (transition, info)
 
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
-    done = info["episode_done"]
-    metrics = {
-        "charts/epsilon": epsilon(state.updates, config),
-        "charts/episodic_return": info["episode_return"].sum(where=done),
-        "charts/episodic_length": info["episode_length"].sum(where=done, dtype=jnp.float32),
-        "charts/episodes": done.sum(),
-    }
+    metrics = episode_metrics(info["episode_done"], info["episode_return"], info["episode_length"])
+    metrics["charts/epsilon"] = epsilon(state.updates, config)
     buffer = make_replay(config).add(state.buffer, first_carry, batch)
     return state.replace(buffer=buffer, updates=state.updates + 1), metrics
 
@@ -370,20 +366,10 @@ def init(config: Config, key) -> State:
         reset_keys = jax.random.split(reset_key, config.num_envs)
         obs, env_state = jax.vmap(env.raw.reset, axis_name="envs")(reset_keys)
         no_action = jnp.zeros((config.num_envs, *env.action_space.shape), env.action_space.dtype)
-        no_reward = jnp.zeros(config.num_envs)
-        inputs = Inputs(obs, no_action, no_reward)
+        inputs = Inputs(obs, no_action, jnp.zeros(config.num_envs))
         start = jnp.ones(config.num_envs, bool)
         carry = network.initialize_carry(config.num_envs)
         params = network.init(network_key, carry, inputs, start, method="step")
-        transition = Transition(
-            inputs=inputs,
-            start=start,
-            action=no_action,
-            reward=no_reward,
-            next_obs=obs,
-            terminated=start,
-            done=start,
-        )
         return State(
             params=params,
             target_params=params,
@@ -392,7 +378,7 @@ def init(config: Config, key) -> State:
             carry=carry,
             inputs=inputs,
             start=start,
-            buffer=make_replay(config).init(carry, transition),
+            buffer=make_replay(config).init(carry, blank_step(inputs, start)),
             key=key,
             updates=jnp.int32(0),
             config=config,

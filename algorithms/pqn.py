@@ -34,6 +34,7 @@ from experiment import (
     Run,
     check_config,
     compile_updates,
+    episode_metrics,
     launch,
     mean_over_devices,
     report_chunks,
@@ -288,9 +289,7 @@ def update(state, env):
         "losses/first_q_error": parts["losses/first_q_error"][0, 0],
         "charts/epsilon": epsilon(state.updates, config),
         "charts/learning_rate": learning_rate,
-        "charts/episodic_return": batch.episode_return.sum(where=batch.done),
-        "charts/episodic_length": batch.episode_length.sum(where=batch.done, dtype=jnp.float32),
-        "charts/episodes": batch.done.sum(),
+        **episode_metrics(batch.done, batch.episode_return, batch.episode_length),
     }
     updates = state.updates + 1
     return state.replace(params=params, opt_state=opt_state, key=key, updates=updates), metrics

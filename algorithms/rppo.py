@@ -30,13 +30,24 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from envs import Discrete, Episodes, MultiDiscrete, each_part, make, only_valid, play
+from envs import (
+    Discrete,
+    Episodes,
+    MultiDiscrete,
+    each_part,
+    make,
+    make_asymmetric,
+    only_valid,
+    play,
+    seen_by,
+)
 from experiment import (
     Experiment,
     Options,
     Run,
     check_config,
     compile_updates,
+    episode_metrics,
     launch,
     mean_over_devices,
     report_chunks,
@@ -62,6 +73,7 @@ class Config(Experiment):
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # memories on top of each other
     shared_torso: bool = False  # actor and critic share everything but their heads
+    critic_obs: Literal["same", "full"] = "same"  # full: the critic sees what the actor does not
     prev_action: bool = True  # the memory reads the previous action
     prev_reward: bool = True  # the memory reads the previous reward
 
@@ -88,7 +100,8 @@ class Config(Experiment):
         return self.num_envs * self.num_steps
 
     def make_env(self):
-        return make(self.env, **{"mask": self.mask} | self.env_kwargs)
+        make_it = make_asymmetric if self.critic_obs == "full" else make
+        return make_it(self.env, **{"mask": self.mask} | self.env_kwargs)
 
     def make_memory(self):
         cell = make_cell(self.cell, self.hidden_size, self.num_layers, **self.cell_kwargs)
@@ -130,6 +143,7 @@ class Torso(nn.Module):
 
     config: Config
     action_space: Discrete | MultiDiscrete
+    reader: Literal["actor", "critic"]  # whose part of observations it reads
 
     @nn.compact
     def __call__(self, carry, inputs, starts):
@@ -138,7 +152,8 @@ class Torso(nn.Module):
         action = self.action_space.one_hot(inputs.action) * config.prev_action
         reward = inputs.reward[..., None] * config.prev_reward
         previous = jnp.where(starts[..., None], 0.0, jnp.concatenate([action, reward], axis=-1))
-        x = jnp.concatenate([encode(inputs.obs, num_axes=2), previous], axis=-1)
+        obs = encode(seen_by(self.reader, inputs.obs), num_axes=2)
+        x = jnp.concatenate([obs, previous], axis=-1)
         x = nn.tanh(dense(config.hidden_size)(x))
         carry, memory = config.make_memory()(carry, x, starts, bptt=config.bptt)
         return carry, x + memory  # skip connection: the memory need not store what x shows
@@ -152,7 +167,8 @@ class ActorCritic(nn.Module):
 
     def setup(self):
         num_torsos = 1 if self.config.shared_torso else 2
-        self.torsos = [Torso(self.config, self.action_space) for _ in range(num_torsos)]
+        readers = ("actor", "critic")[:num_torsos]
+        self.torsos = [Torso(self.config, self.action_space, reader) for reader in readers]
         self.actor_head = dense(self.action_space.num_outputs, scale=0.01)
         self.critic_head = dense(1, scale=1.0)
 
@@ -170,10 +186,16 @@ class ActorCritic(nn.Module):
         carry, logits, value = self(carry, sequence, start[None])
         return carry, logits[0], value[0]
 
+    def act(self, carry, inputs, start):
+        """One step of the actor: Inputs (N, ...), start (N,) -> carry, logits (N, num_actions)."""
+        sequence = jax.tree.map(lambda x: x[None], inputs)
+        carry, features = self.torsos[0](carry[0], sequence, start[None])
+        return (carry,), only_valid(self.actor_head(features[0]), inputs.obs)
+
     @nn.nowrap
-    def initialize_carry(self, num_envs):
+    def initialize_carry(self, num_envs, num_torsos=2):
         carry = self.config.make_memory().initialize_carry((num_envs, self.config.hidden_size))
-        return (carry,) if self.config.shared_torso else (carry, carry)
+        return (carry,) * (1 if self.config.shared_torso else num_torsos)
 
 
 def make_network(config: Config, env):
@@ -363,9 +385,7 @@ def update(state, env):
         "losses/first_ratio_error": parts["losses/first_ratio_error"][0, 0],
         "losses/explained_variance": 1.0 - (returns - batch.value).var() / (returns.var() + 1e-8),
         "charts/learning_rate": learning_rate,
-        "charts/episodic_return": batch.episode_return.sum(where=batch.done),
-        "charts/episodic_length": batch.episode_length.sum(where=batch.done, dtype=jnp.float32),
-        "charts/episodes": batch.done.sum(),
+        **episode_metrics(batch.done, batch.episode_return, batch.episode_length),
     }
     updates = state.updates + 1
     return state.replace(params=params, opt_state=opt_state, key=key, updates=updates), metrics
@@ -426,13 +446,14 @@ def evaluate(state: State, env, episodes: int, greedy=True, play=play) -> Episod
     def evaluate_seed(state):
         def policy(carry, obs, start, action, reward, key):
             inputs = Inputs(obs, action, reward)
-            carry, logits, _ = network.apply(state.params, carry, inputs, start, method="step")
+            carry, logits = network.apply(state.params, carry, inputs, start, method="act")
             draw = jax.random.categorical(key, logits)
             return carry, logits.argmax(axis=-1) if greedy else draw
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
         frozen = env.frozen(state.env_state)
-        return play(frozen, policy, network.initialize_carry, key, config.num_eval_envs, episodes)
+        initialize = partial(network.initialize_carry, num_torsos=1)  # the actor's
+        return play(frozen, policy, initialize, key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 

@@ -36,13 +36,14 @@ import optax
 from flax import struct
 from jax.scipy.stats import norm
 
-from envs import Box, Episodes, each_part, make, play
+from envs import Box, Episodes, each_part, make, make_asymmetric, play, seen_by
 from experiment import (
     Experiment,
     Options,
     Run,
     check_config,
     compile_updates,
+    episode_metrics,
     launch,
     mean_over_devices,
     report_chunks,
@@ -70,6 +71,7 @@ class Config(Experiment):
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # memories on top of each other
     shared_torso: bool = False  # actor and critic share everything but their heads
+    critic_obs: Literal["same", "full"] = "same"  # full: the critic sees what the actor does not
     prev_action: bool = True  # the memory reads the previous action
     prev_reward: bool = True  # the memory reads the previous reward
 
@@ -98,7 +100,8 @@ class Config(Experiment):
     def make_env(self):
         normalize = {"normalize_obs": self.normalize_obs, "normalize_reward": self.normalize_reward}
         options = {"mask": self.mask, "rescale_actions": True, "reward_gamma": self.gamma}
-        return make(self.env, **options | normalize | self.env_kwargs)
+        make_it = make_asymmetric if self.critic_obs == "full" else make
+        return make_it(self.env, **options | normalize | self.env_kwargs)
 
     def make_memory(self):
         cell = make_cell(self.cell, self.hidden_size, self.num_layers, **self.cell_kwargs)
@@ -139,6 +142,7 @@ class Torso(nn.Module):
     """Inputs (T, N, ...) to the features (T, N, hidden_size) that policy or value are read from."""
 
     config: Config
+    reader: Literal["actor", "critic"]  # whose part of observations it reads
 
     @nn.compact
     def __call__(self, carry, inputs, starts):
@@ -147,7 +151,8 @@ class Torso(nn.Module):
         action = jnp.clip(inputs.action, -1.0, 1.0) * config.prev_action  # as it was executed
         reward = inputs.reward[..., None] * config.prev_reward
         previous = jnp.where(starts[..., None], 0.0, jnp.concatenate([action, reward], axis=-1))
-        x = jnp.concatenate([encode(inputs.obs, num_axes=2), previous], axis=-1)
+        obs = encode(seen_by(self.reader, inputs.obs), num_axes=2)
+        x = jnp.concatenate([obs, previous], axis=-1)
         x = nn.tanh(dense(config.hidden_size)(x))
         carry, memory = config.make_memory()(carry, x, starts, bptt=config.bptt)
         return carry, x + memory  # skip connection: the memory need not store what x shows
@@ -161,7 +166,8 @@ class ActorCritic(nn.Module):
 
     def setup(self):
         num_torsos = 1 if self.config.shared_torso else 2
-        self.torsos = [Torso(self.config) for _ in range(num_torsos)]
+        readers = ("actor", "critic")[:num_torsos]
+        self.torsos = [Torso(self.config, reader) for reader in readers]
         self.actor_head = dense(self.num_actions, scale=0.01)
         self.log_std = self.param("log_std", nn.initializers.zeros, (self.num_actions,))
         self.critic_head = dense(1, scale=1.0)
@@ -181,10 +187,16 @@ class ActorCritic(nn.Module):
         carry, mean, std, value = self(carry, sequence, start[None])
         return carry, mean[0], std, value[0]
 
+    def act(self, carry, inputs, start):
+        """One step of the actor: Inputs (N, ...), start (N,) -> carry, mean (N, A), std (A,)."""
+        sequence = jax.tree.map(lambda x: x[None], inputs)
+        carry, features = self.torsos[0](carry[0], sequence, start[None])
+        return (carry,), self.actor_head(features[0]), jnp.exp(self.log_std)
+
     @nn.nowrap
-    def initialize_carry(self, num_envs):
+    def initialize_carry(self, num_envs, num_torsos=2):
         carry = self.config.make_memory().initialize_carry((num_envs, self.config.hidden_size))
-        return (carry,) if self.config.shared_torso else (carry, carry)
+        return (carry,) * (1 if self.config.shared_torso else num_torsos)
 
 
 def make_network(config: Config, env):
@@ -374,9 +386,7 @@ def update(state, env):
         "losses/first_ratio_error": parts["losses/first_ratio_error"][0, 0],
         "losses/explained_variance": 1.0 - (returns - batch.value).var() / (returns.var() + 1e-8),
         "charts/learning_rate": learning_rate,
-        "charts/episodic_return": batch.episode_return.sum(where=batch.done),
-        "charts/episodic_length": batch.episode_length.sum(where=batch.done, dtype=jnp.float32),
-        "charts/episodes": batch.done.sum(),
+        **episode_metrics(batch.done, batch.episode_return, batch.episode_length),
     }
     updates = state.updates + 1
     return state.replace(params=params, opt_state=opt_state, key=key, updates=updates), metrics
@@ -437,13 +447,14 @@ def evaluate(state: State, env, episodes: int, greedy=True, play=play) -> Episod
     def evaluate_seed(state):
         def policy(carry, obs, start, action, reward, key):
             inputs = Inputs(obs, action, reward)
-            carry, mean, std, _ = network.apply(state.params, carry, inputs, start, method="step")
+            carry, mean, std = network.apply(state.params, carry, inputs, start, method="act")
             draw = mean + std * jax.random.normal(key, mean.shape)
             return carry, mean if greedy else draw
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
         frozen = env.frozen(state.env_state)
-        return play(frozen, policy, network.initialize_carry, key, config.num_eval_envs, episodes)
+        initialize = partial(network.initialize_carry, num_torsos=1)  # the actor's
+        return play(frozen, policy, initialize, key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 

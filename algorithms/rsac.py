@@ -36,13 +36,14 @@ import numpy as np
 import optax
 from flax import struct
 
-from envs import Box, Episodes, each_part, make, play
+from envs import Box, Episodes, each_part, make, make_asymmetric, play, seen_by
 from experiment import (
     Experiment,
     Options,
     Run,
     check_config,
     compile_updates,
+    episode_metrics,
     fill_buffer,
     launch,
     mean_over_devices,
@@ -53,7 +54,7 @@ from experiment import (
 )
 from fast import Conv, Dense, flatten_small
 from memory_cells import CELLS, MaskedRNN, make_cell
-from replay import SequenceReplay, Transition, mean_of_steps
+from replay import SequenceReplay, Transition, blank_step, mean_of_steps
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -73,6 +74,7 @@ class Config(Experiment):
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # memories on top of each other
     shared_torso: bool = False  # the actor reads the critic's memory, which L_Q alone trains
+    critic_obs: Literal["same", "full"] = "same"  # full: the critic sees what the actor does not
     prev_action: bool = True  # the memory reads the previous action
     prev_reward: bool = True  # the memory reads the previous reward
 
@@ -99,7 +101,8 @@ class Config(Experiment):
         return self.num_envs * self.num_steps
 
     def make_env(self):
-        return make(self.env, **{"mask": self.mask} | self.env_kwargs)
+        make_it = make_asymmetric if self.critic_obs == "full" else make
+        return make_it(self.env, **{"mask": self.mask} | self.env_kwargs)
 
     def make_memory(self):
         cell = make_cell(self.cell, self.hidden_size, self.num_layers, **self.cell_kwargs)
@@ -140,6 +143,7 @@ class Torso(nn.Module):
     """Inputs (T, N, ...) to the features (T - burn_in, N, hidden_size) of policy or values."""
 
     config: Config
+    reader: Literal["actor", "critic"]  # whose part of observations it reads
 
     @nn.compact
     def __call__(self, carry, inputs, starts, burn_in):
@@ -148,7 +152,8 @@ class Torso(nn.Module):
         action = inputs.action * config.prev_action
         reward = inputs.reward[..., None] * config.prev_reward
         previous = jnp.where(starts[..., None], 0.0, jnp.concatenate([action, reward], axis=-1))
-        x = jnp.concatenate([encode(inputs.obs, num_axes=2), previous], axis=-1)
+        obs = encode(seen_by(self.reader, inputs.obs), num_axes=2)
+        x = jnp.concatenate([obs, previous], axis=-1)
         x = nn.relu(dense(config.hidden_size)(x))
         carry, memory = config.make_memory()(carry, x, starts, burn_in=burn_in)
         return carry, x[burn_in:] + memory  # skip connection: memory need not store what x shows
@@ -175,8 +180,8 @@ class ActorCritic(nn.Module):
 
     def setup(self):
         config = self.config
-        self.actor_torso = Torso(config)
-        self.critic_torso = Torso(config)
+        self.actor_torso = Torso(config, "actor")
+        self.critic_torso = Torso(config, "critic")
         self.actor_head = Head(config, 2 * self.action_space.shape[0], scale=0.01)
         twins = nn.vmap(Head, {"params": 0}, {"params": True}, axis_size=2)
         self.critic_heads = twins(config, 1, scale=1.0)
@@ -207,10 +212,17 @@ class ActorCritic(nn.Module):
         policy = self.policy(features[0])
         return carry, policy, self.values(critic_features[0], policy[0])
 
+    def act(self, carry, inputs, start):
+        """One step of the actor: Inputs (N, ...), start (N,) -> carry, policy."""
+        torso = self.critic_torso if self.config.shared_torso else self.actor_torso
+        sequence = jax.tree.map(lambda x: x[None], inputs)
+        carry, features = torso(carry[0], sequence, start[None], burn_in=0)
+        return (carry,), self.policy(features[0])
+
     @nn.nowrap
-    def initialize_carry(self, num_envs):
+    def initialize_carry(self, num_envs, num_torsos=2):
         carry = self.config.make_memory().initialize_carry((num_envs, self.config.hidden_size))
-        return (carry,) if self.config.shared_torso else (carry, carry)
+        return (carry,) * (1 if self.config.shared_torso else num_torsos)
 
 
 def make_network(config: Config, env):
@@ -344,12 +356,7 @@ def rollout(state, env):
         return state, (transition, info)
 
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
-    done = info["episode_done"]
-    metrics = {
-        "charts/episodic_return": info["episode_return"].sum(where=done),
-        "charts/episodic_length": info["episode_length"].sum(where=done, dtype=jnp.float32),
-        "charts/episodes": done.sum(),
-    }
+    metrics = episode_metrics(info["episode_done"], info["episode_return"], info["episode_length"])
     buffer = make_replay(config).add(state.buffer, first_carry, batch)
     return state.replace(buffer=buffer, updates=state.updates + 1), metrics
 
@@ -395,20 +402,10 @@ def init(config: Config, key) -> State:
         reset_keys = jax.random.split(reset_key, config.num_envs)
         obs, env_state = jax.vmap(env.raw.reset, axis_name="envs")(reset_keys)
         no_action = jnp.zeros((config.num_envs, *env.action_space.shape), env.action_space.dtype)
-        no_reward = jnp.zeros(config.num_envs)
-        inputs = Inputs(obs, no_action, no_reward)
+        inputs = Inputs(obs, no_action, jnp.zeros(config.num_envs))
         start = jnp.ones(config.num_envs, bool)
         carry = network.initialize_carry(config.num_envs)
         params = network.init(network_key, carry, inputs, start)
-        transition = Transition(
-            inputs=inputs,
-            start=start,
-            action=no_action,
-            reward=no_reward,
-            next_obs=obs,
-            terminated=start,
-            done=start,
-        )
         return State(
             params=params,
             target_params=params,
@@ -417,7 +414,7 @@ def init(config: Config, key) -> State:
             carry=carry,
             inputs=inputs,
             start=start,
-            buffer=make_replay(config).init(carry, transition),
+            buffer=make_replay(config).init(carry, blank_step(inputs, start)),
             key=key,
             updates=jnp.int32(0),
             config=config,
@@ -451,14 +448,15 @@ def evaluate(state: State, env, episodes: int, greedy=True, play=play) -> Episod
     def evaluate_seed(state):
         def policy(carry, obs, start, action, reward, key):
             inputs = Inputs(obs, action, reward)
-            carry, policy, _ = network.apply(state.params, carry, inputs, start)
+            carry, policy = network.apply(state.params, carry, inputs, start, method="act")
             noise = 0.0 if greedy else jax.random.normal(key, policy[0].shape)
             action, _ = squashed_normal(noise, policy, env.action_space)
             return carry, action
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
         frozen = env.frozen(state.env_state)
-        return play(frozen, policy, network.initialize_carry, key, config.num_eval_envs, episodes)
+        initialize = partial(network.initialize_carry, num_torsos=1)  # the actor's
+        return play(frozen, policy, initialize, key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 

@@ -44,9 +44,11 @@ from envs import (
     each_part,
     greatest_entropy,
     make,
+    make_asymmetric,
     only_valid,
     play,
     random_valid,
+    seen_by,
 )
 from experiment import (
     Experiment,
@@ -54,6 +56,7 @@ from experiment import (
     Run,
     check_config,
     compile_updates,
+    episode_metrics,
     fill_buffer,
     launch,
     mean_over_devices,
@@ -64,7 +67,7 @@ from experiment import (
 )
 from fast import Conv, Dense, flatten_small
 from memory_cells import CELLS, MaskedRNN, make_cell
-from replay import SequenceReplay, Transition, mean_of_steps
+from replay import SequenceReplay, Transition, blank_step, mean_of_steps
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -84,6 +87,7 @@ class Config(Experiment):
     hidden_size: int = 128  # features of every layer
     num_layers: int = 1  # memories on top of each other
     shared_torso: bool = False  # the actor reads the critic's memory, which L_Q alone trains
+    critic_obs: Literal["same", "full"] = "same"  # full: the critic sees what the actor does not
     prev_action: bool = True  # the memory reads the previous action
     prev_reward: bool = True  # the memory reads the previous reward
 
@@ -110,7 +114,8 @@ class Config(Experiment):
         return self.num_envs * self.num_steps
 
     def make_env(self):
-        return make(self.env, **{"mask": self.mask} | self.env_kwargs)
+        make_it = make_asymmetric if self.critic_obs == "full" else make
+        return make_it(self.env, **{"mask": self.mask} | self.env_kwargs)
 
     def make_memory(self):
         cell = make_cell(self.cell, self.hidden_size, self.num_layers, **self.cell_kwargs)
@@ -152,6 +157,7 @@ class Torso(nn.Module):
 
     config: Config
     action_space: Discrete | MultiDiscrete
+    reader: Literal["actor", "critic"]  # whose part of observations it reads
 
     @nn.compact
     def __call__(self, carry, inputs, starts, burn_in):
@@ -160,7 +166,8 @@ class Torso(nn.Module):
         action = self.action_space.one_hot(inputs.action) * config.prev_action
         reward = inputs.reward[..., None] * config.prev_reward
         previous = jnp.where(starts[..., None], 0.0, jnp.concatenate([action, reward], axis=-1))
-        x = jnp.concatenate([encode(inputs.obs, num_axes=2), previous], axis=-1)
+        obs = encode(seen_by(self.reader, inputs.obs), num_axes=2)
+        x = jnp.concatenate([obs, previous], axis=-1)
         x = nn.relu(dense(config.hidden_size)(x))
         carry, memory = config.make_memory()(carry, x, starts, burn_in=burn_in)
         return carry, x[burn_in:] + memory  # skip connection: memory need not store what x shows
@@ -187,8 +194,8 @@ class ActorCritic(nn.Module):
 
     def setup(self):
         config = self.config
-        self.actor_torso = Torso(config, self.action_space)
-        self.critic_torso = Torso(config, self.action_space)
+        self.actor_torso = Torso(config, self.action_space, "actor")
+        self.critic_torso = Torso(config, self.action_space, "critic")
         self.actor_head = Head(config, self.action_space.num_outputs, scale=0.01)
         twins = nn.vmap(Head, {"params": 0}, {"params": True}, axis_size=2)
         self.critic_heads = twins(config, self.action_space.num_outputs, scale=1.0)
@@ -217,10 +224,17 @@ class ActorCritic(nn.Module):
         carry, features, critic_features = self.read(carry, sequence, start[None])
         return carry, self.policy(features[0], inputs.obs), self.values(critic_features[0])
 
+    def act(self, carry, inputs, start):
+        """One step of the actor: Inputs (N, ...), start (N,) -> carry, logits (N, A)."""
+        torso = self.critic_torso if self.config.shared_torso else self.actor_torso
+        sequence = jax.tree.map(lambda x: x[None], inputs)
+        carry, features = torso(carry[0], sequence, start[None], burn_in=0)
+        return (carry,), self.policy(features[0], inputs.obs)
+
     @nn.nowrap
-    def initialize_carry(self, num_envs):
+    def initialize_carry(self, num_envs, num_torsos=2):
         carry = self.config.make_memory().initialize_carry((num_envs, self.config.hidden_size))
-        return (carry,) if self.config.shared_torso else (carry, carry)
+        return (carry,) * (1 if self.config.shared_torso else num_torsos)
 
 
 def make_network(config: Config, env):
@@ -340,12 +354,7 @@ def rollout(state, env):
         return state, (transition, info)
 
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
-    done = info["episode_done"]
-    metrics = {
-        "charts/episodic_return": info["episode_return"].sum(where=done),
-        "charts/episodic_length": info["episode_length"].sum(where=done, dtype=jnp.float32),
-        "charts/episodes": done.sum(),
-    }
+    metrics = episode_metrics(info["episode_done"], info["episode_return"], info["episode_length"])
     buffer = make_replay(config).add(state.buffer, first_carry, batch)
     return state.replace(buffer=buffer, updates=state.updates + 1), metrics
 
@@ -391,20 +400,10 @@ def init(config: Config, key) -> State:
         reset_keys = jax.random.split(reset_key, config.num_envs)
         obs, env_state = jax.vmap(env.raw.reset, axis_name="envs")(reset_keys)
         no_action = jnp.zeros((config.num_envs, *env.action_space.shape), env.action_space.dtype)
-        no_reward = jnp.zeros(config.num_envs)
-        inputs = Inputs(obs, no_action, no_reward)
+        inputs = Inputs(obs, no_action, jnp.zeros(config.num_envs))
         start = jnp.ones(config.num_envs, bool)
         carry = network.initialize_carry(config.num_envs)
         params = network.init(network_key, carry, inputs, start)
-        transition = Transition(
-            inputs=inputs,
-            start=start,
-            action=no_action,
-            reward=no_reward,
-            next_obs=obs,
-            terminated=start,
-            done=start,
-        )
         return State(
             params=params,
             target_params=params,
@@ -413,7 +412,7 @@ def init(config: Config, key) -> State:
             carry=carry,
             inputs=inputs,
             start=start,
-            buffer=make_replay(config).init(carry, transition),
+            buffer=make_replay(config).init(carry, blank_step(inputs, start)),
             key=key,
             updates=jnp.int32(0),
             config=config,
@@ -447,13 +446,14 @@ def evaluate(state: State, env, episodes: int, greedy=True, play=play) -> Episod
     def evaluate_seed(state):
         def policy(carry, obs, start, action, reward, key):
             inputs = Inputs(obs, action, reward)
-            carry, logits, _ = network.apply(state.params, carry, inputs, start)
+            carry, logits = network.apply(state.params, carry, inputs, start, method="act")
             draw = jax.random.categorical(key, logits)
             return carry, logits.argmax(axis=-1) if greedy else draw
 
         key = jax.random.fold_in(state.key, 2**31 - 1)  # a stream that training does not use
         frozen = env.frozen(state.env_state)
-        return play(frozen, policy, network.initialize_carry, key, config.num_eval_envs, episodes)
+        initialize = partial(network.initialize_carry, num_torsos=1)  # the actor's
+        return play(frozen, policy, initialize, key, config.num_eval_envs, episodes)
 
     return vmap_seeds(evaluate_seed)(state)
 

@@ -51,6 +51,7 @@ from experiment import (
     Run,
     check_config,
     compile_updates,
+    episode_metrics,
     fill_buffer,
     launch,
     mean_over_devices,
@@ -290,12 +291,7 @@ def rollout(state, env):
         return state, (transition, info)
 
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
-    done = info["episode_done"]
-    metrics = {
-        "charts/episodic_return": info["episode_return"].sum(where=done),
-        "charts/episodic_length": info["episode_length"].sum(where=done, dtype=jnp.float32),
-        "charts/episodes": done.sum(),
-    }
+    metrics = episode_metrics(info["episode_done"], info["episode_return"], info["episode_length"])
     buffer = make_replay(config).add(state.buffer, batch)
     return state.replace(buffer=buffer, updates=state.updates + 1), metrics
 

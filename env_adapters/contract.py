@@ -139,6 +139,13 @@ def check_task(owner: str, task: Task, file=None) -> None:
         if getattr(mask, "shape", None) != size or mask.dtype != np.bool_:
             found = f"{mask.dtype} of shape {mask.shape}" if hasattr(mask, "shape") else repr(mask)
             raise UsageError(f"action_mask of {owner} must be bool of shape {size}, not {found}")
+    if task.privileged is not None:
+        with blaming(f"privileged of {owner}", file):
+            full = jax.eval_shape(task.privileged, state)
+        if not (getattr(full, "shape", ()) and full.dtype.kind in "fiub"):
+            valid = "an array of numbers with at least one axis"
+            found = f"{full.dtype} of shape ()" if hasattr(full, "shape") else type(full).__name__
+            raise UsageError(f"privileged of {owner} must return {valid}, not {found}")
 
 
 def check_number(what: str, result, names: str) -> None:

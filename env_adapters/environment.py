@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from env_adapters.task import (
+    AsymmetricObs,
     Box,
     Discrete,
     MaskedObs,
@@ -21,6 +22,7 @@ from env_adapters.task import (
     cast,
     first_of,
     scale,
+    seen_by,
     strong,
     unscale,
     without_mask,
@@ -54,7 +56,8 @@ class Environment:
       action_mask: (num_actions,) bool, with a task that has one: which actions are valid next;
       and those in `reports`: () float32, about the episode that ends in this step.
 
-    With an action mask observations are `MaskedObs`, `final_obs` among them.
+    With an action mask observations are `MaskedObs`, `final_obs` among them. Those of
+    `make_asymmetric` are `AsymmetricObs`, of which `observation_space` describes the actor's part.
 
     Attributes:
       id: the name it was made with.
@@ -67,14 +70,17 @@ class Environment:
       max_steps: an upper bound of an episode's length.
       render: `EnvState.task` -> uint8 image (height, width, 3), outside of JAX; or None.
       has_action_mask: whether the task says which actions are valid.
+      hides: whether a critic could see more than the actor: a mask or a wrapper hides or disturbs
+        what the task shows, or the task has a privileged observation.
       reports: names of what `info` says of an episode that ends, besides the above: those of
         `Task.report`.
       raw: the environment for replay buffers: its observations and rewards are those of the task,
         and `preprocess` makes of them what a learner reads. Here it is this environment.
     """
 
-    def __init__(self, id: str, task: Task):
+    def __init__(self, id: str, task: Task, hides: bool = False, asymmetric: bool = False):
         self.id = id
+        self.hides = hides
         self.observation_space = task.observation_space
         self.action_space = task.action_space
         self.task_action_space = task.own_actions or task.action_space
@@ -86,6 +92,7 @@ class Environment:
         self._state_avals = jax.eval_shape(task.reset, jax.random.key(0))[1]
         report = jax.eval_shape(task.report, self._state_avals) if task.report else {}
         self.reports = tuple(report)
+        self._full_space = privileged_space(task, self._state_avals) if asymmetric else None
 
     def __repr__(self):
         return f"make({self.id!r})"
@@ -137,12 +144,12 @@ class Environment:
             obs, state = where(done, reset, reset_key, (final_obs, state))
         state = self._note_stuck(state, obs, stuck)
         if self.has_action_mask:
-            info["action_mask"] = obs.action_mask
+            info["action_mask"] = seen_by("actor", obs).action_mask
         return obs, state, reward, terminated, truncated, info
 
     def frozen(self, env_state):
-        """The environment to evaluate in: this one, as it has no statistics to freeze."""
-        return self
+        """The environment to evaluate in, without what a critic sees; no statistics are frozen."""
+        return Environment(self.id, self._task) if self._full_space else self
 
     def preprocess(self, env_state, steps):
         """Steps of `raw` as a learner reads them: here as they are."""
@@ -190,15 +197,18 @@ class Environment:
 
     def _cast_obs(self, obs, task_state):
         obs = jax.tree.map(strong, cast(obs, self._task.observation_space))
-        if not self._task.action_mask:
+        if self._task.action_mask:
+            obs = MaskedObs(obs, jnp.asarray(self._task.action_mask(task_state), bool))
+        if not self._full_space:
             return obs
-        return MaskedObs(obs, jnp.asarray(self._task.action_mask(task_state), bool))
+        full = cast(self._task.privileged(task_state), self._full_space)
+        return AsymmetricObs(obs, jax.tree.map(strong, full))
 
     def _note_stuck(self, state, obs, before):
         """Remember when the mask first allowed nothing: `Run` ends with an error for it."""
         if not self._task.action_mask:
             return state
-        now = jnp.where(obs.action_mask.any(), NEVER, state.time)
+        now = jnp.where(seen_by("actor", obs).action_mask.any(), NEVER, state.time)
         return state._replace(stuck=jnp.where(before == NEVER, now, before))
 
     def _cast_state(self, task_state):
@@ -214,6 +224,17 @@ class Environment:
             return strong(jnp.asarray(leaf).astype(aval.dtype))
 
         return jax.tree.map(cast_leaf, task_state, self._state_avals)
+
+
+def privileged_space(task: Task, state):
+    """The space of a task's privileged observations: float32, or uint8 if they are images."""
+
+    def space_of(obs):
+        if obs.dtype == np.uint8:
+            return Box(0, 255, obs.shape, np.uint8)
+        return Box(-np.inf, np.inf, obs.shape)
+
+    return jax.tree.map(space_of, jax.eval_shape(task.privileged, state))
 
 
 # --- Choosing between a step and a reset ---------------------------------------------------------
@@ -344,6 +365,7 @@ class Statistics(NamedTuple):
     obs: Any  # Moments of the observations returned so far, with parts of each that is no image
     returns: Moments | None  # of `discounted` at every step so far
     discounted: jax.Array  # () float32, sum of the episode's past rewards, older ones discounted
+    full: Any = None  # like obs, of what the critic sees
 
 
 class Preprocessed(Environment):
@@ -383,20 +405,23 @@ class Preprocessed(Environment):
         gamma: float,
         statistics: Statistics | None = None,
         raw: bool = False,
+        hides: bool = False,
+        asymmetric: bool = False,
     ):
         """Statistics are fixed if they are given, and collected otherwise; `raw`: only collected.
 
         Raises:
           ValueError: `observations` are to be normalised and they are images only.
         """
-        super().__init__(id, task)
+        super().__init__(id, task, hides, asymmetric)
         self._observations = observations
         self._rewards = rewards
         self._gamma = gamma
         self._fixed = statistics
         self._is_raw = raw
         if observations:
-            if all(map(is_image, jax.tree.leaves(task.observation_space))):
+            spaces = [task.observation_space, self._full_space or task.observation_space]
+            if any(all(map(is_image, jax.tree.leaves(space))) for space in spaces):
                 reason = "the networks divide them by 255"
                 raise ValueError(f"normalize_obs is not for images, which {id} has: {reason}")
             if not raw:
@@ -405,16 +430,20 @@ class Preprocessed(Environment):
                     task.observation_space,
                 )
         if not raw and not statistics:
-            self.raw = Preprocessed(id, task, observations, rewards, gamma, raw=True)
+            self.raw = Preprocessed(
+                id, task, observations, rewards, gamma, raw=True, asymmetric=asymmetric
+            )
 
     def reset(self, key):
         obs, state = super().reset(key)
         if self._fixed:
             return self._scale_obs(obs, self._fixed), state
+        has_full = self._observations and self._full_space
         statistics = Statistics(
-            obs=self._no_moments() if self._observations else None,
+            obs=no_moments(self._task.observation_space) if self._observations else None,
             returns=Moments.init(()) if self._rewards else None,
             discounted=jnp.float32(0.0),
+            full=no_moments(self._full_space) if has_full else None,
         )
         statistics = self._count_obs(statistics, obs)
         state = state._replace(statistics=statistics)
@@ -439,6 +468,8 @@ class Preprocessed(Environment):
     def frozen(self, env_state):
         """The environment to evaluate in, which uses the statistics of `env_state` unchanged.
 
+        It shows what an actor sees, and nothing else.
+
         Rewards are still scaled, since a policy with memory may read them;
         `info["episode_return"]` is the raw return.
 
@@ -461,12 +492,11 @@ class Preprocessed(Environment):
           env_state: states of vmapped environments, (N, ...); a frozen environment has statistics
             of its own and does not read it.
           steps: any pytree of named tuples. Their fields `obs`, `next_obs` and `reward` are scaled,
-            with any leading axes; everything else stays as it is.
+            with any leading axes, and so is what a critic sees; everything else stays as it is.
         """
         statistics = self._fixed or mean_over_envs(env_state.statistics)
 
-        moments = jax.tree_util.tree_leaves_with_path(statistics.obs, is_leaf=is_moments)
-        moments = dict(moments)  # by the place in the observation: () if it has no parts
+        moments, full_moments = by_place(statistics.obs), by_place(statistics.full)
 
         def scale_field(path, x):
             fields = [i for i, key in enumerate(path) if hasattr(key, "name")]
@@ -474,6 +504,8 @@ class Preprocessed(Environment):
             field = getattr(path[last], "name", None)
             if field in ("obs", "next_obs"):
                 return scaled(x, moments.get(path[last + 1 :]))
+            if field == "full":
+                return scaled(x, full_moments.get(path[last + 1 :]))
             return self._scale_reward(x, statistics) if field == "reward" else x
 
         return jax.tree.map_with_path(scale_field, steps)
@@ -482,40 +514,30 @@ class Preprocessed(Environment):
         """Observations of `raw`, with any leading axes, as a learner reads them."""
         return self._scale_obs(obs, mean_over_envs(env_state.statistics))
 
-    def _no_moments(self):
-        def init(part):
-            return None if is_image(part) else Moments.init(part.shape)
-
-        return jax.tree.map(init, self._task.observation_space)
-
     def _count_obs(self, statistics, obs):
         if not self._observations:
             return statistics
-
-        def count(_, moments, x):
-            return moments and moments.update(x)
-
-        space = self._task.observation_space
-        moments = jax.tree.map(count, space, statistics.obs, without_mask(obs))
-        return statistics._replace(obs=moments)
+        if isinstance(obs, AsymmetricObs):
+            full = count(self._full_space, statistics.full, obs.full)
+            statistics = statistics._replace(full=full)
+        obs = without_mask(seen_by("actor", obs))
+        return statistics._replace(obs=count(self._task.observation_space, statistics.obs, obs))
 
     def _count_reward(self, statistics, reward, done):
         discounted = self._gamma * statistics.discounted + self._clip_reward(reward)
         returns = statistics.returns.update(discounted) if self._rewards else None
         discounted = jnp.where(done, 0.0, discounted)
-        return Statistics(statistics.obs, returns, discounted)
+        return statistics._replace(returns=returns, discounted=discounted)
 
     def _scale_obs(self, obs, statistics):
         if not self._observations:
             return obs
+        if isinstance(obs, AsymmetricObs):
+            full = rescaled(obs.full, statistics.full, self._full_space)
+            return AsymmetricObs(self._scale_obs(obs.obs, statistics), full)
         if isinstance(obs, MaskedObs):
             return obs._replace(obs=self._scale_obs(obs.obs, statistics))
-        return jax.tree.map(
-            lambda _, x, moments: scaled(x, moments),
-            self._task.observation_space,
-            obs,
-            statistics.obs,
-        )
+        return rescaled(obs, statistics.obs, self._task.observation_space)
 
     def _clip_reward(self, reward):
         return jnp.clip(reward, -1.0, 1.0) if self._task.clip_reward else reward
@@ -535,8 +557,28 @@ def is_moments(x) -> bool:
     return isinstance(x, Moments)
 
 
+def no_moments(space):
+    """The moments of every part of the space that is no image, before any observation."""
+    return jax.tree.map(lambda part: None if is_image(part) else Moments.init(part.shape), space)
+
+
+def count(space, moments, obs):
+    """The moments of every part, with one more observation."""
+    return jax.tree.map(lambda _, moments, x: moments and moments.update(x), space, moments, obs)
+
+
+def rescaled(obs, moments, space):
+    """Every part of an observation, scaled."""
+    return jax.tree.map(lambda _, x, moments: scaled(x, moments), space, obs, moments)
+
+
+def by_place(moments) -> dict:
+    """The moments of every part by its path in the observation, () if that has no parts."""
+    return dict(jax.tree_util.tree_leaves_with_path(moments, is_leaf=is_moments))
+
+
 def scaled(x, moments: Moments | None):
-    """x with mean 0 and variance 1, clipped; as it is without moments."""
+    """x with a mean of 0 and a variance of 1, clipped to [-10, 10]; as it is without moments."""
     if moments is None:
         return x
     return jnp.clip((x - moments.mean) / jnp.sqrt(moments.var + 1e-8), -10.0, 10.0)

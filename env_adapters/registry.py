@@ -9,11 +9,13 @@ from env_adapters.environment import Environment, Preprocessed
 from env_adapters.task import Task
 from env_adapters.wrappers import (
     DEFAULTS,
+    HIDING,
     check_options,
     common_options,
     enable_x64,
     from_zero,
     in_32_bits,
+    keep_full,
     mask_observation,
     with_vectors,
     wrap,
@@ -61,6 +63,25 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
       ValueError: a namespace, id, mask or option is unknown (names what is valid, and the closest
         match), or its library is missing (names the package).
     """
+    return _make(*arguments(id, mask, options))
+
+
+def make_asymmetric(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment:
+    """What `make` returns, with observations in two parts, `AsymmetricObs`, for actor and critic.
+
+    The critic's part is the observation that the environment would show at this moment without
+    mask, noise, mask_probability, flicker and delay; or `Task.privileged` of the task, if it has
+    that. `frozen` environments show the actor's part only.
+    """
+    return _make(*arguments(id, mask, options), asymmetric=True)
+
+
+def arguments(id: str, mask, options: dict) -> tuple:
+    """The arguments of `_make`, equal for environments that are the same.
+
+    Raises:
+      ValueError: the value of an option has another type than options have.
+    """
     masks = tuple(map(str, mask)) if isinstance(mask, (tuple, list)) else (str(mask),)
     for name, value in options.items():
         if not isinstance(value, (bool, int, float, str, tuple)):
@@ -68,7 +89,7 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
             raise ValueError(f"option {name} of {id} must be {valid}, got {value!r}")
     kinds = tuple(type(options[name]) for name in sorted(options))  # 1, 1.0 and True are equal
     version = own.version_of(id) if names_code(id) else ""
-    return _make(full_id(id), masks, tuple(sorted(options.items())), kinds, version)
+    return full_id(id), masks, tuple(sorted(options.items())), kinds, version
 
 
 def maker_of(id: str) -> Callable[..., Task]:
@@ -98,7 +119,7 @@ def maker_of(id: str) -> Callable[..., Task]:
 
 
 @functools.cache
-def _make(id, mask, options, kinds=(), version=""):
+def _make(id, mask, options, kinds=(), version="", asymmetric=False):
     make_task = maker_of(id)
     common = common_options()
     its_own = {name: value for name, value in options if name not in common}
@@ -114,6 +135,10 @@ def _make(id, mask, options, kinds=(), version=""):
         if common["trials"] != 1 and names_code(id) and own.is_replayed(task):
             reason = "its random numbers would be the same in every trial"
             raise ValueError(f"trials is not for classes with Gymnasium's interface: {reason}")
+        hides = any(common[name] != DEFAULTS[name] for name in HIDING)
+        hides = hides or bool(mask) or task.privileged is not None
+        if asymmetric and task.privileged is None:
+            task = keep_full(task, common["frame_stack"])
         if mask:
             task = mask_observation(id, task, mask)
         task = in_32_bits(wrap(task, id, {name: common[name] for name in DEFAULTS}))
@@ -124,8 +149,10 @@ def _make(id, mask, options, kinds=(), version=""):
             observations=common["normalize_obs"],
             rewards=common["normalize_reward"],
             gamma=gamma,
+            hides=hides,
+            asymmetric=asymmetric,
         )
-    return Environment(id, task)
+    return Environment(id, task, hides=hides, asymmetric=asymmetric)
 
 
 def full_id(id: str) -> str:

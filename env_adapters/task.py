@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -176,6 +176,9 @@ class Task:
       masks: names for entries of a vector observation, as in {"velocity": (1, 3)}.
       action_mask: state -> (num_actions,) bool, which discrete actions are valid; None if all are.
         At least one is, unless the episode has ended.
+      privileged: state -> all that a critic should read, which actors do not see: an array with at
+        least one axis, an image of bytes or what float32 can hold; None if the task has no such
+        observation. Only environments of `make_asymmetric` compute it.
       clip_reward: True if a learner should read rewards clipped to [-1, 1]; `step` gives them as
         they are, and episodes' returns are sums of these.
       costly_reset: True if a reset costs about as much as a step or more. `Environment` then
@@ -198,6 +201,7 @@ class Task:
     render: Callable | None = None
     masks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     action_mask: Callable | None = None
+    privileged: Callable | None = None
     clip_reward: bool = False
     costly_reset: bool = False
     equal_resets_once: bool = False
@@ -216,6 +220,24 @@ class MaskedObs(NamedTuple):
     action_mask: jax.Array  # (num_actions,) bool
 
 
+class AsymmetricObs(NamedTuple):
+    """An observation of which the actor sees less than the critic.
+
+    As in asymmetric actor-critic (Pinto et al. 2017, arXiv 1710.06542). The two travel together
+    through rollouts, replay buffers and memories.
+    """
+
+    obs: Any  # what the actor sees: an observation, or `MaskedObs`
+    full: Any  # what the critic sees
+
+
+def seen_by(reader: Literal["actor", "critic"], obs):
+    """A reader's part of an observation: the whole if it is not asymmetric."""
+    if not isinstance(obs, AsymmetricObs):
+        return obs
+    return obs.obs if reader == "actor" else obs.full
+
+
 def without_mask(obs):
     """What the agent sees."""
     return obs.obs if isinstance(obs, MaskedObs) else obs
@@ -223,6 +245,7 @@ def without_mask(obs):
 
 def only_valid(values, obs):
     """Values or logits (..., num_actions), with `INVALID` for the actions that obs rules out."""
+    obs = seen_by("actor", obs)
     if not isinstance(obs, MaskedObs):
         return values
     # Where an episode ended nothing may be valid: a truncated one is worth what it was without.
@@ -239,6 +262,7 @@ def random_valid(key, values):
 
 def greatest_entropy(space: Discrete | MultiDiscrete, obs):
     """The entropy of a uniform choice of the valid actions; (...), or one number without a mask."""
+    obs = seen_by("actor", obs)
     if isinstance(obs, MaskedObs):
         return jnp.log(obs.action_mask.sum(axis=-1))
     return np.log(numbers_of(space)).sum()

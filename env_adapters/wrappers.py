@@ -22,6 +22,9 @@ Observations of several parts are treated part by part, and `flicker` hides all 
 A wrapper is a function from a `Task` to a `Task`. Its randomness comes from the keys of reset and
 step. What it has to remember (the last action, past observations) is part of the task's state and
 starts afresh with every episode, and with every trial.
+
+Some hide or disturb what the task shows, `HIDING`. With `keep_full` below them a critic can read
+what the environment would show without them.
 """
 
 import math
@@ -245,10 +248,18 @@ def on_inner(task: Task) -> dict:
     def action_mask(state):
         return task.action_mask(state.inner)
 
+    def privileged(state):
+        return task.privileged(state.inner)
+
+    def report(state):
+        return task.report(state.inner)
+
     return {
         "render": task.render and render,
         "reseed": task.reseed and reseed,
         "action_mask": task.action_mask and action_mask,
+        "privileged": task.privileged and privileged,
+        "report": task.report and report,
     }
 
 
@@ -290,11 +301,22 @@ def delay(task: Task, steps: int) -> Task:
     return remember(task, steps + 1, lambda history: history[0], task.observation_space)
 
 
+def join(history):
+    """Observations (length, *obs_shape), joined along the last axis."""
+    return jnp.concatenate(history, axis=-1) if history.ndim > 1 else history
+
+
+def keep_full(task: Task, length: int) -> Task:
+    """Keep the observation for a critic, as the wrappers on top hide or disturb that of the actor.
+
+    It is the task's privileged observation: the last `length` ones, as `frame_stack` joins them.
+    """
+    kept = remember(task, length, lambda history: history[-1], task.observation_space)
+    return replace(kept, privileged=lambda state: jax.tree.map(join, state.own))
+
+
 def frame_stack(task: Task, length: int) -> Task:
     """Show the last `length` observations, joined along the last axis."""
-
-    def join(history):
-        return jnp.concatenate(history, axis=-1) if history.ndim > 1 else history
 
     def repeat(bound, shape):
         return np.concatenate([np.broadcast_to(bound, shape or (1,))] * length, axis=-1)
@@ -359,6 +381,7 @@ class Trials(NamedTuple):
     finished: jax.Array  # () int32, trials of this episode that have ended
     first_return: jax.Array  # () float32, the return of the first trial, so far
     last_return: jax.Array  # () float32, the return of the latest trial, so far
+    begins: Any = ()  # () bool, with a privileged observation: the state begins a trial
 
 
 def trials(task: Task, number: int) -> Task:
@@ -374,29 +397,35 @@ def trials(task: Task, number: int) -> Task:
 
     Observations get one more entry along their last axis, a channel if they are images. It is 1
     (255 in images of bytes) where a trial begins, and 0 elsewhere. Those that have parts become a
-    tuple of what they are and a vector with this entry.
+    tuple of what they are and a vector with this entry. So do privileged ones.
 
     The returns of the first and of the last trial are reported: a memory shows in their difference.
     """
     space = task.observation_space
-    has_parts = not isinstance(space, Box)
-    marked = Box(0.0, 1.0, (0,)) if has_parts else space  # what the mark is joined to
-    mark = 255 if marked.dtype == np.uint8 else 1
-    mark_shape = (*marked.shape[:-1], 1)
+
+    def mark(dtype):
+        return 255 if dtype == np.uint8 else 1
 
     def show(obs, begins):
-        entry = jnp.full(mark_shape, jnp.where(begins, mark, 0), marked.dtype)
-        obs = cast(obs, space)
-        return (obs, entry) if has_parts else jnp.concatenate([obs, entry], axis=-1)
+        like = obs if isinstance(obs, jax.Array) else jnp.zeros(0)  # what the mark is joined to
+        entry = jnp.where(begins, mark(like.dtype), 0)
+        entry = jnp.full((*like.shape[:-1], 1), entry, like.dtype)
+        return jnp.concatenate([obs, entry], axis=-1) if like is obs else (obs, entry)
+
+    def privileged(state):
+        full = jax.tree.map(jnp.asarray, task.privileged(state.inner))
+        return show(full, state.own.begins)
 
     def reset(key):
         obs, state = task.reset(key)
+        obs = cast(obs, space)
         own = Trials(
-            first_obs=cast(obs, space),
+            first_obs=obs,
             first_state=state,
             finished=jnp.int32(0),
             first_return=jnp.float32(0.0),
             last_return=jnp.float32(0.0),
+            begins=jnp.bool_(True) if task.privileged else (),
         )
         return show(obs, True), Wrapped(state, own)
 
@@ -420,6 +449,7 @@ def trials(task: Task, number: int) -> Task:
             finished=finished,
             first_return=jnp.where(own.finished == 0, trial_return, own.first_return),
             last_return=select(0.0, trial_return),
+            begins=begins if task.privileged else (),
         )
         return show(obs, begins), Wrapped(inner, own), reward, is_over, False
 
@@ -428,19 +458,22 @@ def trials(task: Task, number: int) -> Task:
         return {"first_trial_return": first, "last_trial_return": last}
 
     def extend(bound, entry):
-        bound = np.broadcast_to(bound, marked.shape)
-        return np.concatenate([bound, np.full(mark_shape, entry, bound.dtype)], axis=-1)
+        bound = np.broadcast_to(bound, space.shape)
+        entry = np.full((*space.shape[:-1], 1), entry, bound.dtype)
+        return np.concatenate([bound, entry], axis=-1)
 
-    high = extend(marked.high, mark)
-    extended = Box(extend(marked.low, 0), high, high.shape, marked.dtype)
+    if not isinstance(space, Box):
+        extended = (space, Box(0.0, 1.0, (1,)))
+    else:
+        high = extend(space.high, mark(space.dtype))
+        extended = Box(extend(space.low, 0), high, high.shape, space.dtype)
     return replace(
         task,
         reset=reset,
         step=step,
-        observation_space=(space, extended) if has_parts else extended,
+        observation_space=extended,
         max_steps=number * task.max_steps,
-        report=report,
-        **on_inner(task),
+        **on_inner(task) | {"privileged": task.privileged and privileged, "report": report},
     )
 
 
@@ -542,7 +575,17 @@ def in_32_bits(task: Task) -> Task:
         with enable_x64(False):
             return task.render(state)
 
-    return replace(task, reset=reset, step=step, render=task.render and render)
+    def privileged(state):
+        with enable_x64(False):
+            return jax.tree.map(jnp.asarray, task.privileged(state))
+
+    return replace(
+        task,
+        reset=reset,
+        step=step,
+        render=task.render and render,
+        privileged=task.privileged and privileged,
+    )
 
 
 # --- Options -------------------------------------------------------------------------------------
@@ -561,6 +604,7 @@ WRAPPERS = {
     "rescale_actions": (False, rescale_actions),
     "joint_actions": (False, joint_actions),
 }
+HIDING = ("noise", "mask_probability", "flicker", "delay")  # and masks
 DEFAULTS = {name: default for name, (default, _) in WRAPPERS.items()}
 PROBABILITY = ("_rate", "_prob", "_probability")  # how the names of probabilities end
 LARGEST = {  # magnitude of an option's value

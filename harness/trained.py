@@ -78,7 +78,8 @@ def load_trained(config, shapes, like):
         had = bool(observation_moments(theirs))
         needed = f"its observations were {'' if had else 'not '}normalised"
         raise UsageError(f"init_from {run!r} does not fit: {needed}; set normalize_obs to {had}")
-    for name in ("cell", "cell_kwargs", "rescale"):  # with equal shapes, yet another function
+    # With equal shapes, yet another function.
+    for name in ("cell", "cell_kwargs", "rescale", "critic_obs"):
         was, now = getattr(source, name, None), getattr(config, name, None)
         if was != now:
             raise UsageError(f"init_from {run!r} does not fit: {name} was {was!r}, not {now!r}")
@@ -113,7 +114,7 @@ def begin_with(trained, state):
         for name, tree in parameters(state).items():
             changes[name]["params"]["log_alpha"] = tree["params"]["log_alpha"]
     statistics = state.env_state.statistics
-    for name in ("obs", "returns"):
+    for name in ("obs", "returns", "full"):
         old = getattr(trained.env_state.statistics, name, None)
         new = getattr(statistics, name, None)
         if old is None or new is None:
