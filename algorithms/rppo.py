@@ -190,7 +190,8 @@ class ActorCritic(nn.Module):
         """One step of the actor: Inputs (N, ...), start (N,) -> carry, logits (N, num_actions)."""
         sequence = jax.tree.map(lambda x: x[None], inputs)
         carry, features = self.torsos[0](carry[0], sequence, start[None])
-        return (carry,), only_valid(self.actor_head(features[0]), inputs.obs)
+        logits = self.action_space.logits(self.actor_head(features[0]))
+        return (carry,), only_valid(logits, inputs.obs)
 
     @nn.nowrap
     def initialize_carry(self, num_envs, num_torsos=2):

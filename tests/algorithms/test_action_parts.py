@@ -172,16 +172,16 @@ def test_every_script_reads_all_parts_and_acts_with_all(script):
     names = set(module.Config.__dataclass_fields__)
     changes = {"num_envs": 8, "total_steps": 12_000, "learning_rate": 5e-3, "cell": "none"}
     changes |= {"num_steps": 4 if script in ("drqn", "rsacd", "rsac") else 8, "batch_size": 64}
-    changes |= {"gradient_steps": 2, "gamma": 0.0, "buffer_size": 4096, "log_every": 500}
+    changes |= {"gradient_steps": 8 if "sac" in script else 2, "gamma": 0.0, "buffer_size": 4096}
     changes |= {"learning_starts": 256, "alpha": 0.02, "autotune": False, "hidden_size": 32}
-    changes |= {"target_network_frequency": 1, "tau": 0.05, "ent_coef": 0.0}
+    changes |= {"target_network_frequency": 1, "tau": 0.05, "ent_coef": 0.0, "log_every": 500}
     changes = {name: value for name, value in changes.items() if name in names}
     config = tiny(module, env="test::Parts", env_kwargs={"continuous": continuous}, **changes)
     env, state = start(config, module)
     state = module.warmup(state, env, Logger())
     state, _ = module.train(state, env, Logger(), config.total_steps)
     returns = module.evaluate(state, env, 40).returns.mean()
-    assert returns >= (6.4 if continuous else 7.6)  # one part alone: at most 6 or 4.7
+    assert returns >= (6.4 if continuous else 7.0)  # with one part alone at most 6
     if script in REPLAY:
         steps = replayed_steps(state.buffer)
         for obs in (steps.next_obs, steps.inputs.obs if hasattr(steps, "inputs") else steps.obs):
