@@ -230,8 +230,10 @@ def rollout(state, env):
         return state, (transition, info)
 
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
-    metrics = episode_metrics(info["episode_done"], info["episode_return"], info["episode_length"])
-    metrics["charts/epsilon"] = epsilon(state.updates, config)
+    metrics = {
+        "charts/epsilon": epsilon(state.updates, config),
+        **episode_metrics(info["episode_done"], info["episode_return"], info["episode_length"]),
+    }
     buffer = make_replay(config).add(state.buffer, batch)
     return state.replace(buffer=buffer, updates=state.updates + 1), metrics
 

@@ -51,7 +51,7 @@ from experiment import (
     vmap_seeds,
 )
 from fast import Conv, Dense, flatten_small
-from memory_cells import CELLS, MaskedRNN, make_cell
+from memory_cells import CELLS, MaskedRNN, as_sequence, make_cell
 from replay import SequenceReplay, Transition, blank_step, mean_of_steps
 
 
@@ -164,8 +164,8 @@ class QNetwork(nn.Module):
 
     def step(self, carry, inputs, start):
         """One step: Inputs (N, ...), start (N,) -> carry, values (N, num_actions)."""
-        sequence = jax.tree.map(lambda x: x[None], inputs)
-        carry, q_values = self(carry, sequence, start[None])
+        sequence = as_sequence((inputs, start))
+        carry, q_values = self(carry, *sequence)
         return carry, q_values[0]
 
     @nn.nowrap
@@ -312,8 +312,10 @@ def rollout(state, env):
         return state, (transition, info)
 
     state, (batch, info) = jax.lax.scan(env_step, state, length=config.num_steps)
-    metrics = episode_metrics(info["episode_done"], info["episode_return"], info["episode_length"])
-    metrics["charts/epsilon"] = epsilon(state.updates, config)
+    metrics = {
+        "charts/epsilon": epsilon(state.updates, config),
+        **episode_metrics(info["episode_done"], info["episode_return"], info["episode_length"]),
+    }
     buffer = make_replay(config).add(state.buffer, first_carry, batch)
     return state.replace(buffer=buffer, updates=state.updates + 1), metrics
 

@@ -56,7 +56,7 @@ from experiment import (
     vmap_seeds,
 )
 from fast import Conv, Dense, flatten_params, flatten_small
-from memory_cells import CELLS, MaskedRNN, make_cell, take
+from memory_cells import CELLS, MaskedRNN, as_sequence, make_cell, take
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -182,14 +182,14 @@ class ActorCritic(nn.Module):
 
     def step(self, carry, inputs, start):
         """One step: Inputs (N, ...), start (N,) -> carry, logits (N, num_actions), value (N,)."""
-        sequence = jax.tree.map(lambda x: x[None], inputs)
-        carry, logits, value = self(carry, sequence, start[None])
+        sequence = as_sequence((inputs, start))
+        carry, logits, value = self(carry, *sequence)
         return carry, logits[0], value[0]
 
     def act(self, carry, inputs, start):
         """One step of the actor: Inputs (N, ...), start (N,) -> carry, logits (N, num_actions)."""
-        sequence = jax.tree.map(lambda x: x[None], inputs)
-        carry, features = self.torsos[0](carry[0], sequence, start[None])
+        sequence = as_sequence((inputs, start))
+        carry, features = self.torsos[0](carry[0], *sequence)
         logits = self.action_space.logits(self.actor_head(features[0]))
         return (carry,), only_valid(logits, inputs.obs)
 

@@ -52,7 +52,7 @@ from experiment import (
     vmap_seeds,
 )
 from fast import Conv, Dense, flatten_params, flatten_small
-from memory_cells import CELLS, MaskedRNN, make_cell, take
+from memory_cells import CELLS, MaskedRNN, as_sequence, make_cell, take
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -183,14 +183,14 @@ class ActorCritic(nn.Module):
 
     def step(self, carry, inputs, start):
         """One step: Inputs (N, ...), start (N,) -> carry, mean (N, A), std (A,), value (N,)."""
-        sequence = jax.tree.map(lambda x: x[None], inputs)
-        carry, mean, std, value = self(carry, sequence, start[None])
+        sequence = as_sequence((inputs, start))
+        carry, mean, std, value = self(carry, *sequence)
         return carry, mean[0], std, value[0]
 
     def act(self, carry, inputs, start):
         """One step of the actor: Inputs (N, ...), start (N,) -> carry, mean (N, A), std (A,)."""
-        sequence = jax.tree.map(lambda x: x[None], inputs)
-        carry, features = self.torsos[0](carry[0], sequence, start[None])
+        sequence = as_sequence((inputs, start))
+        carry, features = self.torsos[0](carry[0], *sequence)
         return (carry,), self.actor_head(features[0]), jnp.exp(self.log_std)
 
     @nn.nowrap

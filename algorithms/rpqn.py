@@ -47,7 +47,7 @@ from experiment import (
     vmap_seeds,
 )
 from fast import Conv, Dense, flatten_params, flatten_small
-from memory_cells import CELLS, MaskedRNN, make_cell, take
+from memory_cells import CELLS, MaskedRNN, as_sequence, make_cell, take
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -146,8 +146,8 @@ class QNetwork(nn.Module):
 
     def step(self, carry, inputs, start):
         """One step: Inputs (N, ...), start (N,) -> carry, values (N, num_actions)."""
-        sequence = jax.tree.map(lambda x: x[None], inputs)
-        carry, q_values = self(carry, sequence, start[None])
+        sequence = as_sequence((inputs, start))
+        carry, q_values = self(carry, *sequence)
         return carry, q_values[0]
 
     @nn.nowrap

@@ -53,7 +53,7 @@ from experiment import (
     vmap_seeds,
 )
 from fast import Conv, Dense, flatten_small
-from memory_cells import CELLS, MaskedRNN, make_cell
+from memory_cells import CELLS, MaskedRNN, as_sequence, make_cell
 from replay import SequenceReplay, Transition, blank_step, mean_of_steps
 
 
@@ -203,21 +203,23 @@ class ActorCritic(nn.Module):
     def values(self, features, action):
         """Features (..., size), action (..., A) -> Q_1 and Q_2 (2, ...)."""
         x = jnp.concatenate([features, action], axis=-1)
-        return self.critic_heads(jnp.broadcast_to(x, (2, *x.shape)))[..., 0]  # copies are faster
+        copies = jnp.broadcast_to(x, (2, *x.shape))  # faster than sharing
+        return self.critic_heads(copies)[..., 0]
 
     def __call__(self, carry, inputs, start):
         """One step: Inputs (N, ...), start (N,) -> carry, policy, values of its mean (2, N)."""
-        sequence = jax.tree.map(lambda x: x[None], inputs)
-        carry, features, critic_features = self.read(carry, sequence, start[None])
+        sequence = as_sequence((inputs, start))
+        carry, features, critic_features = self.read(carry, *sequence)
         policy = self.policy(features[0])
         return carry, policy, self.values(critic_features[0], policy[0])
 
     def act(self, carry, inputs, start):
         """One step of the actor: Inputs (N, ...), start (N,) -> carry, policy."""
         torso = self.critic_torso if self.config.shared_torso else self.actor_torso
-        sequence = jax.tree.map(lambda x: x[None], inputs)
-        carry, features = torso(carry[0], sequence, start[None], burn_in=0)
-        return (carry,), self.policy(features[0])
+        sequence = as_sequence((inputs, start))
+        carry, features = torso(carry[0], *sequence, burn_in=0)
+        policy = self.policy(features[0])
+        return (carry,), policy
 
     @nn.nowrap
     def initialize_carry(self, num_envs, num_torsos=2):

@@ -66,7 +66,7 @@ from experiment import (
     vmap_seeds,
 )
 from fast import Conv, Dense, flatten_small
-from memory_cells import CELLS, MaskedRNN, make_cell
+from memory_cells import CELLS, MaskedRNN, as_sequence, make_cell
 from replay import SequenceReplay, Transition, blank_step, mean_of_steps
 
 
@@ -220,15 +220,15 @@ class ActorCritic(nn.Module):
 
     def __call__(self, carry, inputs, start):
         """One step: Inputs (N, ...), start (N,) -> carry, logits (N, A), values (2, N, A)."""
-        sequence = jax.tree.map(lambda x: x[None], inputs)
-        carry, features, critic_features = self.read(carry, sequence, start[None])
+        sequence = as_sequence((inputs, start))
+        carry, features, critic_features = self.read(carry, *sequence)
         return carry, self.policy(features[0], inputs.obs), self.values(critic_features[0])
 
     def act(self, carry, inputs, start):
         """One step of the actor: Inputs (N, ...), start (N,) -> carry, logits (N, A)."""
         torso = self.critic_torso if self.config.shared_torso else self.actor_torso
-        sequence = jax.tree.map(lambda x: x[None], inputs)
-        carry, features = torso(carry[0], sequence, start[None], burn_in=0)
+        sequence = as_sequence((inputs, start))
+        carry, features = torso(carry[0], *sequence, burn_in=0)
         return (carry,), self.policy(features[0], inputs.obs)
 
     @nn.nowrap

@@ -161,7 +161,8 @@ class ActorCritic(nn.Module):
     def values(self, features, action):
         """Features (..., size), action (..., A) -> Q_1 and Q_2 (2, ...)."""
         x = jnp.concatenate([features, action], axis=-1)
-        return self.critic_heads(jnp.broadcast_to(x, (2, *x.shape)))[..., 0]  # copies are faster
+        copies = jnp.broadcast_to(x, (2, *x.shape))  # faster than sharing
+        return self.critic_heads(copies)[..., 0]
 
     def __call__(self, obs):
         """Observations (B, ...) -> policy, values of its mean (2, B)."""

@@ -26,7 +26,7 @@ from memory_cells.masked_rnn import MaskedRNN, MemoryCell, Stack
 from memory_cells.mingru import MinGRU
 from memory_cells.mlstm import MLSTM
 from memory_cells.none import NoMemory
-from memory_cells.parts.carry import detach, take
+from memory_cells.parts.carry import as_sequence, detach, take
 from memory_cells.retnet import RetNet
 from memory_cells.rtu import RTU
 from memory_cells.s5 import S5
@@ -34,7 +34,7 @@ from memory_cells.shm import SHM
 from memory_cells.slstm import SLSTM
 from memory_cells.xlstm import XLSTM
 
-__all__ = ["CELLS", "MaskedRNN", "MemoryCell", "detach", "make_cell", "take"]
+__all__ = ["CELLS", "MaskedRNN", "MemoryCell", "as_sequence", "detach", "make_cell", "take"]
 
 CELLS: dict[str, type[MemoryCell]] = {
     "gru": GRU,

@@ -81,6 +81,7 @@ ALSO = {
     "rppo": {"num_devices": 2},
     "rpqn": {"num_devices": 4},
 }
+FULL = {"mask": ("1",), "critic_obs": "full", "env_kwargs": NORMALIZED}
 ATARI = {"env": "gxm::Gymnasium/ALE/Breakout-v5", "env_kwargs": {"max_num_frames_per_episode": 40}}
 
 
@@ -89,6 +90,8 @@ ATARI = {"env": "gxm::Gymnasium/ALE/Breakout-v5", "env_kwargs": {"max_num_frames
     [
         *((script, 5, ALSO.get(script, {})) for script in SCRIPTS),
         ("ppo", 3, {}),
+        ("rppo", 5, FULL),
+        ("rsac", 5, FULL),
         pytest.param("dqn", 5, ATARI, marks=pytest.mark.slow),
     ],
 )

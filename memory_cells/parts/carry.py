@@ -1,4 +1,4 @@
-"""Operations on a carry: a tree of arrays (B, ...) with one row per environment."""
+"""Operations on a carry or a step: a tree of arrays (B, ...) with one row per environment."""
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,11 @@ def episode_steps(count, starts):
 def take(carry, envs):
     """The carries of the environments `envs`, an index array: for minibatches of environments."""
     return jax.tree.map(lambda leaf: leaf[envs], carry)
+
+
+def as_sequence(step):
+    """A step (B, ...) as a sequence of one, (1, B, ...)."""
+    return jax.tree.map(lambda x: x[None], step)
 
 
 def detach(carry):

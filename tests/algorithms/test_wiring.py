@@ -72,6 +72,7 @@ INIT = {"hidden_size": 4, "num_layers": 2, "shared_torso": True, "alpha": 0.7, "
 INIT |= {"cell": "lstm", "buffer_size": 320}
 # Tested by name below.
 ENVIRONMENT = {"env", "env_kwargs", "mask", "cell_kwargs", "normalize_obs", "normalize_reward"}
+ENVIRONMENT |= {"critic_obs"}
 
 # Options of the run around the algorithm, which change no program of training.
 PLUMBING = {
@@ -290,6 +291,10 @@ def test_the_environment_and_the_memory_are_made_with_their_options(script):
     masked = dataclasses.replace(config, mask=("1",)).make_env()
     assert masked.observation_space.shape == (1,)
     assert one_gradient_step(module_of(script)).make_env().id.startswith("test::Echo")
+    if "critic_obs" in names_of(script):
+        env = dataclasses.replace(config, mask=("1",), critic_obs="full").make_env()
+        obs, _ = jax.eval_shape(env.reset, jax.random.key(0))
+        assert obs.obs.shape == (1,) and obs.full.shape == (2,)
     for name in {"normalize_obs", "normalize_reward"} & set(names_of(script)):
         for value in (True, False):
             env = dataclasses.replace(config, **{name: value}).make_env()

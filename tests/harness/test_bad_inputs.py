@@ -162,6 +162,8 @@ BAD_ACTIONS = [
         "needs discrete actions, those of gymnax::Pendulum-v1 are continuous",
     ),
     ("sacd", "--target-entropy-ratio 2", "target_entropy_ratio must be between 0 and 1, got 2.0"),
+    ("rppo", "--critic-obs full", "does nothing: nothing of gymnax::CartPole-v1 is hidden"),
+    ("rsac", "--critic-obs full --mask 0 --shared-torso", "critic_obs full needs two torsos"),
 ]
 BAD_SEQUENCES = [
     ("--burn-in -1", "burn_in must be 0 or more, got -1"),

@@ -183,6 +183,17 @@ def shifted_task(actions):
     return dataclasses.replace(helpers.counting_task(5), action_space=actions)
 
 
+@pytest.mark.parametrize("script", ["rppo_continuous", "rsacd"])
+def test_the_critic_is_no_part_of_it(script):
+    """Neither its memory nor what only it sees."""
+    options = {"mask": ("1",), "critic_obs": "full", "env_kwargs": NORMALIZED}
+    env, state = random_agent(module_of(script), **options)
+    agent = Agent(module_of(script).evaluate, state, env)
+    assert agent.inputs[0].shape == (1,)
+    assert [array.shape for array in agent.carries] == [(8,)]
+    check_jaxexport(module_of(script), **options)
+
+
 def check_onnx(module, **changes):
     pytest.importorskip("jax2onnx")
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import as_command, assert_same, tiny, words
 
-from algorithms import dqn, drqn, ppo, sacd
+from algorithms import dqn, drqn, ppo, rppo, sacd
 from env_adapters.environment import Statistics
 from env_adapters.episodes import Episodes
 from experiment import Run, UsageError, seed_keys
@@ -256,6 +256,24 @@ def test_what_has_the_same_shapes_and_is_another_function_is_refused(tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             beginning(drqn, replace(new, **changes), tmp_path)
+
+
+def test_a_critic_that_saw_something_else_is_refused(tmp_path):
+    """With noise both parts of an observation have the same shape."""
+    config = tiny(rppo, log=(), env_kwargs={"noise": 0.1})
+    source = make_run(tmp_path / "source", rppo, config)
+    new = replace(config, init_from=str(source), critic_obs="full")
+    with pytest.raises(UsageError, match="critic_obs was 'same', not 'full'"):
+        beginning(rppo, new, tmp_path)
+
+
+def test_moments_of_what_the_critic_sees_are_taken_over():
+    options = {"mask": ("1",), "critic_obs": "full", "env_kwargs": {"normalize_obs": True}}
+    config = tiny(rppo, **options)
+    trained = rppo.init(config, seed_keys(config))
+    state = begin_with(trained, rppo.init(config, seed_keys(replace(config, seed=5))))
+    ours, theirs = (x.env_state.statistics.full.mean for x in (state, trained))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("autotune", "expected"), [(True, 64.0), (False, np.log(0.25))])
