@@ -98,7 +98,7 @@ def executed(env, action):
     own = env._task.own_actions
     if isinstance(own, MultiDiscrete):
         action = np.stack(np.unravel_index(action, own.nvec), axis=-1)
-        return action + np.array(own.start)
+        return action + np.array(own.start or 0)
     if action.dtype == np.int32:
         return action
     action = np.clip(action, env.action_space.low, env.action_space.high)
