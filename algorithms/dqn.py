@@ -9,7 +9,8 @@ DQN (Mnih et al. 2015, doi 10.1038/nature14236) acts epsilon-greedily, keeps eve
 Q' is the target network, a copy of Q that follows it slowly. In double Q-learning (van Hasselt et
 al. 2016, arXiv 1509.06461) Q chooses the action and Q' gives its value, because the maximum of
 noisy estimates is too high. Where an episode was truncated, s' is the observation that the time
-limit cut off, not the first of the next episode.
+limit cut off, not the first of the next episode. With `n_step` > 1, y has that many rewards before
+the value.
 
 `diff algorithms/dqn.py algorithms/drqn.py` shows what memory changes.
 
@@ -44,7 +45,7 @@ from experiment import (
     vmap_seeds,
 )
 from fast import Conv, Dense, flatten_small
-from replay import ItemReplay
+from replay import ItemReplay, joined
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -71,6 +72,7 @@ class Config(Experiment):
     buffer_size: int = 50_000  # transitions that are kept for replay
     learning_starts: int = 1_000  # steps before the first update, to begin with a filled buffer
     batch_size: int = 128  # transitions in a minibatch
+    n_step: int = 1  # rewards in a target before the value
     gradient_steps: int = 1  # minibatches of an update
     target_network_frequency: int = 1  # gradient steps between two steps of the target network
     tau: float = 0.01  # fraction of the way it moves to the online network; 1 copies that
@@ -79,10 +81,6 @@ class Config(Experiment):
     end_e: float = 0.05  # probability of a random action in the end
     exploration_fraction: float = 0.2  # fraction of total_steps in which it falls, linearly
     max_grad_norm: float = 10.0  # gradients are clipped to this global norm
-
-    @property
-    def steps_per_update(self) -> int:
-        return self.num_envs * self.num_steps
 
     def make_env(self):
         return make(self.env, **{"mask": self.mask, "joint_actions": True} | self.env_kwargs)
@@ -150,21 +148,18 @@ class State(struct.PyTreeNode):
 
 
 class Transition(NamedTuple):
-    """The step obs -> next_obs of an environment; a minibatch is (batch_size, ...)."""
+    """The step obs -> next_obs of an environment; a sample is (n_step, batch_size, ...)."""
 
     obs: jax.Array
     action: jax.Array
     reward: jax.Array
     next_obs: jax.Array  # the true next observation, not the one after an auto-reset
     terminated: jax.Array  # next_obs ends the task: its value is 0, Q' is not used
+    done: jax.Array  # terminated or truncated: the next step is of another episode
 
 
 def make_replay(config: Config):
-    return ItemReplay(
-        buffer_size=config.buffer_size,
-        batch_size=config.batch_size,
-        num_envs=config.num_envs,
-    )
+    return ItemReplay.of(config)
 
 
 # --- Mathematics ---------------------------------------------------------------------------------
@@ -185,11 +180,11 @@ def epsilon_greedy(key, q_values, probability):
     return jnp.where(explore, random_action, q_values.argmax(axis=-1))
 
 
-def q_targets(reward, terminated, online_q, target_q, config):
+def q_targets(sample, online_q, target_q, config):
     """y of the docstring, (B,), from the values of the next observation (B, num_actions)."""
     best = (online_q if config.double_q else target_q).argmax(axis=-1)
     next_value = jnp.take_along_axis(target_q, best[..., None], axis=-1)[..., 0]
-    return reward + config.gamma * jnp.where(terminated, 0.0, next_value)
+    return sample.reward + sample.discount * jnp.where(sample.terminated, 0.0, next_value)
 
 
 def td_loss(params, target_params, network, config, sample):
@@ -198,7 +193,7 @@ def td_loss(params, target_params, network, config, sample):
     online_q = network.apply(params, sample.next_obs)
     target_q = network.apply(target_params, sample.next_obs)
     both = jax.lax.stop_gradient((online_q, target_q))
-    targets = q_targets(sample.reward, sample.terminated, *both, config)
+    targets = q_targets(sample, *both, config)
 
     q_value = jnp.take_along_axis(q_values, sample.action[..., None], axis=-1)[..., 0]
     loss = 0.5 * ((q_value - targets) ** 2).mean()
@@ -224,6 +219,7 @@ def rollout(state, env):
             reward=reward,
             next_obs=info["final_obs"],
             terminated=terminated,
+            done=info["episode_done"],
         )
         state = state.replace(env_state=env_state, obs=obs, key=key)
         return state, (transition, info)
@@ -249,7 +245,8 @@ def update(state, env):
 
     def gradient_step(state, _):
         key, sample_key = jax.random.split(state.key)
-        sample = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
+        steps = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
+        sample = joined(steps, config.gamma)
         gradient = jax.grad(td_loss, has_aux=True)
         gradients, parts = gradient(state.params, state.target_params, network, config, sample)
         gradients = mean_over_devices(gradients)
@@ -291,6 +288,7 @@ def init(config: Config, key) -> State:
             reward=no_reward,
             next_obs=obs,
             terminated=jnp.zeros(config.num_envs, bool),
+            done=jnp.zeros(config.num_envs, bool),
         )
         return State(
             params=params,

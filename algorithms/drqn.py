@@ -9,7 +9,8 @@ DQN (Mnih et al. 2015, doi 10.1038/nature14236) acts epsilon-greedily, keeps eve
 Q' is the target network, a copy of Q that follows it slowly. In double Q-learning (van Hasselt et
 al. 2016, arXiv 1509.06461) Q chooses the action and Q' gives its value, because the maximum of
 noisy estimates is too high. Where an episode was truncated, s' is the observation that the time
-limit cut off, not the first of the next episode.
+limit cut off, not the first of the next episode. With `n_step` > 1, y has that many rewards before
+the value.
 
 Here s is the state of a memory that has read the episode so far (Hausknecht and Stone 2015,
 arXiv 1507.06527). Minibatches are sequences of steps, with the carry that the memory had before
@@ -17,8 +18,8 @@ them. Q and Q' both read them from that carry. Older parameters made it, so the 
 steps only bring it up to date.
 
 `diff algorithms/dqn.py algorithms/drqn.py` shows what memory changes, and what R2D2 (Kapturowski
-et al. 2019, openreview.net/forum?id=r1lyTjAqYX) adds that memory does not need: `n_step` rewards
-in y, values on another scale (`rescale`), and replay that prefers large errors (`prioritized`).
+et al. 2019, openreview.net/forum?id=r1lyTjAqYX) adds that memory does not need: values on another
+scale (`rescale`), and replay that prefers large errors (`prioritized`).
 
     python algorithms/drqn.py --env gymnax::CartPole-v1 --cell slstm
     python algorithms/drqn.py --env gymnax::CartPole-v1 --mask velocity --cell gru
@@ -52,7 +53,7 @@ from experiment import (
 )
 from fast import Conv, Dense, flatten_small
 from memory_cells import CELLS, MaskedRNN, as_sequence, make_cell
-from replay import SequenceReplay, Transition, blank_step, mean_of_steps
+from replay import SequenceReplay, Transition, blank_step, mean_of_steps, n_step_targets
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -98,10 +99,6 @@ class Config(Experiment):
     end_e: float = 0.1  # probability of a random action in the end
     exploration_fraction: float = 0.2  # fraction of total_steps in which it falls, linearly
     max_grad_norm: float = 10.0  # gradients are clipped to this global norm
-
-    @property
-    def steps_per_update(self) -> int:
-        return self.num_envs * self.num_steps
 
     def make_env(self):
         return make(self.env, **{"mask": self.mask, "joint_actions": True} | self.env_kwargs)
@@ -200,12 +197,8 @@ class State(struct.PyTreeNode):
 
 
 def make_replay(config: Config):
-    return SequenceReplay(
-        buffer_size=config.buffer_size,
-        batch_size=config.batch_size,
-        num_envs=config.num_envs,
-        num_steps=config.num_steps,
-        length=config.burn_in + config.sequence_length,
+    return SequenceReplay.of(
+        config,
         prioritized=config.prioritized,
         priority_exponent=config.priority_exponent,
         importance_exponent=config.importance_exponent,
@@ -242,21 +235,11 @@ def unscaled(x):
 
 
 def q_targets(batch, online_q, target_q, config):
-    """y of the docstring for all rows but the last, (L, B), from values (L + 1, B, num_actions).
-
-    With n_step = 2, y[t] = r[t] + gamma * r[t + 1] + gamma^2 * Q'(s[t + 2], .): a reward and the
-    discounted one-step target of the next row. The last step of an episode or of the sequence has
-    no next row, so it takes the value instead, and the targets before it have fewer rewards.
-    """
-    rows = jax.tree.map(lambda x: x[:-1], batch)
+    """y of the docstring for all rows but the last, (L, B), from values (L + 1, B, num_actions)."""
     best = (online_q if config.double_q else target_q)[1:].argmax(axis=-1)
     next_value = jnp.take_along_axis(target_q[1:], best[..., None], axis=-1)[..., 0]
     next_value = unscaled(next_value) if config.rescale else next_value
-    is_last_step = batch.final[1:].at[-1].set(True)
-    future = next_value
-    for _ in range(config.n_step):
-        targets = rows.reward + config.gamma * jnp.where(rows.terminated, 0.0, future)
-        future = jnp.where(is_last_step, next_value, jnp.roll(targets, -1, axis=0))
+    targets = n_step_targets(batch, next_value, config.gamma, config.n_step)
     return rescaled(targets) if config.rescale else targets
 
 

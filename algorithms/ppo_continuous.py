@@ -82,10 +82,6 @@ class Config(Experiment):
     max_grad_norm: float = 0.5  # gradients are clipped to this global norm
     eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
 
-    @property
-    def steps_per_update(self) -> int:
-        return self.num_envs * self.num_steps
-
     def make_env(self):
         normalize = {"normalize_obs": self.normalize_obs, "normalize_reward": self.normalize_reward}
         options = {"mask": self.mask, "rescale_actions": True, "reward_gamma": self.gamma}

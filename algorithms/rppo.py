@@ -95,10 +95,6 @@ class Config(Experiment):
     max_grad_norm: float = 0.5  # gradients are clipped to this global norm
     eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
 
-    @property
-    def steps_per_update(self) -> int:
-        return self.num_envs * self.num_steps
-
     def make_env(self):
         make_it = make_asymmetric if self.critic_obs == "full" else make
         return make_it(self.env, **{"mask": self.mask} | self.env_kwargs)

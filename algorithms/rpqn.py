@@ -81,10 +81,6 @@ class Config(Experiment):
     exploration_fraction: float = 0.2  # fraction of total_steps in which it falls, linearly
     max_grad_norm: float = 10.0  # gradients are clipped to this global norm
 
-    @property
-    def steps_per_update(self) -> int:
-        return self.num_envs * self.num_steps
-
     def make_env(self):
         return make(self.env, **{"mask": self.mask, "joint_actions": True} | self.env_kwargs)
 

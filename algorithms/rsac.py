@@ -12,7 +12,8 @@ each of which trains its own parameters only:
 with b drawn from pi(.|s) and b' from pi(.|s'). Q' is the target network, a copy of Q that follows
 it slowly. The smaller of two estimates counteracts overestimation (Fujimoto et al. 2018, arXiv
 1802.09477). Where an episode was truncated, s' is the observation that the time limit cut off, not
-the first of the next episode.
+the first of the next episode. With `n_step` > 1, y has that many rewards before the value, without
+the entropies in between.
 
 Here s is the state of two memories that have read the episode so far, the actor's and the
 critic's; the critic's heads receive the action after the memory (Ni et al. 2022, arXiv 2110.05038).
@@ -54,7 +55,7 @@ from experiment import (
 )
 from fast import Conv, Dense, flatten_small
 from memory_cells import CELLS, MaskedRNN, as_sequence, make_cell
-from replay import SequenceReplay, Transition, blank_step, mean_of_steps
+from replay import SequenceReplay, Transition, blank_step, mean_of_steps, n_step_targets
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -89,16 +90,15 @@ class Config(Experiment):
     batch_size: int = 32  # sequences in a minibatch
     sequence_length: int = 16  # L, steps of a sequence that are learned from
     burn_in: int = 8  # steps before these that bring the memories up to date
+    n_step: int = 1  # rewards in a target before the value
     gradient_steps: int = 8  # minibatches of an update
     tau: float = 0.02  # fraction of the way the target network moves to the online one after each
     alpha: float = 0.2  # weight of the entropy; the initial one if it is tuned
     autotune: bool = True  # tune alpha so that the entropy approaches target_entropy
     target_entropy: float = -1.0  # nats per action dimension, for actions scaled to -1 and 1
+    max_grad_norm: float = 1e9  # gradients are clipped to this global norm
+    layer_norm: bool = False  # normalise every hidden layer before its activation
     eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
-
-    @property
-    def steps_per_update(self) -> int:
-        return self.num_envs * self.num_steps
 
     def make_env(self):
         make_it = make_asymmetric if self.critic_obs == "full" else make
@@ -116,6 +116,12 @@ class Config(Experiment):
 # --- Networks ------------------------------------------------------------------------------------
 def dense(features, scale=2**0.5):
     return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
+
+
+def hidden(x, config):
+    """A layer with relu, normalised before it if the config says so."""
+    x = dense(config.hidden_size)(x)
+    return nn.relu(nn.LayerNorm()(x) if config.layer_norm else x)
 
 
 @each_part
@@ -153,7 +159,7 @@ class Torso(nn.Module):
         previous = jnp.where(starts[..., None], 0.0, jnp.concatenate([action, reward], axis=-1))
         obs = encode(seen_by(self.reader, inputs.obs), num_axes=2)
         x = jnp.concatenate([obs, previous], axis=-1)
-        x = nn.relu(dense(config.hidden_size)(x))
+        x = hidden(x, config)
         carry, memory = config.make_memory()(carry, x, starts, burn_in=burn_in)
         return carry, x[burn_in:] + memory  # skip connection: memory need not store what x shows
 
@@ -167,7 +173,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(dense(self.config.hidden_size)(x))
+        x = hidden(x, self.config)
         return dense(self.num_outputs, self.scale)(x)
 
 
@@ -217,8 +223,7 @@ class ActorCritic(nn.Module):
         torso = self.critic_torso if self.config.shared_torso else self.actor_torso
         sequence = as_sequence((inputs, start))
         carry, features = torso(carry[0], *sequence, burn_in=0)
-        policy = self.policy(features[0])
-        return (carry,), policy
+        return (carry,), self.policy(features[0])
 
     @nn.nowrap
     def initialize_carry(self, num_envs, num_torsos=2):
@@ -231,7 +236,9 @@ def make_network(config: Config, env):
 
 
 def make_optimizer(config: Config):
-    return flatten_small(optax.scale_by_adam(eps=1e-5))  # `update` applies the learning rate
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    adam = optax.scale_by_adam(eps=1e-5)  # `update` applies the learning rate
+    return flatten_small(optax.chain(clip, adam))
 
 
 # --- State ---------------------------------------------------------------------------------------
@@ -252,20 +259,14 @@ class State(struct.PyTreeNode):
 
 
 def make_replay(config: Config):
-    return SequenceReplay(
-        buffer_size=config.buffer_size,
-        batch_size=config.batch_size,
-        num_envs=config.num_envs,
-        num_steps=config.num_steps,
-        length=config.burn_in + config.sequence_length,
-    )
+    return SequenceReplay.of(config)
 
 
 # --- Mathematics ---------------------------------------------------------------------------------
 def squashed_normal(noise, policy, space):
     """An action from standard normal noise: action (..., A) and its log-probability (...)."""
     mean, log_std = policy
-    scale = 0.5 * (space.high - space.low) * np.ones(space.shape)
+    scale = space.half_width
     u = mean + jnp.exp(log_std) * noise
     action = space.low + scale * (1.0 + jnp.tanh(u))
     log_normal = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi)
@@ -296,7 +297,7 @@ def sac_loss(params, target_params, network, sample, key):
     # L_Q
     next_q = network.apply(target_params, target_features, action, method="values").min(axis=0)
     next_value = jax.lax.stop_gradient(next_q - alpha * log_prob)[1:]
-    targets = rows.reward + config.gamma * jnp.where(rows.terminated, 0.0, next_value)
+    targets = n_step_targets(batch, next_value, config.gamma, config.n_step)
     q_values = network.apply(params, features[:-1], rows.action, method="values")
     td_loss = mean_of_steps(0.5 * ((q_values - targets) ** 2).sum(axis=0), is_step)
 
@@ -307,8 +308,7 @@ def sac_loss(params, target_params, network, sample, key):
 
     # L_alpha; the target entropy is that of actions in the bounds of the environment
     entropy = -jax.lax.stop_gradient(log_prob)[:-1]
-    log_scale = np.log(0.5 * (space.high - space.low)) * np.ones(space.shape)
-    target_entropy = np.sum(config.target_entropy + log_scale)
+    target_entropy = np.sum(config.target_entropy + np.log(space.half_width))
     excess = mean_of_steps(entropy - target_entropy, is_step)
     alpha_loss = config.autotune * params["params"]["log_alpha"] * excess
 

@@ -13,8 +13,9 @@ each of which trains its own parameters only:
 with sums over all actions b instead of SAC's samples. Q' is the target network, a copy of Q that
 follows it slowly. The smaller of two estimates counteracts overestimation (Fujimoto et al. 2018,
 arXiv 1802.09477). Where an episode was truncated, s' is the observation that the time limit cut
-off, not the first of the next episode. Of actions with several parts, pi is the product over these
-and Q the sum, as in DecQN (Seyde et al. 2023, arXiv 2210.12566): sums over b add up parts.
+off, not the first of the next episode. With `n_step` > 1, y has that many rewards before the value,
+without the entropies in between. Of actions with several parts, pi is the product over these and Q
+the sum, as in DecQN (Seyde et al. 2023, arXiv 2210.12566): sums over b add up parts.
 
 Here s is the state of two memories that have read the episode so far, the actor's and the
 critic's (Ni et al. 2022, arXiv 2110.05038). Minibatches are sequences of steps, with the carry that
@@ -67,7 +68,7 @@ from experiment import (
 )
 from fast import Conv, Dense, flatten_small
 from memory_cells import CELLS, MaskedRNN, as_sequence, make_cell
-from replay import SequenceReplay, Transition, blank_step, mean_of_steps
+from replay import SequenceReplay, Transition, blank_step, mean_of_steps, n_step_targets
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -102,16 +103,15 @@ class Config(Experiment):
     batch_size: int = 32  # sequences in a minibatch
     sequence_length: int = 16  # L, steps of a sequence that are learned from
     burn_in: int = 8  # steps before these that bring the memories up to date
+    n_step: int = 1  # rewards in a target before the value
     gradient_steps: int = 4  # minibatches of an update
     tau: float = 0.02  # fraction of the way the target network moves to the online one after each
     alpha: float = 0.2  # weight of the entropy; the initial one if it is tuned
     autotune: bool = True  # tune alpha so that the entropy approaches its target
     target_entropy_ratio: float = 0.7  # that target over the greatest entropy, log(num_actions)
+    max_grad_norm: float = 1e9  # gradients are clipped to this global norm
+    layer_norm: bool = False  # normalise every hidden layer before its activation
     eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
-
-    @property
-    def steps_per_update(self) -> int:
-        return self.num_envs * self.num_steps
 
     def make_env(self):
         make_it = make_asymmetric if self.critic_obs == "full" else make
@@ -129,6 +129,12 @@ class Config(Experiment):
 # --- Networks ------------------------------------------------------------------------------------
 def dense(features, scale=2**0.5):
     return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
+
+
+def hidden(x, config):
+    """A layer with relu, normalised before it if the config says so."""
+    x = dense(config.hidden_size)(x)
+    return nn.relu(nn.LayerNorm()(x) if config.layer_norm else x)
 
 
 @each_part
@@ -167,7 +173,7 @@ class Torso(nn.Module):
         previous = jnp.where(starts[..., None], 0.0, jnp.concatenate([action, reward], axis=-1))
         obs = encode(seen_by(self.reader, inputs.obs), num_axes=2)
         x = jnp.concatenate([obs, previous], axis=-1)
-        x = nn.relu(dense(config.hidden_size)(x))
+        x = hidden(x, config)
         carry, memory = config.make_memory()(carry, x, starts, burn_in=burn_in)
         return carry, x[burn_in:] + memory  # skip connection: memory need not store what x shows
 
@@ -181,7 +187,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(dense(self.config.hidden_size)(x))
+        x = hidden(x, self.config)
         return dense(self.num_outputs, self.scale)(x)
 
 
@@ -241,7 +247,9 @@ def make_network(config: Config, env):
 
 
 def make_optimizer(config: Config):
-    return flatten_small(optax.scale_by_adam(eps=1e-5))  # `update` applies the learning rate
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    adam = optax.scale_by_adam(eps=1e-5)  # `update` applies the learning rate
+    return flatten_small(optax.chain(clip, adam))
 
 
 # --- State ---------------------------------------------------------------------------------------
@@ -262,13 +270,7 @@ class State(struct.PyTreeNode):
 
 
 def make_replay(config: Config):
-    return SequenceReplay(
-        buffer_size=config.buffer_size,
-        batch_size=config.batch_size,
-        num_envs=config.num_envs,
-        num_steps=config.num_steps,
-        length=config.burn_in + config.sequence_length,
-    )
+    return SequenceReplay.of(config)
 
 
 # --- Mathematics ---------------------------------------------------------------------------------
@@ -293,7 +295,7 @@ def sacd_loss(params, target_params, network, sample):
     # L_Q
     next_q = network.apply(target_params, target_features, method="values").min(axis=0)
     next_value = space.sum_actions(jax.lax.stop_gradient(policy * (next_q - alpha * log_policy)))
-    targets = rows.reward + config.gamma * jnp.where(rows.terminated, 0.0, next_value[1:])
+    targets = n_step_targets(batch, next_value[1:], config.gamma, config.n_step)
     action = batch.action[None, ..., None]
     q_value = space.sum_parts(jnp.take_along_axis(q_values, action, axis=-1)[:, :-1, ..., 0])
     td_loss = mean_of_steps(0.5 * ((q_value - targets) ** 2).sum(axis=0), is_step)

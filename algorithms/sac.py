@@ -12,7 +12,8 @@ each of which trains its own parameters only:
 with b drawn from pi(.|s) and b' from pi(.|s'). Q' is the target network, a copy of Q that follows
 it slowly. The smaller of two estimates counteracts overestimation (Fujimoto et al. 2018, arXiv
 1802.09477). Where an episode was truncated, s' is the observation that the time limit cut off, not
-the first of the next episode.
+the first of the next episode. With `n_step` > 1, y has that many rewards before the value, without
+the entropies in between.
 
 `diff algorithms/sac.py algorithms/rsac.py` shows what memory changes,
 `diff algorithms/sac.py algorithms/sacd.py` what discrete actions change.
@@ -49,7 +50,7 @@ from experiment import (
     vmap_seeds,
 )
 from fast import Conv, Dense, flatten_small
-from replay import ItemReplay
+from replay import ItemReplay, joined
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -76,16 +77,15 @@ class Config(Experiment):
     buffer_size: int = 100_000  # transitions that are kept for replay
     learning_starts: int = 1_000  # steps before the first update, to begin with a filled buffer
     batch_size: int = 256  # transitions in a minibatch
+    n_step: int = 1  # rewards in a target before the value
     gradient_steps: int = 1  # minibatches of an update
     tau: float = 0.005  # fraction of the way the target network moves to the online one after each
     alpha: float = 0.2  # weight of the entropy; the initial one if it is tuned
     autotune: bool = True  # tune alpha so that the entropy approaches target_entropy
     target_entropy: float = -1.0  # nats per action dimension, for actions scaled to -1 and 1
+    max_grad_norm: float = 1e9  # gradients are clipped to this global norm
+    layer_norm: bool = False  # normalise every hidden layer before its activation
     eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
-
-    @property
-    def steps_per_update(self) -> int:
-        return self.num_envs * self.num_steps
 
     def make_env(self):
         return make(self.env, **{"mask": self.mask} | self.env_kwargs)
@@ -97,6 +97,12 @@ class Config(Experiment):
 # --- Networks ------------------------------------------------------------------------------------
 def dense(features, scale=2**0.5):
     return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
+
+
+def hidden(x, config):
+    """A layer with relu, normalised before it if the config says so."""
+    x = dense(config.hidden_size)(x)
+    return nn.relu(nn.LayerNorm()(x) if config.layer_norm else x)
 
 
 @each_part
@@ -129,7 +135,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x):
         for _ in range(1 + self.config.num_layers):
-            x = nn.relu(dense(self.config.hidden_size)(x))
+            x = hidden(x, self.config)
         return dense(self.num_outputs, self.scale)(x)
 
 
@@ -175,7 +181,9 @@ def make_network(config: Config, env):
 
 
 def make_optimizer(config: Config):
-    return flatten_small(optax.scale_by_adam(eps=1e-5))  # `update` applies the learning rate
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    adam = optax.scale_by_adam(eps=1e-5)  # `update` applies the learning rate
+    return flatten_small(optax.chain(clip, adam))
 
 
 # --- State ---------------------------------------------------------------------------------------
@@ -194,28 +202,25 @@ class State(struct.PyTreeNode):
 
 
 class Transition(NamedTuple):
-    """The step obs -> next_obs of an environment; a minibatch is (batch_size, ...)."""
+    """The step obs -> next_obs of an environment; a sample is (n_step, batch_size, ...)."""
 
     obs: jax.Array
     action: jax.Array
     reward: jax.Array
     next_obs: jax.Array  # the true next observation, not the one after an auto-reset
     terminated: jax.Array  # next_obs ends the task: its value is 0, Q' is not used
+    done: jax.Array  # terminated or truncated: the next step is of another episode
 
 
 def make_replay(config: Config):
-    return ItemReplay(
-        buffer_size=config.buffer_size,
-        batch_size=config.batch_size,
-        num_envs=config.num_envs,
-    )
+    return ItemReplay.of(config)
 
 
 # --- Mathematics ---------------------------------------------------------------------------------
 def squashed_normal(noise, policy, space):
     """An action from standard normal noise: action (..., A) and its log-probability (...)."""
     mean, log_std = policy
-    scale = 0.5 * (space.high - space.low) * np.ones(space.shape)
+    scale = space.half_width
     u = mean + jnp.exp(log_std) * noise
     action = space.low + scale * (1.0 + jnp.tanh(u))
     log_normal = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi)
@@ -243,7 +248,7 @@ def sac_loss(params, target_params, network, sample, key):
     # L_Q
     next_q = network.apply(target_params, target_features, next_action, method="values")
     next_value = next_q.min(axis=0) - alpha * next_log_prob
-    targets = sample.reward + config.gamma * jnp.where(sample.terminated, 0.0, next_value)
+    targets = sample.reward + sample.discount * jnp.where(sample.terminated, 0.0, next_value)
     q_values = network.apply(params, features, sample.action, method="values")
     td_loss = 0.5 * ((q_values - targets) ** 2).sum(axis=0).mean()
 
@@ -254,8 +259,7 @@ def sac_loss(params, target_params, network, sample, key):
 
     # L_alpha; the target entropy is that of actions in the bounds of the environment
     entropy = -jax.lax.stop_gradient(log_prob).mean()
-    log_scale = np.log(0.5 * (space.high - space.low)) * np.ones(space.shape)
-    target_entropy = np.sum(config.target_entropy + log_scale)
+    target_entropy = np.sum(config.target_entropy + np.log(space.half_width))
     alpha_loss = config.autotune * params["params"]["log_alpha"] * (entropy - target_entropy)
 
     return td_loss + actor_loss + alpha_loss, {
@@ -292,6 +296,7 @@ def rollout(state, env):
             reward=reward,
             next_obs=info["final_obs"],
             terminated=terminated,
+            done=info["episode_done"],
         )
         state = state.replace(env_state=env_state, obs=obs, key=key)
         return state, (transition, info)
@@ -314,7 +319,8 @@ def update(state, env):
 
     def gradient_step(state, _):
         key, sample_key, loss_key = jax.random.split(state.key, 3)
-        sample = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
+        steps = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
+        sample = joined(steps, config.gamma)
         gradient = jax.grad(sac_loss, has_aux=True)
         gradients, parts = gradient(state.params, state.target_params, network, sample, loss_key)
         gradients = mean_over_devices(gradients)
@@ -351,6 +357,7 @@ def init(config: Config, key) -> State:
             reward=no_reward,
             next_obs=obs,
             terminated=jnp.zeros(config.num_envs, bool),
+            done=jnp.zeros(config.num_envs, bool),
         )
         return State(
             params=params,

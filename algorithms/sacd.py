@@ -13,8 +13,9 @@ each of which trains its own parameters only:
 with sums over all actions b instead of SAC's samples. Q' is the target network, a copy of Q that
 follows it slowly. The smaller of two estimates counteracts overestimation (Fujimoto et al. 2018,
 arXiv 1802.09477). Where an episode was truncated, s' is the observation that the time limit cut
-off, not the first of the next episode. Of actions with several parts, pi is the product over these
-and Q the sum, as in DecQN (Seyde et al. 2023, arXiv 2210.12566): sums over b add up parts.
+off, not the first of the next episode. With `n_step` > 1, y has that many rewards before the value,
+without the entropies in between. Of actions with several parts, pi is the product over these and Q
+the sum, as in DecQN (Seyde et al. 2023, arXiv 2210.12566): sums over b add up parts.
 
 `diff algorithms/sacd.py algorithms/rsacd.py` shows what memory changes,
 `diff algorithms/sac.py algorithms/sacd.py` what discrete actions change.
@@ -61,7 +62,7 @@ from experiment import (
     vmap_seeds,
 )
 from fast import Conv, Dense, flatten_small
-from replay import ItemReplay
+from replay import ItemReplay, joined
 
 
 # --- Config --------------------------------------------------------------------------------------
@@ -88,16 +89,15 @@ class Config(Experiment):
     buffer_size: int = 100_000  # transitions that are kept for replay
     learning_starts: int = 1_000  # steps before the first update, to begin with a filled buffer
     batch_size: int = 128  # transitions in a minibatch
+    n_step: int = 1  # rewards in a target before the value
     gradient_steps: int = 1  # minibatches of an update
     tau: float = 0.02  # fraction of the way the target network moves to the online one after each
     alpha: float = 0.2  # weight of the entropy; the initial one if it is tuned
     autotune: bool = True  # tune alpha so that the entropy approaches its target
     target_entropy_ratio: float = 0.7  # that target over the greatest entropy, log(num_actions)
+    max_grad_norm: float = 1e9  # gradients are clipped to this global norm
+    layer_norm: bool = False  # normalise every hidden layer before its activation
     eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
-
-    @property
-    def steps_per_update(self) -> int:
-        return self.num_envs * self.num_steps
 
     def make_env(self):
         return make(self.env, **{"mask": self.mask} | self.env_kwargs)
@@ -109,6 +109,12 @@ class Config(Experiment):
 # --- Networks ------------------------------------------------------------------------------------
 def dense(features, scale=2**0.5):
     return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
+
+
+def hidden(x, config):
+    """A layer with relu, normalised before it if the config says so."""
+    x = dense(config.hidden_size)(x)
+    return nn.relu(nn.LayerNorm()(x) if config.layer_norm else x)
 
 
 @each_part
@@ -141,7 +147,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x):
         for _ in range(1 + self.config.num_layers):
-            x = nn.relu(dense(self.config.hidden_size)(x))
+            x = hidden(x, self.config)
         return dense(self.num_outputs, self.scale)(x)
 
 
@@ -184,7 +190,9 @@ def make_network(config: Config, env):
 
 
 def make_optimizer(config: Config):
-    return flatten_small(optax.scale_by_adam(eps=1e-5))  # `update` applies the learning rate
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    adam = optax.scale_by_adam(eps=1e-5)  # `update` applies the learning rate
+    return flatten_small(optax.chain(clip, adam))
 
 
 # --- State ---------------------------------------------------------------------------------------
@@ -203,21 +211,18 @@ class State(struct.PyTreeNode):
 
 
 class Transition(NamedTuple):
-    """The step obs -> next_obs of an environment; a minibatch is (batch_size, ...)."""
+    """The step obs -> next_obs of an environment; a sample is (n_step, batch_size, ...)."""
 
     obs: jax.Array
     action: jax.Array
     reward: jax.Array
     next_obs: jax.Array  # the true next observation, not the one after an auto-reset
     terminated: jax.Array  # next_obs ends the task: its value is 0, Q' is not used
+    done: jax.Array  # terminated or truncated: the next step is of another episode
 
 
 def make_replay(config: Config):
-    return ItemReplay(
-        buffer_size=config.buffer_size,
-        batch_size=config.batch_size,
-        num_envs=config.num_envs,
-    )
+    return ItemReplay.of(config)
 
 
 # --- Mathematics ---------------------------------------------------------------------------------
@@ -238,7 +243,7 @@ def sacd_loss(params, target_params, network, sample):
     # L_Q
     next_q = target_q.min(axis=0)
     next_value = space.sum_actions(jnp.exp(next_log_policy) * (next_q - alpha * next_log_policy))
-    targets = sample.reward + config.gamma * jnp.where(sample.terminated, 0.0, next_value)
+    targets = sample.reward + sample.discount * jnp.where(sample.terminated, 0.0, next_value)
     action = sample.action[None, ..., None]
     q_value = space.sum_parts(jnp.take_along_axis(q_values, action, axis=-1)[..., 0])
     td_loss = 0.5 * ((q_value - targets) ** 2).sum(axis=0).mean()
@@ -285,6 +290,7 @@ def rollout(state, env):
             reward=reward,
             next_obs=info["final_obs"],
             terminated=terminated,
+            done=info["episode_done"],
         )
         state = state.replace(env_state=env_state, obs=obs, key=key)
         return state, (transition, info)
@@ -307,7 +313,8 @@ def update(state, env):
 
     def gradient_step(state, _):
         key, sample_key = jax.random.split(state.key)
-        sample = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
+        steps = env.preprocess(state.env_state, replay.sample(state.buffer, sample_key))
+        sample = joined(steps, config.gamma)
         gradient = jax.grad(sacd_loss, has_aux=True)
         gradients, parts = gradient(state.params, state.target_params, network, sample)
         gradients = mean_over_devices(gradients)
@@ -344,6 +351,7 @@ def init(config: Config, key) -> State:
             reward=no_reward,
             next_obs=obs,
             terminated=jnp.zeros(config.num_envs, bool),
+            done=jnp.zeros(config.num_envs, bool),
         )
         return State(
             params=params,

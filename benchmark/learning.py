@@ -1,14 +1,15 @@
-"""The learning results of the README: runs their commands, writes result files, draws the curves.
+"""Trains the agents of tasks.toml, writes their result files, draws the learning curves.
 
-    python benchmark/learning.py            # train what is missing under runs/learning, then report
-    python benchmark/learning.py --report   # report what is there
-    python benchmark/learning.py --more     # also the commands that are not in the figure
-    python benchmark/learning.py --cells    # instead: every memory on MemoryChain, three seeds
-    python benchmark/learning.py --only "sac.py --env gymnax"    # only commands that contain this
+    python benchmark/learning.py --list                   # every command, and whether it is done
+    python benchmark/learning.py                          # train all that is missing
+    python benchmark/learning.py pendulum memorychain-10  # only names that contain one of these
+    python benchmark/learning.py hopper/sac-300k --again  # also if it is done
+    python benchmark/learning.py --memories               # every memory on MemoryChain, three seeds
+    python benchmark/learning.py --figure                 # draw benchmark/learning.png
 
-After a change of a script or of its defaults, delete its runs. Each run is the command shown, with
---num-seeds, --eval-every 25_000 and its own --run-dir. Every complete run is written to
-benchmark/results. The figure takes the curves of commands without a run from there.
+A run lies under runs/learning. One that was interrupted goes on from its last checkpoint, or starts
+again if the code has changed since. An agent is done if benchmark/results has its result file and
+the file is of the same command. After a change of a script or of its defaults, use --again.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,173 +30,127 @@ from memory_cells import CELLS
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "learning"
-CARTPOLE = "--env gymnax::CartPole-v1"
-ACROBOT = "--env gymnax::Acrobot-v1"
-PENDULUM = "--env gymnax::Pendulum-v1"
-MASK = "--mask velocity"
-GRU = "--mask velocity --cell gru"
-MEMORY_CHAIN = "--env gymnax::MemoryChain-bsuite --env-kwargs memory_length"
-CHAIN = f"{MEMORY_CHAIN} 10 --total-steps"
-
-RESULTS = {  # panel of the figure: {label: command}
-    "CartPole-v1": {
-        "PPO": f"ppo.py {CARTPOLE}",
-        "PQN": f"pqn.py {CARTPOLE}",
-        "DQN": f"dqn.py {CARTPOLE}",
-        "SACD": f"sacd.py {CARTPOLE}",
-        "RPPO, GRU": f"rppo.py {CARTPOLE} --cell gru",
-        "RPPO, LSTM": f"rppo.py {CARTPOLE} --cell lstm",
-        "RPPO, sLSTM": f"rppo.py {CARTPOLE} --cell slstm",
-    },
-    "CartPole-v1, velocities hidden": {
-        "PPO": f"ppo.py {CARTPOLE} {MASK}",
-        "PQN": f"pqn.py {CARTPOLE} {MASK}",
-        "DQN": f"dqn.py {CARTPOLE} {MASK}",
-        "SACD": f"sacd.py {CARTPOLE} {MASK}",
-        "RPPO, GRU": f"rppo.py {CARTPOLE} {GRU}",
-        "RPQN, GRU": f"rpqn.py {CARTPOLE} {GRU}",
-        "DRQN, GRU": f"drqn.py {CARTPOLE} {GRU} --total-steps 500_000",
-        "RSACD, GRU": f"rsacd.py {CARTPOLE} {GRU}",
-    },
-    "MemoryChain, length 10": {
-        "RPPO, no memory": f"rppo.py {CHAIN} 200_000 --cell none --no-prev-action",
-        "RPPO, GRU": f"rppo.py {CHAIN} 200_000 --cell gru",
-        "RPPO, sLSTM": f"rppo.py {CHAIN} 200_000 --cell slstm",
-        "RPQN, GRU": f"rpqn.py {CHAIN} 300_000 --cell gru",
-        "DRQN, GRU": f"drqn.py {CHAIN} 200_000 --cell gru",
-        "RSACD, GRU": f"rsacd.py {CHAIN} 200_000 --cell gru",
-    },
-    "Acrobot-v1": {
-        "PPO": f"ppo.py {ACROBOT}",
-        "PQN": f"pqn.py {ACROBOT}",
-        "DQN": f"dqn.py {ACROBOT} --total-steps 500_000",
-    },
-    "Pendulum-v1": {
-        "PPO": f"ppo_continuous.py {PENDULUM} --total-steps 300_000",
-        "SAC": f"sac.py {PENDULUM}",
-    },
-    "Pendulum-v1, velocity hidden": {
-        "PPO": f"ppo_continuous.py {PENDULUM} --total-steps 300_000 {MASK}",
-        "SAC": f"sac.py {PENDULUM} {MASK}",
-        "RPPO, GRU": f"rppo_continuous.py {PENDULUM} --total-steps 1_000_000 {GRU}",
-        "RSAC, GRU": f"rsac.py {PENDULUM} {GRU}",
-    },
-}
-MINATAR = "pqn.py --env gymnax::Breakout-MinAtar --total-steps"
-MINATAR_OPTIONS = (
-    "--num-envs 128 --num-steps 32 --num-minibatches 32 --update-epochs 2 --learning-rate 5e-4 "
-    "--exploration-fraction 0.1 --q-lambda 0.65"
-)
-POPGYM = "--env popjaxrl::"
-FOUR_ENVS = "--num-envs 4 --gradient-steps 4"
-NORMALIZED = "--env-kwargs normalize_obs True normalize_reward True"
-MORE = {  # what the table has besides: {command: seeds}
-    f"ppo.py {POPGYM}RepeatFirstEasy --total-steps 1_000_000": 3,
-    f"ppo.py {POPGYM}StatelessCartPoleEasy --total-steps 1_000_000": 3,
-    f"rppo.py {POPGYM}RepeatFirstEasy --cell gru --total-steps 1_000_000": 3,
-    f"rppo.py {POPGYM}StatelessCartPoleEasy --cell gru --total-steps 1_000_000": 3,
-    "ppo_continuous.py --env gymnax::MountainCarContinuous-v0 --total-steps 300_000": 3,
-    f"{MINATAR} 2_000_000 {MINATAR_OPTIONS}": 3,
-    f"{MINATAR} 10_000_000 {MINATAR_OPTIONS}": 3,  # minutes on a GPU, hours on a CPU
-    f"rpqn.py {MEMORY_CHAIN} 100 --total-steps 500_000 --cell gru": 3,
-    f"sac.py --env brax::inverted_pendulum --total-steps 20_000 {FOUR_ENVS}": 1,
-    f"sac.py --env mujoco::HalfCheetah-v4 --total-steps 300_000 {FOUR_ENVS}": 1,
-    f"sac.py --env mujoco::Hopper-v4 --total-steps 300_000 {FOUR_ENVS}": 1,
-    f"drqn.py {CARTPOLE} {GRU} --total-steps 500_000 --prioritized": 5,
-    f"dqn.py {CARTPOLE} {NORMALIZED}": 3,
-    f"drqn.py {CARTPOLE} {GRU} --total-steps 500_000 {NORMALIZED}": 3,
-    f"sac.py {PENDULUM} {NORMALIZED}": 3,
-    f"rsac.py {PENDULUM} {GRU} {NORMALIZED}": 3,
-    f"sacd.py {CARTPOLE} {NORMALIZED}": 3,
-    f"rsacd.py {CARTPOLE} {GRU} {NORMALIZED}": 3,
-}
-ORDER = (  # of the scripts in tables
-    "ppo.py",
-    "rppo.py",
-    "ppo_continuous.py",
-    "rppo_continuous.py",
-    "dqn.py",
-    "drqn.py",
-    "pqn.py",
-    "rpqn.py",
-    "sac.py",
-    "rsac.py",
-    "sacd.py",
-    "rsacd.py",
-)
-# every memory; hidden size 64 in one torso, so that all of them are done in an hour or two
-CELL_COMMANDS = {
-    cell: f"rppo.py {CHAIN} 300_000 --cell {cell} --hidden-size 64 --shared-torso"
-    for cell in CELLS
-    if cell != "none"
-}
+TASKS = tomllib.loads((Path(__file__).parent / "tasks.toml").read_text())
+SUMMARIES = {"worst": np.min, "median": np.median, "mean": np.mean}  # of the seeds' returns
 COLORS = {"PPO": "C0", "PQN": "C2", "DQN": "C1", "SAC": "C3", "SACD": "C3"}
+REFUSED = 2  # exit code of a script that does not start, as where it may not resume
 POINTS = 50  # at most so many of a curve are kept in a result file
 
 
-# --- Commands ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Agent:
+    """One script with its options on one task.
+
+    Attributes:
+      task: key of tasks.toml.
+      name: script, then what tells it from the task's other agents.
+      result: name of its result file.
+      options: of the agent alone; those of the task come before them.
+      figure: its label in the figure; empty if it is not drawn.
+      goal: what it must reach, such as "worst 450"; empty if nothing.
+    """
+
+    task: str
+    name: str
+    result: str
+    steps: int
+    seeds: int
+    options: str = ""
+    eval_every: int = 25_000
+    figure: str = ""
+    goal: str = ""
+
+    @property
+    def id(self):
+        return f"{self.task}/{self.name}"
+
+    @property
+    def script(self):
+        return f"{self.name.partition('-')[0]}.py"
+
+    @property
+    def command(self):
+        words = ["python", f"algorithms/{self.script}", TASKS[self.task]["options"], self.options]
+        words += ["--total-steps", f"{self.steps:_}", "--num-seeds", str(self.seeds)]
+        words += ["--eval-every", f"{self.eval_every:_}"]
+        return " ".join(filter(None, words))
+
+    @property
+    def run_dir(self):
+        return RUNS / self.result.removeprefix("learning/")
 
 
-def figure_commands():
-    return [command for commands in RESULTS.values() for command in commands.values()]
+def agents():
+    """Those of tasks.toml, in its order."""
+    return [
+        Agent(task, name, f"learning/{task}/{name}", **values)
+        for task, about in TASKS.items()
+        for name, values in about["runs"].items()
+    ]
 
 
-def all_commands():
-    """The commands of the table, the scripts in the order of `ORDER`."""
-    commands = [*figure_commands(), *MORE]
-    return sorted(commands, key=lambda command: ORDER.index(command.split()[0]))
+def memories():
+    """One agent per memory; 64 units in one torso, so that all are done in an hour or two."""
+    options = "--cell {} --hidden-size 64 --shared-torso"
+    return [
+        Agent(
+            "memorychain-10",
+            f"rppo-{cell}",
+            f"memory-chain/{cell}",
+            300_000,
+            3,
+            options.format(cell),
+        )
+        for cell in CELLS
+        if cell != "none"
+    ]
 
 
-def seeds_of(command):
-    if command in CELL_COMMANDS.values():
-        return 3
-    return MORE.get(command, 3 if "sac" in command else 5)  # SAC takes ten times as long
-
-
-def run_dir(command):
-    return RUNS / command.replace("--", "").replace("::", "-").replace(" ", "_").replace(".py", "")
-
-
-def result_name(command):
-    """The name of a command's result file."""
-    for cell, cell_command in CELL_COMMANDS.items():
-        if command == cell_command:
-            return f"memory-chain/{cell}"
-    words = command.replace(".py --env", "").replace("--", "")
-    return f"learning/{results.slug(words)}"
+def find(id):
+    """The agent that is called that."""
+    return next(agent for agent in agents() if agent.id == id)
 
 
 # --- Runs --------------------------------------------------------------------------------------
 
 
-def extra_options(command):
-    return ["--num-seeds", str(seeds_of(command)), "--eval-every", "25_000"]
+def train(agent):
+    """Train from the last checkpoint, or else from the start."""
+    script = [sys.executable, str(ROOT / "algorithms" / agent.script)]
+    status = REFUSED
+    if (agent.run_dir / "config.json").exists():
+        status = subprocess.run([*script, "--resume", str(agent.run_dir)]).returncode
+    if status == REFUSED:
+        shutil.rmtree(agent.run_dir, ignore_errors=True)
+        options = agent.command.split()[2:]
+        status = subprocess.run([*script, *options, "--run-dir", str(agent.run_dir)]).returncode
+    if status:
+        sys.exit(status)
 
 
-def train(command):
-    shutil.rmtree(run_dir(command), ignore_errors=True)  # what an interrupted run left
-    script, *options = command.split()
-    options += [*extra_options(command), "--run-dir", str(run_dir(command))]
-    subprocess.run([sys.executable, str(ROOT / "algorithms" / script), *options], check=True)
-
-
-def is_complete(command):
-    if not (run_dir(command) / "config.json").exists():
+def is_complete(agent):
+    """True if its run directory has a run that reached its last step."""
+    if not (agent.run_dir / "config.json").exists():
         return False
-    run = load(run_dir(command))
+    run = load(agent.run_dir)
     return run.step >= run.about["final_step"]
 
 
-def records_of(command):
-    lines = (run_dir(command) / "metrics.jsonl").read_text().splitlines()
+def is_done(agent):
+    """True if there is a result file of this very command."""
+    return results.exists(agent.result) and results.load(agent.result)["command"] == agent.command
+
+
+def records_of(agent):
+    lines = (agent.run_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
-def evaluations(command):
-    """Steps (E,) and greedy returns (E, seeds) of a run's evaluations; nan for a diverged seed."""
-    points = [(r["step"], r[GREEDY]) for r in records_of(command) if GREEDY in r]
-    steps, returns = zip(*points, strict=True)
-    return np.array(steps), np.array(returns, float)
+def series(agent, metric):
+    """Steps (R,) and values (R, seeds) of a metric; nan where a seed has none."""
+    points = [(record["step"], record[metric]) for record in records_of(agent) if metric in record]
+    steps, values = zip(*points, strict=True)
+    return np.array(steps), np.array(values, float)
 
 
 def thinned(steps, returns):
@@ -203,50 +160,52 @@ def thinned(steps, returns):
     return {"steps": steps[chosen], "returns": returns[chosen].T.round(3)}
 
 
-def measured(command):
+def measured(agent):
     """The values of a complete run. Returns are listed by seed; curves are one list per seed."""
-    steps, returns = evaluations(command)
+    steps, returns = series(agent, GREEDY)
     final = returns[-1]
+    _, training_returns = series(agent, "charts/episodic_return")
     return {
         "steps": steps[-1],
         "num_seeds": len(final),
         "median": np.median(final).round(4),
         "worst": final.min().round(4),
         "returns": final.round(4),
+        "mmer": np.nanmax(training_returns, axis=0).round(4),
         "curve": thinned(steps, returns),
-        "seconds": records_of(command)[-1]["time"],
-        "steps_per_second": round(np.median(load(run_dir(command)).values("charts/SPS"))),
+        "seconds": records_of(agent)[-1]["time"],
+        "steps_per_second": round(np.median(load(agent.run_dir).values("charts/SPS"))),
     }
 
 
-def record(command):
-    about = json.loads((run_dir(command) / "config.json").read_text())
-    shown = " ".join(["python", f"algorithms/{command}", *extra_options(command)])
-    results.record(result_name(command), measured(command), shown, **results.of_run(about))
-
-
-def curve(command):
-    """Steps and returns (E, seeds), of the run or else of the result file; None in neither."""
-    if is_complete(command):
-        return evaluations(command)
-    if not results.exists(result_name(command)):
-        return None
-    saved = results.load(result_name(command))["values"]["curve"]
-    return saved and (np.array(saved["steps"]), np.array(saved["returns"], float).T)
+def record(agent):
+    about = json.loads((agent.run_dir / "config.json").read_text())
+    results.record(agent.result, measured(agent), agent.command, **results.of_run(about))
 
 
 # --- Reports -----------------------------------------------------------------------------------
 
 
-def report(commands):
-    print("| command | steps | median | the seeds | steps per second |\n|---|---|---|---|---|")
-    for command in filter(is_complete, commands):
-        record(command)
-        values = measured(command)
-        seeds = ", ".join(f"{value:.2f}" for value in sorted(values["returns"]))
-        speed = f"{values['steps_per_second']:,.0f}"
-        cells = (f"`{command}`", f"{values['steps']:,}", f"{values['median']:.2f}", seeds, speed)
-        print(f"| {' | '.join(cells)} |")
+def reached(agent):
+    """Whether a result meets its goal: "reached", "missed", or empty without a goal."""
+    if not agent.goal:
+        return ""
+    summary, _, goal = agent.goal.partition(" ")
+    value = SUMMARIES[summary](results.load(agent.result)["values"]["returns"])
+    return "reached" if value >= float(goal) else "missed"
+
+
+def describe(agent):
+    """One line: what it is called, and how it stands."""
+    if not results.exists(agent.result):
+        return f"{agent.id}: not trained"
+    values = results.load(agent.result)["values"]
+    words = [f"{agent.id}: median {values['median']:.6g}, worst {values['worst']:.6g}"]
+    if agent.goal and values["returns"]:
+        words.append(f"goal {agent.goal} {reached(agent)}")
+    if not is_done(agent):
+        words.append("of an older command")
+    return ", ".join(words)
 
 
 def style(label):
@@ -265,24 +224,33 @@ def style(label):
     }
 
 
-def draw(curves, path):
-    """The figure from {command: (steps, returns)}."""
+def draw(path):
+    """The figure of all agents that have a label and a curve."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = (1.9 * len(RESULTS), 6.8)
-    figure, axes = plt.subplots(2, len(RESULTS) // 2, figsize=size, layout="constrained")
-    for axis, (title, commands) in zip(axes.flat, RESULTS.items(), strict=True):
-        for label, command in commands.items():
-            steps, returns = curves[command]
-            look = style(label)
-            axis.plot(steps / 1e3, np.median(returns, axis=1), label=label, **look)
-            low = returns.min(axis=1)
-            high = returns.max(axis=1)
-            axis.fill_between(steps / 1e3, low, high, alpha=0.1, color=look["color"], lw=0)
-        axis.set(title=title, xlabel="thousand environment steps")
+    panels = {}
+    for agent in agents():
+        if agent.figure:
+            panels.setdefault(agent.task, []).append(agent)
+    size = (1.9 * len(panels), 6.8)
+    figure, axes = plt.subplots(2, len(panels) // 2, figsize=size, layout="constrained")
+    for axis, (task, drawn) in zip(axes.flat, panels.items(), strict=True):
+        for agent in drawn:
+            curve = results.load(agent.result)["values"]["curve"]
+            if curve is None:
+                print(f"{agent.id} has no curve: its numbers were transcribed")
+                continue
+            steps = np.array(curve["steps"]) / 1e3
+            returns = np.array(curve["returns"], float)
+            look = style(agent.figure)
+            axis.plot(steps, np.median(returns, axis=0), label=agent.figure, **look)
+            low = returns.min(axis=0)
+            high = returns.max(axis=0)
+            axis.fill_between(steps, low, high, alpha=0.1, color=look["color"], lw=0)
+        axis.set(title=TASKS[task]["title"], xlabel="thousand environment steps")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=9, framealpha=0.8, edgecolor="none")
@@ -296,27 +264,33 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--report", action="store_true", help="do not train")
-    parser.add_argument("--more", action="store_true", help="also what is not in the figure")
-    parser.add_argument("--cells", action="store_true", help="every memory on MemoryChain instead")
-    parser.add_argument("--only", default="", help="only commands that contain this")
+    parser.add_argument(
+        "names", nargs="*", help="only agents whose task/name contains one of these"
+    )
+    parser.add_argument("--list", action="store_true", help="train nothing, print the commands")
+    parser.add_argument("--again", action="store_true", help="also train what is done")
+    parser.add_argument(
+        "--memories", action="store_true", help="every memory on MemoryChain instead"
+    )
+    parser.add_argument("--figure", action="store_true", help="train nothing, draw the figure")
     args = parser.parse_args()
-    if args.cells:
-        commands = list(CELL_COMMANDS.values())
-    else:
-        commands = all_commands() if args.more or args.report else figure_commands()
-    commands = [command for command in commands if args.only in command]
-    for command in commands:
-        if not args.report and not is_complete(command):
-            train(command)
-    report(commands)
-    if args.cells:
-        return
-    curves = {command: curve(command) for command in figure_commands()}
-    missing = [command for command, points in curves.items() if points is None]
-    if missing:
-        return print(f"no figure: {len(missing)} curves are missing, as that of {missing[0]}")
-    draw(curves, ROOT / "benchmark" / "learning.png")
+    if args.figure:
+        return draw(ROOT / "benchmark" / "learning.png")
+    known = memories() if args.memories else agents()
+    chosen = [agent for agent in known if not args.names or any(n in agent.id for n in args.names)]
+    if not chosen:
+        parser.error(f"no agent is called {' or '.join(args.names)}; --list shows all")
+    for agent in chosen:
+        if args.list:
+            print(f"{describe(agent)}\n    {agent.command}")
+            continue
+        if args.again or not is_done(agent):
+            if args.again:
+                shutil.rmtree(agent.run_dir, ignore_errors=True)
+            if not is_complete(agent):
+                train(agent)
+            record(agent)
+        print(describe(agent))
 
 
 if __name__ == "__main__":

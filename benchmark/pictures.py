@@ -8,18 +8,20 @@ Trains what is missing under runs/learning, then draws into benchmark/.
 import subprocess
 import sys
 
-from learning import CARTPOLE, MASK, ROOT, is_complete, run_dir, train
+from learning import ROOT, find, is_complete, train
 from PIL import Image, ImageDraw, ImageSequence
 
 BENCHMARK = ROOT / "benchmark"
-TASK = f"{CARTPOLE} {MASK}"
-RUNS = {"PPO, no memory": f"ppo.py {TASK}", "recurrent PPO, GRU": f"rppo.py {TASK} --cell gru"}
+AGENTS = {
+    "PPO, no memory": find("cartpole-masked/ppo"),
+    "recurrent PPO, GRU": find("cartpole-masked/rppo-gru"),
+}
 
 
-def film(command, path):
-    script = str(ROOT / "algorithms" / command.split()[0])
+def film(agent, path):
+    script = str(ROOT / "algorithms" / agent.script)
     subprocess.run(
-        [sys.executable, script, "--evaluate", str(run_dir(command)), "--video", str(path)]
+        [sys.executable, script, "--evaluate", str(agent.run_dir), "--video", str(path)]
         + ["--eval-policy", "greedy"],
         check=True,
     )
@@ -46,28 +48,28 @@ def beside(films, path):
     )
 
 
-def dashboard(command, path):
+def dashboard(agent, path):
     from rich.console import Console
 
     from harness.dashboard import draw, load
 
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(draw(load(run_dir(command))))
-    console.save_svg(str(path), title=f"python algorithms/{command} --log dashboard file")
+    console.print(draw(load(agent.run_dir)))
+    console.save_svg(str(path), title=f"{agent.command} --log dashboard file")
 
 
 def main():
-    for command in RUNS.values():
-        if not is_complete(command):
-            train(command)
-    films = {title: run_dir(command) / "agent.gif" for title, command in RUNS.items()}
-    for title, command in RUNS.items():
-        film(command, films[title])
+    for agent in AGENTS.values():
+        if not is_complete(agent):
+            train(agent)
+    films = {title: agent.run_dir / "agent.gif" for title, agent in AGENTS.items()}
+    for title, agent in AGENTS.items():
+        film(agent, films[title])
     beside(films, BENCHMARK / "agents.gif")
-    runs = [str(run_dir(command)) for command in RUNS.values()]
+    runs = [str(agent.run_dir) for agent in AGENTS.values()]
     curves = ["--plot", str(BENCHMARK / "curves.png")]
     subprocess.run([sys.executable, str(ROOT / "loggers.py"), *runs, *curves], check=True)
-    dashboard(RUNS["recurrent PPO, GRU"], BENCHMARK / "dashboard.svg")
+    dashboard(AGENTS["recurrent PPO, GRU"], BENCHMARK / "dashboard.svg")
 
 
 if __name__ == "__main__":

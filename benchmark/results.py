@@ -46,9 +46,9 @@ KEYS = (
     "source",
 )
 KINDS = {  # folder: (the script that measures, what it measures)
-    "learning": ("learning.py --more", "greedy return over 100 episodes at the end of training"),
+    "learning": ("learning.py", "greedy return over 100 episodes at the end of training"),
     "memory-chain": (
-        "learning.py --cells",
+        "learning.py --memories",
         "greedy return over 100 episodes of MemoryChain, length 10, at the end of training",
     ),
     "recall": ("recall.py", "updates until 98 % accuracy in a supervised task of memory"),

@@ -22,45 +22,13 @@ DOCUMENTS = ("README.md", "benchmark/README.md", "memory_cells/README.md")
 MARKED = re.compile(r"^<!-- table: (.+?) -->\n(.*?)^<!-- /table -->$", re.MULTILINE | re.DOTALL)
 OPENING = re.compile(r"^<!-- table: ", re.MULTILINE)
 
-CARTPOLE = "--env gymnax::CartPole-v1 --mask velocity"
-PENDULUM = "--env gymnax::Pendulum-v1"
-SHORT_RESULTS = (  # algorithm, task, command without memory (None: not measured), command with
-    (
-        "PPO",
-        "CartPole, velocities hidden",
-        f"ppo.py {CARTPOLE}",
-        f"rppo.py {CARTPOLE} --cell gru",
-    ),
-    (
-        "PPO, continuous",
-        "Pendulum, velocity hidden",
-        f"ppo_continuous.py {PENDULUM} --total-steps 300_000 --mask velocity",
-        f"rppo_continuous.py {PENDULUM} --total-steps 1_000_000 --mask velocity --cell gru",
-    ),
-    (
-        "PQN",
-        "CartPole, velocities hidden",
-        f"pqn.py {CARTPOLE}",
-        f"rpqn.py {CARTPOLE} --cell gru",
-    ),
-    (
-        "DQN",
-        "CartPole, velocities hidden",
-        f"dqn.py {CARTPOLE}",
-        f"drqn.py {CARTPOLE} --cell gru --total-steps 500_000",
-    ),
-    (
-        "SAC",
-        "Pendulum, velocity hidden",
-        f"sac.py {PENDULUM} --mask velocity",
-        f"rsac.py {PENDULUM} --mask velocity --cell gru",
-    ),
-    (
-        "SAC, discrete",
-        "CartPole, velocities hidden",
-        f"sacd.py {CARTPOLE}",
-        f"rsacd.py {CARTPOLE} --cell gru",
-    ),
+SHORT_RESULTS = (  # algorithm, agents of tasks.toml without and with memory
+    ("PPO", "cartpole-masked/ppo", "cartpole-masked/rppo-gru"),
+    ("PPO, continuous", "pendulum-masked/ppo_continuous", "pendulum-masked/rppo_continuous-gru"),
+    ("PQN", "cartpole-masked/pqn", "cartpole-masked/rpqn-gru"),
+    ("DQN", "cartpole-masked/dqn", "cartpole-masked/drqn-gru"),
+    ("SAC", "pendulum-masked/sac", "pendulum-masked/rsac-gru"),
+    ("SAC, discrete", "cartpole-masked/sacd", "cartpole-masked/rsacd-gru"),
 )
 SHORT_SPEED = (  # label, our system of throughput.py, those of others
     (
@@ -241,17 +209,18 @@ def section_link(text, section, here):
 def results_short(here):
     import learning
 
-    def cell(command):
-        if command is None:
-            return "not measured"
-        entry = load(learning.result_name(command))
+    def cell(id):
+        entry = load(learning.find(id).result)
         values = entry["values"]
         median = linked(number(values["median"]), entry, here)
         budget = f"{thousands(values['steps'])}, {values['num_seeds']} seeds"
         return f"{median} ({number(values['worst'])}) after {budget}"
 
+    rows = []
+    for name, plain, memory in SHORT_RESULTS:
+        task = learning.TASKS[learning.find(plain).task]["title"]
+        rows.append([name, task, cell(plain), cell(memory)])
     head = ["algorithm", "task", "without memory", "with a GRU"]
-    rows = [[name, task, cell(plain), cell(memory)] for name, task, plain, memory in SHORT_RESULTS]
     legend = (
         "Greedy return over 100 episodes: median and (worst) seed. "
         "Some runs with memory are longer.\n"
@@ -264,19 +233,49 @@ def results_full(here):
     import learning
 
     rows = []
-    for command in learning.all_commands():
-        entry = load(learning.result_name(command))
-        values = entry["values"]
-        cells = [
-            f"`{command}`",
-            thousands(values["steps"]),
-            str(values["num_seeds"]),
-            number(values["median"]),
-            number(values["worst"]),
-        ]
-        rows.append((cells, [entry]))
-    head = ["`python algorithms/...`", "steps", "seeds", "median", "worst seed"]
-    return measured_table(head, rows, here)
+    missing = []
+    for task, about in learning.TASKS.items():
+        agents = [agent for agent in learning.agents() if agent.task == task]
+        missing += [agent.id for agent in agents if not results.exists(agent.result)]
+        own = [result_row(agent, here) for agent in agents if results.exists(agent.result)]
+        if own:
+            others = [(published_cells(agent), []) for agent in about.get("published", [])]
+            rows.append(([f"**{about['title']}** `{about['options']}`", *[""] * 5], []))
+            rows += own + others
+    head = ["`algorithms/...`", "steps", "seeds", "median", "worst seed", "MMER"]
+    table = measured_table(head, rows, here)
+    listed = ", ".join(f"`{id}`" for id in missing)
+    return table + (f"- listed in tasks.toml and not trained yet: {listed}\n" if missing else "")
+
+
+def result_row(agent, here):
+    entry = load(agent.result)
+    values = entry["values"]
+    mmer = values.get("mmer")
+    cells = [
+        f"`{agent.script} {agent.options}`".replace(" `", "`"),
+        thousands(values["steps"]),
+        str(values["num_seeds"]),
+        number(values["median"]),
+        number(values["worst"]),
+        number(sum(mmer) / len(mmer)) if mmer else "",
+    ]
+    return cells, [entry]
+
+
+def published_cells(agent):
+    """The row of somebody else's agent: a published return, with its source."""
+    is_mmer = "MMER" in agent["agent"]
+    value = number(agent["return"])
+    source = f"[{agent['agent']}]({agent['source']})"
+    return [
+        source,
+        thousands(agent["steps"]),
+        "",
+        "" if is_mmer else value,
+        "",
+        value if is_mmer else "",
+    ]
 
 
 def speed_short(here):

@@ -23,6 +23,11 @@ class Box:
     shape: tuple[int, ...]
     dtype: Any = np.float32
 
+    @property
+    def half_width(self):
+        """Half the distance between the bounds, an array of the space's shape."""
+        return 0.5 * (self.high - self.low) * np.ones(self.shape)
+
     def sample(self, key):
         """A uniform sample; the bounds must be finite."""
         low = jnp.asarray(self.low, jnp.float32)

@@ -61,6 +61,10 @@ class Experiment:
     compilation_cache: str = "~/.cache/memory-rl"  # folder of compiled programs; empty: keep none
 
     @property
+    def steps_per_update(self) -> int:
+        return self.num_envs * self.num_steps  # fields that every script's own config has
+
+    @property
     def num_updates(self) -> int:
         return self.total_steps // self.steps_per_update
 
@@ -512,6 +516,14 @@ def check_sizes(config) -> None:
                 raise ValueError(
                     f"{name} ({getattr(config, name)}) must be at least {steps}, {reason}"
                 )
+    elif hasattr(config, "n_step"):
+        # The first minibatch is drawn after `learning_starts` and one update more.
+        first = (config.learning_starts // steps_per_update + 1) * config.num_steps
+        kept = config.buffer_size // config.num_envs
+        if config.n_step > min(first, kept):
+            name = "learning_starts" if first < kept else "buffer_size"
+            limit = f"must be at most {min(first, kept)}, the steps of each environment that"
+            raise ValueError(f"n_step ({config.n_step}) {limit} {name} leaves to sample from")
     if config.seed + config.num_seeds > 2**31:
         raise ValueError(f"seed must be less than 2**31 - num_seeds, got {config.seed}")
     if config.total_steps < steps_per_update:

@@ -1,12 +1,17 @@
 """The result files of the benchmarks and the tables that are made of them."""
 
+import dataclasses
+import importlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import results
 import tables
+
+from harness.options import read_words
 
 FILES = sorted(results.RESULTS.rglob("*.json"))
 ABOUT = {
@@ -185,3 +190,53 @@ def test_curves_in_result_files_are_short_and_end_at_the_end():
 )
 def test_numbers_in_tables_have_the_digits_that_were_recorded(value, text):
     assert tables.number(value) == text
+
+
+def test_every_agent_of_the_tasks_has_a_valid_command():
+    import learning
+
+    agents = learning.agents() + learning.memories()
+    assert len({agent.result for agent in agents}) == len(agents)
+    for agent in agents:
+        python, script, *words = agent.command.split()
+        config_class = importlib.import_module(f"algorithms.{Path(script).stem}").Config
+        options = read_words(words, config_class, {})
+        assert (options["total_steps"], options["num_seeds"]) == (agent.steps, agent.seeds)
+        summary, _, goal = agent.goal.partition(" ")
+        assert not agent.goal or (summary in learning.SUMMARIES and float(goal))
+
+
+def test_an_agent_is_done_when_its_file_is_of_its_command(monkeypatch, tmp_path):
+    import learning
+
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    agent = learning.Agent("cartpole", "ppo", "learning/cartpole/ppo", 1000, 2, goal="worst 20")
+    assert not learning.is_done(agent) and "not trained" in learning.describe(agent)
+    values = {"returns": [19.0, 30.0], "median": 24.5, "worst": 19.0}
+    results.record(agent.result, values, agent.command)
+    assert learning.is_done(agent) and "goal worst 20 missed" in learning.describe(agent)
+    assert learning.reached(dataclasses.replace(agent, goal="mean 24")) == "reached"
+    assert not learning.is_done(dataclasses.replace(agent, options="--gamma 0.9"))
+
+
+def test_learning_trains_what_is_missing_and_records_it(monkeypatch, tmp_path):
+    import learning
+
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(learning, "RUNS", tmp_path / "runs")
+    options = "--num-envs 4 --num-steps 8 --num-minibatches 2 --hidden-size 8 --log file"
+    options += " --num-eval-envs 2 --eval-episodes 2"
+    run = {"options": options, "steps": 640, "seeds": 2, "eval_every": 160}
+    about = {"options": "--env gymnax::CartPole-v1", "runs": {"ppo": run}}
+    monkeypatch.setattr(learning, "TASKS", {"cartpole": about})
+    (agent,) = learning.agents()
+    monkeypatch.setattr("sys.argv", ["learning.py"])
+    learning.main()
+    assert learning.is_complete(agent)
+    values = results.load(agent.result)["values"]
+    assert values["steps"] == 640 and len(values["returns"]) == len(values["mmer"]) == 2
+    assert values["curve"]["steps"] == [160, 320, 480, 640]
+    assert learning.measured(agent)["returns"].tolist() == values["returns"]
+    shutil.rmtree(agent.run_dir)
+    learning.main()  # it is done: nothing is trained
+    assert not agent.run_dir.exists()

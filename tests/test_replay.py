@@ -1,6 +1,7 @@
 """What is sampled is what was added: single steps, sequences, and episodes as they were seen."""
 
 from operator import itemgetter
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from replay import ItemReplay, SequenceReplay, Transition, as_lots, as_seen, mean_of_steps
+from replay import (
+    ItemReplay,
+    SequenceReplay,
+    Transition,
+    as_lots,
+    as_seen,
+    joined,
+    mean_of_steps,
+)
 
 
 class Inputs(NamedTuple):
@@ -89,8 +98,52 @@ def test_items_of_several_steps_and_environments_wrap_anywhere():
     buffer, add = replay.init(jnp.zeros(3, jnp.int32)), jax.jit(replay.add)
     for added in range(0, 84, 12):
         buffer = add(buffer, added + jnp.arange(12).reshape(4, 3))
-    seen = np.asarray(jax.jit(replay.sample)(buffer, jax.random.key(0)))
+    seen = np.asarray(jax.jit(replay.sample)(buffer, jax.random.key(0)))[0]
     assert set(seen) == set(range(84 - 27, 84))
+
+
+@pytest.mark.parametrize("added", [5, 9, 13, 40])
+def test_items_drawn_together_follow_each_other(added):
+    replay = ItemReplay(num_envs=2, buffer_size=18, batch_size=4000, n_step=3)
+    buffer = replay.init(jnp.zeros(2, jnp.int32))
+    for number in range(added):
+        buffer = replay.add(buffer, number + 1000 * jnp.arange(2)[None])
+    steps = np.asarray(jax.jit(replay.sample)(buffer, jax.random.key(0)))
+    assert steps.shape == (3, 4000)
+    np.testing.assert_array_equal(steps, steps[0] + np.arange(3)[:, None])
+    starts = range(max(0, added - 9), added - 2)
+    assert set(steps[0]) == {number + env for number in starts for env in (0, 1000)}
+
+
+def test_joined_steps_equal_brute_force(rng):
+    n, batch_size, gamma = 4, 60, 0.9
+    done = rng.random((n, batch_size)) < 0.3
+    terminated = done & (rng.random(done.shape) < 0.5)
+    reward = rng.normal(size=done.shape)
+    obs, next_obs = rng.normal(size=(2, *done.shape, 3))
+    action = rng.integers(5, size=done.shape)
+    steps = SimpleNamespace(
+        obs={"eyes": obs},
+        action=action,
+        reward=jnp.asarray(reward),
+        next_obs={"eyes": next_obs},
+        terminated=terminated,
+        done=jnp.asarray(done),
+    )
+    actual = joined(steps, gamma)
+    np.testing.assert_array_equal(actual.obs["eyes"], obs[0])
+    np.testing.assert_array_equal(actual.action, action[0])
+    for b in range(batch_size):
+        total, k = 0.0, 0
+        while True:
+            total += gamma**k * reward[k, b]
+            k += 1
+            if done[k - 1, b] or k == n:
+                break
+        np.testing.assert_allclose(actual.reward[b], total, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(actual.discount[b], gamma**k, rtol=1e-6)
+        np.testing.assert_array_equal(actual.next_obs["eyes"][b], next_obs[k - 1, b])
+        assert actual.terminated[b] == terminated[k - 1, b]
 
 
 def test_nothing_is_sampled_before_it_is_written():

@@ -21,7 +21,7 @@ from algorithms import dqn, drqn
 from experiment import compiled_updates, fill_buffer, seed_keys
 from loggers import Logger
 from memory_cells import CELLS
-from replay import Sequence
+from replay import Joined, Sequence
 
 SCRIPTS = [dqn, drqn]
 
@@ -67,7 +67,9 @@ def test_targets_of_dqn(double_q, rng):
     config = small(dqn, gamma=0.9, double_q=double_q)
     best = (online if double_q else target).argmax(axis=1)
     expected = reward + 0.9 * np.where(terminated, 0.0, target[np.arange(30), best])
-    actual = dqn.q_targets(reward, terminated, online, target, config)
+    discount = np.full(30, 0.9, np.float32)
+    sample = Joined(None, None, reward, None, terminated, discount)
+    actual = dqn.q_targets(sample, online, target, config)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 

@@ -15,7 +15,7 @@ from scipy.special import log_softmax
 
 from algorithms import dqn, drqn, rsac, rsacd, sac, sacd
 from envs import Box
-from replay import Sample, Sequence
+from replay import Joined, Sample, Sequence
 
 RECURRENT, CONTINUOUS = (drqn, rsac, rsacd), (sac, rsac)
 GAMMA, BURN_IN, LENGTH, BATCH = 0.9, 4, 8, 5
@@ -73,9 +73,7 @@ def random_sample(script, rng):
     reward, terminated = rng.normal(size=rows), rng.random(rows) < 0.3
     if script not in RECURRENT:
         next_obs = rng.normal(size=obs.shape)
-        sample = script.Transition(
-            obs=obs, action=action, reward=reward, next_obs=next_obs, terminated=terminated
-        )
+        sample = Joined(obs, action, reward, next_obs, terminated, np.full(rows, GAMMA))
         parts = sample._asdict() | {"is_step": np.ones(rows, bool), "weight": np.ones(BATCH)}
         return sample, SimpleNamespace(**parts)
     final, weight = rng.random(rows) < 0.2, rng.random(BATCH)
@@ -107,8 +105,7 @@ def chosen(values, action):
 @pytest.mark.parametrize("double_q", [True, False])
 @pytest.mark.parametrize("script", [dqn, drqn])
 def test_the_loss_of_q_learning(script, double_q, rng):
-    one_step = {"n_step": 1} if script is drqn else {}
-    config = small_off_policy(script, gamma=GAMMA, double_q=double_q, **one_step)
+    config = small_off_policy(script, gamma=GAMMA, double_q=double_q, n_step=1)
     online, target = random_params(script, rng), random_params(script, rng)
     sample, rows = random_sample(script, rng)
     sample = jax.tree.map(jnp.asarray, sample)
@@ -133,7 +130,7 @@ def test_the_loss_of_q_learning(script, double_q, rng):
 @pytest.mark.parametrize("script", [sac, sacd, rsac, rsacd])
 def test_the_losses_of_soft_actor_critic(script, rng):
     """L_Q, L_pi and L_alpha; drawn actions and their probabilities are tested in test_sac.py."""
-    config = small_off_policy(script, gamma=GAMMA)
+    config = small_off_policy(script, gamma=GAMMA, n_step=1)
     online, target = random_params(script, rng), random_params(script, rng)
     sample, rows = random_sample(script, rng)
     sample = jax.tree.map(jnp.asarray, sample)

@@ -22,6 +22,7 @@ from envs import Box
 from experiment import compiled_updates, fill_buffer, seed_keys
 from loggers import Logger
 from memory_cells import CELLS
+from replay import Joined
 
 SCRIPTS = [sac, sacd, rsac, rsacd]
 RECURRENT, CONTINUOUS = (rsac, rsacd), (sac, rsac)
@@ -123,12 +124,13 @@ def test_the_best_discrete_policy_is_softmax_of_values_over_alpha(rng):
     """Only where logits = Q / alpha is the gradient zero, and V = alpha logsumexp(Q / alpha)."""
     q_values = jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32)
     alpha, config = 0.3, small_off_policy(sacd, gamma=0.9)
-    batch = sacd.Transition(
+    batch = Joined(
         obs=None,
         action=jnp.zeros(5, int),
         reward=jnp.zeros(5),
         next_obs=None,
         terminated=jnp.zeros(5, bool),
+        discount=jnp.full(5, 0.9),
     )
 
     def parts(logits):

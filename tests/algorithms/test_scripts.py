@@ -39,13 +39,13 @@ from harness.options import launch
 
 PAIRS = [  # most lines the second may remove from the first, and add to it
     ("ppo", "rppo", 45, 110),
-    ("dqn", "drqn", 60, 155),
+    ("dqn", "drqn", 75, 140),
     ("pqn", "rpqn", 45, 105),
     ("ppo", "ppo_continuous", 35, 75),
     ("rppo", "rppo_continuous", 35, 75),
     ("ppo_continuous", "rppo_continuous", 45, 110),
-    ("sac", "rsac", 80, 160),
-    ("sacd", "rsacd", 80, 160),
+    ("sac", "rsac", 85, 140),
+    ("sacd", "rsacd", 85, 140),
     ("sac", "sacd", 90, 90),
 ]
 

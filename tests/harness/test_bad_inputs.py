@@ -139,6 +139,11 @@ BAD_REPLAY = [
     ("--env gymnax::Pendulum-v1", "those of gymnax::Pendulum-v1 are continuous; sac.py has them"),
     ("--tau 2", "tau must be between 0 and 1, got 2.0"),
     (
+        "--n-step 200",
+        "n_step (200) must be at most 126, the steps of each environment that learning_starts",
+    ),
+    ("--n-step 65 --buffer-size 512", "n_step (65) must be at most 64, the steps of each"),
+    (
         "--num-envs 64 --buffer-size 32",
         "buffer_size (32) is less than the steps of one update (64)",
     ),
