@@ -86,8 +86,13 @@ def test_sacd_expects_what_the_sum_over_all_actions_does(script, rng):
     params = {"params": {"log_alpha": jnp.log(0.3)}}
     both = lambda x: jnp.stack([x, x])  # noqa: E731
     if script is sacd:
-        sample = sacd.Transition(
-            "now", jnp.asarray(np.array(ALL)[action]), reward, "next", terminated
+        sample = SimpleNamespace(
+            obs="now",
+            action=jnp.asarray(np.array(ALL)[action]),
+            reward=reward,
+            discount=config.gamma,
+            next_obs="next",
+            terminated=terminated,
         )
 
         def apply(given, obs):
@@ -103,7 +108,7 @@ def test_sacd_expects_what_the_sum_over_all_actions_does(script, rng):
             action=jnp.asarray(np.array(ALL)[action]),
             reward=reward,
             terminated=terminated,
-            final=np.zeros(rows, bool),
+            final=jnp.zeros(rows, bool),
         )
         batch = batch._replace(inputs=rsacd.Inputs((), (), ()))
         sample = Sample((), batch, (), ())
