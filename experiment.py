@@ -24,7 +24,7 @@ import numpy as np
 
 from env_adapters.episodes import check_drawable, record, write_gif
 from env_adapters.registry import make
-from env_adapters.task import Box, Discrete
+from env_adapters.task import Box, Discrete, MultiDiscrete
 from env_adapters.wrappers import HIDING
 from harness.axes import mean_over_devices
 from harness.checkpoints import Checkpoints
@@ -135,11 +135,11 @@ OTHER_ACTIONS = {
 }
 
 
-def check_config(config, actions, bounded: bool = False) -> None:
+def check_config(config, *actions, bounded: bool = False) -> None:
     """Refuse a config with impossible sizes, or with an environment that the script cannot act in.
 
     Args:
-      actions: the kind of actions that the script has, `Discrete` or `Box`.
+      *actions: the kinds of actions that the script has, as `Discrete` or `Box`.
       bounded: whether they need finite bounds.
 
     Raises:
@@ -154,16 +154,19 @@ def check_config(config, actions, bounded: bool = False) -> None:
     except ValueError:
         # Some scripts have actions rescaled, which discrete ones are not: ask without that.
         env = make(config.env, **config.env_kwargs)
-        if isinstance(env.action_space, actions):
+        if isinstance(env.action_space, Box) == (Box in actions):
             raise
     space = env.action_space
     other = OTHER_ACTIONS.get(script_of(config).stem)
     advice = f"; {other}.py has them" if other else ""
+    if isinstance(space, MultiDiscrete) and Discrete in actions and MultiDiscrete not in actions:
+        advice = "leave joint_actions True, or use ppo.py, rppo.py, sacd.py or rsacd.py"
+        raise ValueError(f"the actions of {env.id} have several parts: {advice}")
     if not isinstance(space, actions):
-        kinds = ("discrete", "continuous") if actions is Discrete else ("continuous", "discrete")
+        kinds = ("continuous", "discrete") if Box in actions else ("discrete", "continuous")
         needed = f"this script needs {kinds[0]} actions{' with bounds' if bounded else ''}"
         raise ValueError(f"{needed}, those of {env.id} are {kinds[1]}{advice}")
-    if actions is Box and len(space.shape) != 1:
+    if Box in actions and len(space.shape) != 1:
         needed = "this script needs actions that are vectors"
         raise ValueError(f"{needed}, those of {env.id} have the shape {space.shape}")
     if bounded and not np.isfinite([space.low, space.high]).all():

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from envs import Discrete, Episodes, make, only_valid, play, random_valid, without_mask
+from envs import Discrete, Episodes, each_part, make, only_valid, play, random_valid
 from experiment import (
     Experiment,
     Options,
@@ -101,7 +101,7 @@ class Config(Experiment):
     max_grad_norm: float = 10.0  # gradients are clipped to this global norm
 
     def make_env(self):
-        return make(self.env, **{"mask": self.mask} | self.env_kwargs)
+        return make(self.env, **{"mask": self.mask, "joint_actions": True} | self.env_kwargs)
 
     def make_memory(self):
         cell = make_cell(self.cell, self.hidden_size, self.num_layers, **self.cell_kwargs)
@@ -117,14 +117,13 @@ def dense(features, scale=2**0.5):
     return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
 
 
+@each_part
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
-    obs = without_mask(obs)
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
     if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
-        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
-        if min(obs.shape[-3:-1]) < 36:  # too small for these
-            layers = ((16, 3, 1),)
+        is_small = min(obs.shape[-3:-1]) < 36  # too small for these
+        layers = ((16, 3, 1),) if is_small else ((32, 8, 4), (64, 4, 2), (64, 3, 1))
         for features, size, stride in layers:
             x = nn.relu(Conv(features, (size, size), (stride, stride), "VALID")(x))
     return x.reshape(*obs.shape[:num_axes], -1)

@@ -8,7 +8,8 @@ policy. It then takes several epochs of minibatch gradient steps on
     L_V  = mean[ 0.5 * (V(s) - R)^2 ]
 
 where ratio = pi(a|s) / pi_old(a|s), the advantages A are by GAE (Schulman et al. 2016,
-arXiv 1506.02438), and R = A + V are the returns.
+arXiv 1506.02438), and R = A + V are the returns. Of actions with several parts, pi is the product
+of the policies of the parts: log-probabilities and entropies are sums over the parts.
 
 `diff algorithms/ppo.py algorithms/rppo.py` shows what memory changes.
 
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from envs import Discrete, Episodes, make, only_valid, play, without_mask
+from envs import Discrete, Episodes, MultiDiscrete, each_part, make, only_valid, play
 from experiment import (
     Experiment,
     Options,
@@ -78,7 +79,7 @@ class Config(Experiment):
         return make(self.env, **{"mask": self.mask} | self.env_kwargs)
 
     def __post_init__(self):
-        check_config(self, Discrete)
+        check_config(self, Discrete, MultiDiscrete)
 
 
 # --- Networks ------------------------------------------------------------------------------------
@@ -86,14 +87,13 @@ def dense(features, scale=2**0.5):
     return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
 
 
+@each_part
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
-    obs = without_mask(obs)
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
     if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
-        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
-        if min(obs.shape[-3:-1]) < 36:  # too small for these
-            layers = ((16, 3, 1),)
+        is_small = min(obs.shape[-3:-1]) < 36  # too small for these
+        layers = ((16, 3, 1),) if is_small else ((32, 8, 4), (64, 4, 2), (64, 3, 1))
         for features, size, stride in layers:
             x = nn.relu(Conv(features, (size, size), (stride, stride), "VALID")(x))
     return x.reshape(*obs.shape[:num_axes], -1)
@@ -118,24 +118,24 @@ class ActorCritic(nn.Module):
     """Policy and value, on one torso or on one each."""
 
     config: Config
-    num_actions: int
+    action_space: Discrete | MultiDiscrete
 
     def setup(self):
         num_torsos = 1 if self.config.shared_torso else 2
         self.torsos = [Torso(self.config) for _ in range(num_torsos)]
-        self.actor_head = dense(self.num_actions, scale=0.01)
+        self.actor_head = dense(self.action_space.num_outputs, scale=0.01)
         self.critic_head = dense(1, scale=1.0)
 
     def __call__(self, obs):
         """Observations (B, ...) -> logits (B, num_actions), value (B,)."""
         features = [torso(obs) for torso in self.torsos]
-        logits = only_valid(self.actor_head(features[0]), obs)
+        logits = only_valid(self.action_space.logits(self.actor_head(features[0])), obs)
         value = self.critic_head(features[-1])[..., 0]
         return logits, value
 
 
 def make_network(config: Config, env):
-    return ActorCritic(config, env.action_space.n)
+    return ActorCritic(config, env.action_space)
 
 
 def make_optimizer(config: Config):
@@ -203,7 +203,7 @@ def ppo_loss(params, network, config, batch, advantage, returns):
 
     # L_pi
     log_prob = -optax.softmax_cross_entropy(logits, nn.one_hot(batch.action, logits.shape[-1]))
-    log_ratio = log_prob - batch.log_prob
+    log_ratio = network.action_space.sum_parts(log_prob) - batch.log_prob
     ratio = jnp.exp(log_ratio)
     if config.normalize_advantage and advantage.size > 1:  # one alone would become 0
         mean = mean_over_devices(advantage.mean())
@@ -220,7 +220,7 @@ def ppo_loss(params, network, config, batch, advantage, returns):
     value_loss = 0.5 * value_error.mean()
 
     # Entropy
-    entropy = -(nn.softmax(logits) * nn.log_softmax(logits)).sum(axis=-1).mean()
+    entropy = -network.action_space.sum_actions(nn.softmax(logits) * nn.log_softmax(logits)).mean()
 
     loss = policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy
     return loss, {
@@ -253,7 +253,7 @@ def rollout(state, env):
         transition = Transition(
             obs=state.obs,
             action=action,
-            log_prob=log_prob,
+            log_prob=env.action_space.sum_parts(log_prob),
             value=value,
             next_value=next_value,
             reward=reward,

@@ -32,7 +32,7 @@ import optax
 from flax import struct
 from jax.scipy.stats import norm
 
-from envs import Box, Episodes, make, play
+from envs import Box, Episodes, each_part, make, play
 from experiment import (
     Experiment,
     Options,
@@ -96,13 +96,13 @@ def dense(features, scale=2**0.5):
     return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
 
 
+@each_part
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
     if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
-        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
-        if min(obs.shape[-3:-1]) < 36:  # too small for these
-            layers = ((16, 3, 1),)
+        is_small = min(obs.shape[-3:-1]) < 36  # too small for these
+        layers = ((16, 3, 1),) if is_small else ((32, 8, 4), (64, 4, 2), (64, 3, 1))
         for features, size, stride in layers:
             x = nn.relu(Conv(features, (size, size), (stride, stride), "VALID")(x))
     return x.reshape(*obs.shape[:num_axes], -1)

@@ -30,7 +30,17 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from envs import Discrete, Episodes, make, make_asymmetric, only_valid, play, seen_by, without_mask
+from envs import (
+    Discrete,
+    Episodes,
+    MultiDiscrete,
+    each_part,
+    make,
+    make_asymmetric,
+    only_valid,
+    play,
+    seen_by,
+)
 from experiment import (
     Experiment,
     Options,
@@ -94,7 +104,7 @@ class Config(Experiment):
         return MaskedRNN(cell)
 
     def __post_init__(self):
-        check_config(self, Discrete)
+        check_config(self, Discrete, MultiDiscrete)
         self.make_memory()
 
 
@@ -103,14 +113,13 @@ def dense(features, scale=2**0.5):
     return Dense(features, kernel_init=nn.initializers.orthogonal(scale))
 
 
+@each_part
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
-    obs = without_mask(obs)
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
     if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
-        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
-        if min(obs.shape[-3:-1]) < 36:  # too small for these
-            layers = ((16, 3, 1),)
+        is_small = min(obs.shape[-3:-1]) < 36  # too small for these
+        layers = ((16, 3, 1),) if is_small else ((32, 8, 4), (64, 4, 2), (64, 3, 1))
         for features, size, stride in layers:
             x = nn.relu(Conv(features, (size, size), (stride, stride), "VALID")(x))
     return x.reshape(*obs.shape[:num_axes], -1)
@@ -128,14 +137,14 @@ class Torso(nn.Module):
     """Inputs (T, N, ...) to the features (T, N, hidden_size) that policy or value are read from."""
 
     config: Config
-    num_actions: int
+    action_space: Discrete | MultiDiscrete
     reader: Literal["actor", "critic"]  # whose part of observations it reads
 
     @nn.compact
     def __call__(self, carry, inputs, starts):
         config = self.config
         # Nothing precedes an episode's first step: what the last episode ended with is hidden.
-        action = nn.one_hot(inputs.action, self.num_actions) * config.prev_action
+        action = self.action_space.one_hot(inputs.action) * config.prev_action
         reward = inputs.reward[..., None] * config.prev_reward
         previous = jnp.where(starts[..., None], 0.0, jnp.concatenate([action, reward], axis=-1))
         obs = encode(seen_by(self.reader, inputs.obs), num_axes=2)
@@ -149,20 +158,20 @@ class ActorCritic(nn.Module):
     """Policy and value, on one torso or on one each."""
 
     config: Config
-    num_actions: int
+    action_space: Discrete | MultiDiscrete
 
     def setup(self):
         num_torsos = 1 if self.config.shared_torso else 2
         readers = ("actor", "critic")[:num_torsos]
-        self.torsos = [Torso(self.config, self.num_actions, reader) for reader in readers]
-        self.actor_head = dense(self.num_actions, scale=0.01)
+        self.torsos = [Torso(self.config, self.action_space, reader) for reader in readers]
+        self.actor_head = dense(self.action_space.num_outputs, scale=0.01)
         self.critic_head = dense(1, scale=1.0)
 
     def __call__(self, carry, inputs, starts):
         """Inputs (T, N, ...), starts (T, N) -> carry, logits (T, N, num_actions), value (T, N)."""
         outputs = [torso(c, inputs, starts) for torso, c in zip(self.torsos, carry, strict=True)]
         carry, features = zip(*outputs, strict=True)
-        logits = only_valid(self.actor_head(features[0]), inputs.obs)
+        logits = only_valid(self.action_space.logits(self.actor_head(features[0])), inputs.obs)
         value = self.critic_head(features[-1])[..., 0]
         return carry, logits, value
 
@@ -176,7 +185,8 @@ class ActorCritic(nn.Module):
         """One step of the actor: Inputs (N, ...), start (N,) -> carry, logits (N, num_actions)."""
         sequence = as_sequence((inputs, start))
         carry, features = self.torsos[0](carry[0], *sequence)
-        return (carry,), only_valid(self.actor_head(features[0]), inputs.obs)
+        logits = self.action_space.logits(self.actor_head(features[0]))
+        return (carry,), only_valid(logits, inputs.obs)
 
     @nn.nowrap
     def initialize_carry(self, num_envs, num_torsos=2):
@@ -185,7 +195,7 @@ class ActorCritic(nn.Module):
 
 
 def make_network(config: Config, env):
-    return ActorCritic(config, env.action_space.n)
+    return ActorCritic(config, env.action_space)
 
 
 def make_optimizer(config: Config):
@@ -256,7 +266,7 @@ def ppo_loss(params, network, config, carry, batch, advantage, returns):
 
     # L_pi
     log_prob = -optax.softmax_cross_entropy(logits, nn.one_hot(batch.action, logits.shape[-1]))
-    log_ratio = log_prob - batch.log_prob
+    log_ratio = network.action_space.sum_parts(log_prob) - batch.log_prob
     ratio = jnp.exp(log_ratio)
     if config.normalize_advantage and advantage.size > 1:  # one alone would become 0
         mean = mean_over_devices(advantage.mean())
@@ -273,7 +283,7 @@ def ppo_loss(params, network, config, carry, batch, advantage, returns):
     value_loss = 0.5 * value_error.mean()
 
     # Entropy
-    entropy = -(nn.softmax(logits) * nn.log_softmax(logits)).sum(axis=-1).mean()
+    entropy = -network.action_space.sum_actions(nn.softmax(logits) * nn.log_softmax(logits)).mean()
 
     loss = policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy
     return loss, {
@@ -310,7 +320,7 @@ def rollout(state, env):
             inputs=state.inputs,
             start=state.start,
             action=action,
-            log_prob=log_prob,
+            log_prob=env.action_space.sum_parts(log_prob),
             value=value,
             next_value=next_value,
             reward=reward,

@@ -14,7 +14,8 @@ with sums over all actions b instead of SAC's samples. Q' is the target network,
 follows it slowly. The smaller of two estimates counteracts overestimation (Fujimoto et al. 2018,
 arXiv 1802.09477). Where an episode was truncated, s' is the observation that the time limit cut
 off, not the first of the next episode. With `n_step` > 1, y has that many rewards before the value,
-without the entropies in between.
+without the entropies in between. Of actions with several parts, pi is the product over these and Q
+the sum, as in DecQN (Seyde et al. 2023, arXiv 2210.12566): sums over b add up parts.
 
 Here s is the state of two memories that have read the episode so far, the actor's and the
 critic's (Ni et al. 2022, arXiv 2110.05038). Minibatches are sequences of steps, with the carry that
@@ -40,6 +41,8 @@ from flax import struct
 from envs import (
     Discrete,
     Episodes,
+    MultiDiscrete,
+    each_part,
     greatest_entropy,
     make,
     make_asymmetric,
@@ -47,7 +50,6 @@ from envs import (
     play,
     random_valid,
     seen_by,
-    without_mask,
 )
 from experiment import (
     Experiment,
@@ -107,8 +109,8 @@ class Config(Experiment):
     alpha: float = 0.2  # weight of the entropy; the initial one if it is tuned
     autotune: bool = True  # tune alpha so that the entropy approaches its target
     target_entropy_ratio: float = 0.7  # that target over the greatest entropy, log(num_actions)
-    max_grad_norm: float = 1e9  # gradients are clipped to this global norm
-    layer_norm: bool = False  # normalise every hidden layer before its activation
+    max_grad_norm: float = 1e9  # gradients are clipped to this global norm; by default never
+    layer_norm: bool = False  # normalise hidden layers, before their activation
     eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
 
     def make_env(self):
@@ -120,7 +122,7 @@ class Config(Experiment):
         return MaskedRNN(cell)
 
     def __post_init__(self):
-        check_config(self, Discrete)
+        check_config(self, Discrete, MultiDiscrete)
         self.make_memory()
 
 
@@ -130,19 +132,18 @@ def dense(features, scale=2**0.5):
 
 
 def hidden(x, config):
-    """A layer with relu, normalised before it if the config says so."""
+    """A layer with relu; `layer_norm` normalises what relu reads."""
     x = dense(config.hidden_size)(x)
     return nn.relu(nn.LayerNorm()(x) if config.layer_norm else x)
 
 
+@each_part
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
-    obs = without_mask(obs)
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
     if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
-        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
-        if min(obs.shape[-3:-1]) < 36:  # too small for these
-            layers = ((16, 3, 1),)
+        is_small = min(obs.shape[-3:-1]) < 36  # too small for these
+        layers = ((16, 3, 1),) if is_small else ((32, 8, 4), (64, 4, 2), (64, 3, 1))
         for features, size, stride in layers:
             x = nn.relu(Conv(features, (size, size), (stride, stride), "VALID")(x))
     return x.reshape(*obs.shape[:num_axes], -1)
@@ -160,14 +161,14 @@ class Torso(nn.Module):
     """Inputs (T, N, ...) to the features (T - burn_in, N, hidden_size) of policy or values."""
 
     config: Config
-    num_actions: int
+    action_space: Discrete | MultiDiscrete
     reader: Literal["actor", "critic"]  # whose part of observations it reads
 
     @nn.compact
     def __call__(self, carry, inputs, starts, burn_in):
         config = self.config
         # Nothing precedes an episode's first step: what the last episode ended with is hidden.
-        action = nn.one_hot(inputs.action, self.num_actions) * config.prev_action
+        action = self.action_space.one_hot(inputs.action) * config.prev_action
         reward = inputs.reward[..., None] * config.prev_reward
         previous = jnp.where(starts[..., None], 0.0, jnp.concatenate([action, reward], axis=-1))
         obs = encode(seen_by(self.reader, inputs.obs), num_axes=2)
@@ -194,15 +195,15 @@ class ActorCritic(nn.Module):
     """Policy, two estimates of the values, and the logarithm of alpha."""
 
     config: Config
-    num_actions: int
+    action_space: Discrete | MultiDiscrete
 
     def setup(self):
         config = self.config
-        self.actor_torso = Torso(config, self.num_actions, "actor")
-        self.critic_torso = Torso(config, self.num_actions, "critic")
-        self.actor_head = Head(config, self.num_actions, scale=0.01)
+        self.actor_torso = Torso(config, self.action_space, "actor")
+        self.critic_torso = Torso(config, self.action_space, "critic")
+        self.actor_head = Head(config, self.action_space.num_outputs, scale=0.01)
         twins = nn.vmap(Head, {"params": 0}, {"params": True}, axis_size=2)
-        self.critic_heads = twins(config, self.num_actions, scale=1.0)
+        self.critic_heads = twins(config, self.action_space.num_outputs, scale=1.0)
         self.log_alpha = self.param("log_alpha", nn.initializers.constant(np.log(config.alpha)), ())
 
     def read(self, carry, inputs, starts, burn_in=0):
@@ -215,12 +216,12 @@ class ActorCritic(nn.Module):
 
     def policy(self, features, obs):
         """Features (..., size) of observations (..., *obs_shape) -> logits (..., num_actions)."""
-        return only_valid(self.actor_head(features), obs)
+        return only_valid(self.action_space.logits(self.actor_head(features)), obs)
 
     def values(self, features):
         """Features (..., size) -> Q_1 and Q_2 of all actions (2, ..., num_actions)."""
         copies = jnp.broadcast_to(features, (2, *features.shape))  # faster than sharing
-        return self.critic_heads(copies)
+        return self.action_space.values(self.critic_heads(copies))
 
     def __call__(self, carry, inputs, start):
         """One step: Inputs (N, ...), start (N,) -> carry, logits (N, A), values (2, N, A)."""
@@ -242,7 +243,7 @@ class ActorCritic(nn.Module):
 
 
 def make_network(config: Config, env):
-    return ActorCritic(config, env.action_space.n)
+    return ActorCritic(config, env.action_space)
 
 
 def make_optimizer(config: Config):
@@ -276,6 +277,7 @@ def make_replay(config: Config):
 def sacd_loss(params, target_params, network, sample):
     """L_Q + L_pi + L_alpha of the docstring over one minibatch, and their parts for the log."""
     config = network.config
+    space = network.action_space
     constant = jax.lax.stop_gradient(params)
     alpha = jnp.exp(constant["params"]["log_alpha"])
     sequence = (sample.carry, sample.batch.inputs, sample.batch.start, config.burn_in)
@@ -292,20 +294,20 @@ def sacd_loss(params, target_params, network, sample):
 
     # L_Q
     next_q = network.apply(target_params, target_features, method="values").min(axis=0)
-    next_value = jax.lax.stop_gradient(policy * (next_q - alpha * log_policy)).sum(axis=-1)[1:]
-    targets = n_step_targets(batch, next_value, config.gamma, config.n_step)
+    next_value = space.sum_actions(jax.lax.stop_gradient(policy * (next_q - alpha * log_policy)))
+    targets = n_step_targets(batch, next_value[1:], config.gamma, config.n_step)
     action = batch.action[None, ..., None]
-    q_value = jnp.take_along_axis(q_values, action, axis=-1)[:, :-1, :, 0]
+    q_value = space.sum_parts(jnp.take_along_axis(q_values, action, axis=-1)[:, :-1, ..., 0])
     td_loss = mean_of_steps(0.5 * ((q_value - targets) ** 2).sum(axis=0), is_step)
 
     # L_pi
     actor_q = jax.lax.stop_gradient(q_values).min(axis=0)
-    actor_loss = (policy * (alpha * log_policy - actor_q)).sum(axis=-1)
+    actor_loss = space.sum_actions(policy * (alpha * log_policy - actor_q))
     actor_loss = mean_of_steps(actor_loss[:-1], is_step)
 
     # L_alpha
-    entropy = -jax.lax.stop_gradient(policy * log_policy).sum(axis=-1)[:-1]
-    target_entropy = config.target_entropy_ratio * greatest_entropy(logits, rows.inputs.obs)
+    entropy = -space.sum_actions(jax.lax.stop_gradient(policy * log_policy))[:-1]
+    target_entropy = config.target_entropy_ratio * greatest_entropy(space, rows.inputs.obs)
     excess = mean_of_steps(entropy - target_entropy, is_step)
     alpha_loss = config.autotune * params["params"]["log_alpha"] * excess
 

@@ -33,7 +33,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from envs import Box, Episodes, make, play
+from envs import Box, Episodes, each_part, make, play
 from experiment import (
     Experiment,
     Options,
@@ -83,8 +83,8 @@ class Config(Experiment):
     alpha: float = 0.2  # weight of the entropy; the initial one if it is tuned
     autotune: bool = True  # tune alpha so that the entropy approaches target_entropy
     target_entropy: float = -1.0  # nats per action dimension, for actions scaled to -1 and 1
-    max_grad_norm: float = 1e9  # gradients are clipped to this global norm
-    layer_norm: bool = False  # normalise every hidden layer before its activation
+    max_grad_norm: float = 1e9  # gradients are clipped to this global norm; by default never
+    layer_norm: bool = False  # normalise hidden layers, before their activation
     eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
 
     def make_env(self):
@@ -100,18 +100,18 @@ def dense(features, scale=2**0.5):
 
 
 def hidden(x, config):
-    """A layer with relu, normalised before it if the config says so."""
+    """A layer with relu; `layer_norm` normalises what relu reads."""
     x = dense(config.hidden_size)(x)
     return nn.relu(nn.LayerNorm()(x) if config.layer_norm else x)
 
 
+@each_part
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
     if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
-        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
-        if min(obs.shape[-3:-1]) < 36:  # too small for these
-            layers = ((16, 3, 1),)
+        is_small = min(obs.shape[-3:-1]) < 36  # too small for these
+        layers = ((16, 3, 1),) if is_small else ((32, 8, 4), (64, 4, 2), (64, 3, 1))
         for features, size, stride in layers:
             x = nn.relu(Conv(features, (size, size), (stride, stride), "VALID")(x))
     return x.reshape(*obs.shape[:num_axes], -1)

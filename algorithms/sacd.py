@@ -14,7 +14,8 @@ with sums over all actions b instead of SAC's samples. Q' is the target network,
 follows it slowly. The smaller of two estimates counteracts overestimation (Fujimoto et al. 2018,
 arXiv 1802.09477). Where an episode was truncated, s' is the observation that the time limit cut
 off, not the first of the next episode. With `n_step` > 1, y has that many rewards before the value,
-without the entropies in between.
+without the entropies in between. Of actions with several parts, pi is the product over these and Q
+the sum, as in DecQN (Seyde et al. 2023, arXiv 2210.12566): sums over b add up parts.
 
 `diff algorithms/sacd.py algorithms/rsacd.py` shows what memory changes,
 `diff algorithms/sac.py algorithms/sacd.py` what discrete actions change.
@@ -37,12 +38,13 @@ from flax import struct
 from envs import (
     Discrete,
     Episodes,
+    MultiDiscrete,
+    each_part,
     greatest_entropy,
     make,
     only_valid,
     play,
     random_valid,
-    without_mask,
 )
 from experiment import (
     Experiment,
@@ -93,15 +95,15 @@ class Config(Experiment):
     alpha: float = 0.2  # weight of the entropy; the initial one if it is tuned
     autotune: bool = True  # tune alpha so that the entropy approaches its target
     target_entropy_ratio: float = 0.7  # that target over the greatest entropy, log(num_actions)
-    max_grad_norm: float = 1e9  # gradients are clipped to this global norm
-    layer_norm: bool = False  # normalise every hidden layer before its activation
+    max_grad_norm: float = 1e9  # gradients are clipped to this global norm; by default never
+    layer_norm: bool = False  # normalise hidden layers, before their activation
     eval_policy: Literal["greedy", "sample", "both"] = "both"  # most likely actions, draws, or both
 
     def make_env(self):
         return make(self.env, **{"mask": self.mask} | self.env_kwargs)
 
     def __post_init__(self):
-        check_config(self, Discrete)
+        check_config(self, Discrete, MultiDiscrete)
 
 
 # --- Networks ------------------------------------------------------------------------------------
@@ -110,19 +112,18 @@ def dense(features, scale=2**0.5):
 
 
 def hidden(x, config):
-    """A layer with relu, normalised before it if the config says so."""
+    """A layer with relu; `layer_norm` normalises what relu reads."""
     x = dense(config.hidden_size)(x)
     return nn.relu(nn.LayerNorm()(x) if config.layer_norm else x)
 
 
+@each_part
 def encode(obs, num_axes):
     """Observations (..., *obs_shape) with `num_axes` leading axes to vectors (..., size)."""
-    obs = without_mask(obs)
     x = obs / 255.0 if obs.dtype == jnp.uint8 else obs
     if obs.ndim - num_axes == 3:  # images: the convolutions of DQN (Mnih et al. 2015)
-        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
-        if min(obs.shape[-3:-1]) < 36:  # too small for these
-            layers = ((16, 3, 1),)
+        is_small = min(obs.shape[-3:-1]) < 36  # too small for these
+        layers = ((16, 3, 1),) if is_small else ((32, 8, 4), (64, 4, 2), (64, 3, 1))
         for features, size, stride in layers:
             x = nn.relu(Conv(features, (size, size), (stride, stride), "VALID")(x))
     return x.reshape(*obs.shape[:num_axes], -1)
@@ -154,15 +155,15 @@ class ActorCritic(nn.Module):
     """Policy, two estimates of the values, and the logarithm of alpha."""
 
     config: Config
-    num_actions: int
+    action_space: Discrete | MultiDiscrete
 
     def setup(self):
         config = self.config
         self.actor_torso = Torso()
         self.critic_torso = Torso()
-        self.actor_head = Head(config, self.num_actions, scale=0.01)
+        self.actor_head = Head(config, self.action_space.num_outputs, scale=0.01)
         twins = nn.vmap(Head, {"params": 0}, {"params": True}, axis_size=2)
-        self.critic_heads = twins(config, self.num_actions, scale=1.0)
+        self.critic_heads = twins(config, self.action_space.num_outputs, scale=1.0)
         self.log_alpha = self.param("log_alpha", nn.initializers.constant(np.log(config.alpha)), ())
 
     def read(self, obs):
@@ -171,12 +172,12 @@ class ActorCritic(nn.Module):
 
     def policy(self, features, obs):
         """Features (..., size) of observations (..., *obs_shape) -> logits (..., num_actions)."""
-        return only_valid(self.actor_head(features), obs)
+        return only_valid(self.action_space.logits(self.actor_head(features)), obs)
 
     def values(self, features):
         """Features (..., size) -> Q_1 and Q_2 of all actions (2, ..., num_actions)."""
         copies = jnp.broadcast_to(features, (2, *features.shape))  # faster than sharing
-        return self.critic_heads(copies)
+        return self.action_space.values(self.critic_heads(copies))
 
     def __call__(self, obs):
         """Observations (B, ...) -> logits (B, A), values (2, B, A)."""
@@ -185,7 +186,7 @@ class ActorCritic(nn.Module):
 
 
 def make_network(config: Config, env):
-    return ActorCritic(config, env.action_space.n)
+    return ActorCritic(config, env.action_space)
 
 
 def make_optimizer(config: Config):
@@ -228,6 +229,7 @@ def make_replay(config: Config):
 def sacd_loss(params, target_params, network, sample):
     """L_Q + L_pi + L_alpha of the docstring over one minibatch, and their parts for the log."""
     config = network.config
+    space = network.action_space
     constant = jax.lax.stop_gradient(params)
     alpha = jnp.exp(constant["params"]["log_alpha"])
     logits, q_values = network.apply(params, sample.obs)
@@ -240,19 +242,19 @@ def sacd_loss(params, target_params, network, sample):
 
     # L_Q
     next_q = target_q.min(axis=0)
-    next_value = (jnp.exp(next_log_policy) * (next_q - alpha * next_log_policy)).sum(axis=-1)
+    next_value = space.sum_actions(jnp.exp(next_log_policy) * (next_q - alpha * next_log_policy))
     targets = sample.reward + sample.discount * jnp.where(sample.terminated, 0.0, next_value)
     action = sample.action[None, ..., None]
-    q_value = jnp.take_along_axis(q_values, action, axis=-1)[..., 0]
+    q_value = space.sum_parts(jnp.take_along_axis(q_values, action, axis=-1)[..., 0])
     td_loss = 0.5 * ((q_value - targets) ** 2).sum(axis=0).mean()
 
     # L_pi
     actor_q = jax.lax.stop_gradient(q_values).min(axis=0)
-    actor_loss = (policy * (alpha * log_policy - actor_q)).sum(axis=-1).mean()
+    actor_loss = space.sum_actions(policy * (alpha * log_policy - actor_q)).mean()
 
     # L_alpha
-    entropy = -jax.lax.stop_gradient(policy * log_policy).sum(axis=-1).mean()
-    target_entropy = config.target_entropy_ratio * greatest_entropy(logits, sample.obs).mean()
+    entropy = -space.sum_actions(jax.lax.stop_gradient(policy * log_policy)).mean()
+    target_entropy = config.target_entropy_ratio * greatest_entropy(space, sample.obs).mean()
     alpha_loss = config.autotune * params["params"]["log_alpha"] * (entropy - target_entropy)
 
     return td_loss + actor_loss + alpha_loss, {

@@ -19,7 +19,7 @@ from env_adapters import own
 from env_adapters.contract import NUM_ENVS, random_action
 from env_adapters.episodes import check_drawable, record, write_gif
 from env_adapters.registry import NAMESPACES, known_ids, make
-from env_adapters.task import Discrete
+from env_adapters.task import Discrete, MultiDiscrete, numbers_of, parts_of
 from env_adapters.wrappers import enable_x64
 from fast import use_fast_random
 from harness.errors import Options, UsageError, did_you_mean
@@ -142,10 +142,11 @@ def list_environments(namespace: str) -> None:
 
 
 def describe(space) -> str:
-    """A space in a few characters: "2 actions", or "float32[4]"."""
-    if isinstance(space, Discrete):
-        return f"{space.n} actions"
-    return f"{np.dtype(space.dtype)}{list(space.shape)}"
+    """A space in a few characters: "2 actions", "float32[4]", or "image uint8[8, 8, 3], ..."."""
+    if isinstance(space, Discrete | MultiDiscrete):
+        return f"{' x '.join(map(str, np.ravel(numbers_of(space))))} actions"
+    parts = parts_of(space).items()
+    return ", ".join(f"{name} {np.dtype(x.dtype)}{list(x.shape)}".strip() for name, x in parts)
 
 
 def random_actions(env, keys, obs):

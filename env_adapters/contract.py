@@ -16,7 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from env_adapters.environment import branch_where
-from env_adapters.task import Box, Discrete, MaskedObs, Task, only_valid, random_valid
+from env_adapters.task import (
+    Box,
+    Discrete,
+    MaskedObs,
+    MultiDiscrete,
+    Task,
+    first_of,
+    numbers_of,
+    only_valid,
+    parts_of,
+    random_valid,
+)
 from harness.errors import UsageError
 
 NUM_ENVS = 4  # that `check_behaviour` plays side by side
@@ -100,7 +111,8 @@ def check_task(owner: str, task: Task, file=None) -> None:
         raise UsageError(f"render of {owner} must be a function or None, got {task.render!r}")
 
     if task.action_mask is not None and not isinstance(task.action_space, Discrete):
-        raise UsageError(f"action_mask of {owner} is for Discrete actions, and these are a Box")
+        kind = f"a {type(task.action_space).__name__}"
+        raise UsageError(f"action_mask of {owner} is for Discrete actions, and these are {kind}")
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     with blaming(f"reset of {owner}", file):
@@ -145,12 +157,23 @@ def check_number(what: str, result, names: str) -> None:
         raise UsageError(f"{what} returns {len(result)} values, not the {wanted} of ({names})")
 
 
-def check_observation_space(owner: str, space) -> None:
-    what = f"observation_space of {owner}"
-    if isinstance(space, Discrete):
-        advice = "show a whole number as a one-hot vector, Box(0.0, 1.0, (n,))"
-        raise UsageError(f"{what} is Discrete, and must be a Box: {advice}")
-    check_is_ours(what, space, Box)
+def check_observation_space(owner: str, space, name: str = "") -> None:
+    """Refuse a space of observations that is not of ours, or the part of this name of one."""
+    what = f"{f'part {name} of ' if name else ''}observation_space of {owner}"
+    if isinstance(space, dict) or type(space) in (tuple, list):
+        is_dict = isinstance(space, dict)
+        parts = space if is_dict else {str(i): part for i, part in enumerate(space)}
+        if not parts:
+            raise UsageError(f"{what} has no parts")
+        for own, part in parts.items():
+            if not isinstance(own, str) or not own or "." in own:
+                valid = "a text without dots"
+                raise UsageError(f"the name of every part of {what} must be {valid}, got {own!r}")
+            check_observation_space(owner, part, f"{name}.{own}" if name else own)
+        return
+    check_is_ours(what, space, Box, Discrete, MultiDiscrete)
+    if not isinstance(space, Box):
+        return check_numbers(what, space)
     check_box(what, space)
     if np.dtype(space.dtype) not in (np.float32, np.uint8):
         valid = "float32, or uint8 for images"
@@ -159,15 +182,32 @@ def check_observation_space(owner: str, space) -> None:
 
 def check_action_space(owner: str, space) -> None:
     what = f"action_space of {owner}"
-    check_is_ours(what, space, Box, Discrete)
+    check_is_ours(what, space, Box, Discrete, MultiDiscrete)
     if isinstance(space, Box):
         return check_box(what, space)
-    if not isinstance(space.n, int | np.integer) or space.n < 1 or space.shape != ():
-        raise UsageError(f"{what} must have a number of actions, got Discrete({space.n!r})")
+    check_numbers(what, space)
+
+
+def check_numbers(what: str, space: Discrete | MultiDiscrete) -> None:
+    """Refuse a space of integers that has none, or no whole number of them."""
+    if isinstance(space, MultiDiscrete):
+        starts = space.start or (0,) * len(space.nvec)
+        is_valid = len(space.nvec) == len(starts) > 0
+        is_valid &= all(isinstance(n, int | np.integer) and n > 0 for n in space.nvec)
+        is_valid &= all(isinstance(n, int | np.integer) for n in starts)
+        if not is_valid:
+            found = f"MultiDiscrete({space.nvec!r}, start={space.start!r})"
+            raise UsageError(f"{what} must have a number of values for each part, got {found}")
+        return
+    is_whole = all(isinstance(x, int | np.integer) for x in (space.n, space.start))
+    if not is_whole or space.n < 1 or space.shape != ():
+        kind = "actions" if what.startswith("action") else "values"
+        raise UsageError(f"{what} must have a number of {kind}, got Discrete({space.n!r})")
 
 
 def check_is_ours(what: str, space, *kinds) -> None:
-    names = " or ".join(kind.__name__ for kind in kinds)
+    *first, last = [kind.__name__ for kind in kinds]
+    names = f"{', '.join(first)} or {last}"
     if space is None:
         raise UsageError(f"{what} is missing: it must be a {names}")
     if not isinstance(space, kinds):
@@ -192,17 +232,34 @@ def check_box(what: str, space: Box) -> None:
         raise UsageError(f"low of {what} is greater than high: {space.low} and {space.high}")
 
 
-def check_obs(what: str, obs, space: Box) -> None:
-    """Refuse observations that are not of the space's shape, or would be rounded."""
+def check_obs(what: str, obs, space) -> None:
+    """Refuse observations that are not of the space's parts and shapes, or would be rounded."""
+    has_parts = not isinstance(space, Box | Discrete | MultiDiscrete)
+    found, parts = parts_of(obs), parts_of(space)
+    if has_parts and jax.tree.structure(obs) != jax.tree.structure(space):
+        names = f"with the parts {' and '.join(found)}, observation_space has {' and '.join(parts)}"
+        if found.keys() == parts.keys() or "" in found:
+            names = f"that is a {type(obs).__name__}, observation_space a {type(space).__name__}"
+        raise UsageError(f"{what} returns an observation {names}")
+    for name, part in parts.items():
+        check_part(what, found[name] if has_parts else obs, part, name)
+
+
+def check_part(what: str, obs, space, name: str = "") -> None:
+    """Refuse one part of an observation, "" for the whole."""
+    of, has = ("an observation", "observation_space has")
+    if name:
+        of, has = (f"an observation whose part {name} is", "observation_space says")
     if not hasattr(obs, "shape"):
         raise UsageError(f"{what} returns an observation that is a {type(obs).__name__}, no array")
+    is_box = isinstance(space, Box)
     if obs.shape != space.shape:
-        found = f"{what} returns an observation of shape {obs.shape}"
-        raise UsageError(f"{found}, observation_space has the shape {space.shape}")
+        found = f"{what} returns {of} of shape {obs.shape}"
+        raise UsageError(f"{found}, {has} the shape {space.shape}")
     is_rounded = np.dtype(space.dtype) == np.uint8 and obs.dtype != np.uint8
-    if is_rounded or obs.dtype.kind not in "fiub":
-        found = f"{what} returns an observation of dtype {obs.dtype}"
-        raise UsageError(f"{found}, observation_space has the dtype {np.dtype(space.dtype)}")
+    if is_rounded or obs.dtype.kind not in ("fiub" if is_box else "iub"):
+        found = f"{what} returns {of} of dtype {obs.dtype}"
+        raise UsageError(f"{found}, {has} the dtype {np.dtype(space.dtype)}")
 
 
 def check_state(owner: str, before, after) -> None:
@@ -291,7 +348,7 @@ def rollout(task: Task, key, num_steps: int) -> dict:
         obs, state, reward, terminated, truncated = task.step(step_key, state, action)
         time = time + 1
         results = {
-            "obs": jnp.asarray(obs),
+            "obs": jax.tree.map(jnp.asarray, obs),
             "reward": jnp.asarray(reward, jnp.float32),
             "terminated": jnp.asarray(terminated),
             "truncated": jnp.asarray(truncated),
@@ -336,11 +393,11 @@ def as_numpy(tree):
     return jax.tree.map(convert, tree)
 
 
-def random_action(key, space: Box | Discrete, obs):
+def random_action(key, space: Box | Discrete | MultiDiscrete, obs):
     """A random action that the observation does not rule out."""
     if isinstance(space, Discrete):
-        return random_valid(key, only_valid(jnp.zeros(space.n), obs))
-    return bounded(space).sample(key)
+        return space.start + random_valid(key, only_valid(jnp.zeros(space.n), obs))
+    return bounded(space).sample(key) if isinstance(space, Box) else space.sample(key)
 
 
 def bounded(space: Box) -> Box:
@@ -389,13 +446,20 @@ def check_values(owner: str, task: Task, results: dict) -> None:
         raise UsageError(f"{fault}: return truncated = True then")
 
 
-def check_bounds(what: str, obs, space: Box) -> None:
-    """Refuse observations (..., *shape) outside of the space, up to rounding."""
+def check_bounds(what: str, obs, space) -> None:
+    """Refuse observations, each part (..., *shape), outside of the space, up to rounding."""
+    parts = parts_of(obs)
+    for name, part in parts_of(space).items():
+        check_part_bounds(what, parts[name], part, name)
+
+
+def check_part_bounds(what: str, obs, space, part: str) -> None:
+    kind = f"an observation whose part {part}" if part else "an observation"
     rows = obs.astype(np.float64).reshape(-1, math.prod(space.shape))
     if np.isnan(rows).any():
-        raise UsageError(f"{what} returns an observation that contains nan")
+        raise UsageError(f"{what} returns {kind}{' contains' if part else ' that contains'} nan")
     for name, sign, most in (("high", 1, "most"), ("low", -1, "least")):
-        bound = np.broadcast_to(np.asarray(getattr(space, name), np.float64), space.shape)
+        bound = np.broadcast_to(np.asarray(bounds_of(space)[name], np.float64), space.shape)
         bound = bound.reshape(-1)
         excess = sign * (rows - bound) > 1e-5 * (1 + np.where(np.isfinite(bound), abs(bound), 0))
         if excess.any():
@@ -403,8 +467,15 @@ def check_bounds(what: str, obs, space: Box) -> None:
             entry = tuple(map(int, np.unravel_index(i, space.shape)))
             entry = f"entry {entry[0] if len(entry) == 1 else entry}" if entry else "it"
             limit = f"observation_space says at {most} {bound[i]:g}"
-            outside = f"an observation outside of its space: {entry} is {rows[row, i]:g}"
-            raise UsageError(f"{what} returns {outside}, {limit}")
+            outside = f"{kind}{' is' if part else ''} outside of its space"
+            raise UsageError(f"{what} returns {outside}: {entry} is {rows[row, i]:g}, {limit}")
+
+
+def bounds_of(space) -> dict:
+    """The smallest and the greatest values of a space."""
+    if isinstance(space, Box):
+        return {"low": space.low, "high": space.high}
+    return {"low": first_of(space), "high": first_of(space) + numbers_of(space) - 1}
 
 
 def check_repeated(owner: str, first: dict, again: dict, on_host: bool) -> None:

@@ -14,9 +14,13 @@ import numpy as np
 from env_adapters.task import (
     AsymmetricObs,
     Box,
+    Discrete,
     MaskedObs,
     Task,
+    as_joint,
+    as_parts,
     cast,
+    first_of,
     scale,
     seen_by,
     strong,
@@ -57,9 +61,12 @@ class Environment:
 
     Attributes:
       id: the name it was made with.
-      observation_space: a `Box`; observations are float32, or uint8 if they are images.
-      action_space: a `Box` or `Discrete`; actions outside a `Box` are clipped to it.
-      task_action_space: the same, or the task's own `Box` where `rescale_actions` has changed it.
+      observation_space: a `Box`; observations are float32, or uint8 if they are images. Where they
+        have parts, a dict or tuple of boxes, also nested; None for a part that `mask` hides.
+      action_space: a `Box`, `Discrete` or `MultiDiscrete`; actions outside a `Box` are clipped to
+        it, discrete ones count from 0.
+      task_action_space: the same, or the task's own, where these are in other units or count from
+        another number, or where `joint_actions` has made one action of several parts.
       max_steps: an upper bound of an episode's length.
       render: `EnvState.task` -> uint8 image (height, width, 3), outside of JAX; or None.
       has_action_mask: whether the task says which actions are valid.
@@ -159,21 +166,29 @@ class Environment:
     def to_task(self, action):
         """Actions of this environment, with any leading axes, as the task itself executes them.
 
-        They are clipped to its bounds, and in its units where `rescale_actions` has changed these.
+        They are clipped to its bounds, in its units, and count from its first number.
         """
         space = self.action_space
-        action = jnp.asarray(action, space.dtype)
-        if not isinstance(space, Box):
-            return action
-        action = jnp.clip(action, space.low, space.high)
         own = self._task.own_actions
-        return action if own is None else scale(action, own).astype(own.dtype)
+        action = jnp.asarray(action, space.dtype)
+        if isinstance(space, Box):
+            action = jnp.clip(action, space.low, space.high)
+            return action if own is None else scale(action, own).astype(own.dtype)
+        if own is None:
+            return action
+        is_joint = isinstance(space, Discrete) and own.shape
+        return first_of(own) + (as_parts(action, own) if is_joint else action)
 
     def from_task(self, action):
         """The inverse of `to_task`, for actions within bounds."""
-        own = self._task.own_actions
-        action = action if own is None else unscale(action, own)
-        return jnp.asarray(action, self.action_space.dtype)
+        space, own = self.action_space, self._task.own_actions
+        if isinstance(own, Box):
+            action = unscale(action, own)
+        elif own is not None:
+            action = action - first_of(own)
+            if isinstance(space, Discrete) and own.shape:
+                action = as_joint(action, own)
+        return jnp.asarray(action, space.dtype)
 
     def _cast_action(self, action):
         space = self.action_space
@@ -181,12 +196,13 @@ class Environment:
         return jnp.clip(action, space.low, space.high) if isinstance(space, Box) else action
 
     def _cast_obs(self, obs, task_state):
-        obs = strong(cast(obs, self._task.observation_space))
+        obs = jax.tree.map(strong, cast(obs, self._task.observation_space))
         if self._task.action_mask:
             obs = MaskedObs(obs, jnp.asarray(self._task.action_mask(task_state), bool))
         if not self._full_space:
             return obs
-        return AsymmetricObs(obs, strong(cast(self._task.privileged(task_state), self._full_space)))
+        full = cast(self._task.privileged(task_state), self._full_space)
+        return AsymmetricObs(obs, jax.tree.map(strong, full))
 
     def _note_stuck(self, state, obs, before):
         """Remember when the mask first allowed nothing: `Run` ends with an error for it."""
@@ -210,12 +226,15 @@ class Environment:
         return jax.tree.map(cast_leaf, task_state, self._state_avals)
 
 
-def privileged_space(task: Task, state) -> Box:
+def privileged_space(task: Task, state):
     """The space of a task's privileged observations: float32, or uint8 if they are images."""
-    obs = jax.eval_shape(task.privileged, state)
-    is_image = obs.dtype == np.uint8
-    dtype, high = (np.uint8, 255) if is_image else (np.float32, np.inf)
-    return Box(0 if is_image else -np.inf, high, obs.shape, dtype)
+
+    def space_of(obs):
+        if obs.dtype == np.uint8:
+            return Box(0, 255, obs.shape, np.uint8)
+        return Box(-np.inf, np.inf, obs.shape)
+
+    return jax.tree.map(space_of, jax.eval_shape(task.privileged, state))
 
 
 # --- Choosing between a step and a reset ---------------------------------------------------------
@@ -343,10 +362,10 @@ class Moments(NamedTuple):
 class Statistics(NamedTuple):
     """What normalisation keeps; None for what is not normalised."""
 
-    obs: Moments | None  # of the observations returned so far
+    obs: Any  # Moments of the observations returned so far, with parts of each that is no image
     returns: Moments | None  # of `discounted` at every step so far
     discounted: jax.Array  # () float32, sum of the episode's past rewards, older ones discounted
-    full: Moments | None = None  # like obs, of what the critic sees
+    full: Any = None  # like obs, of what the critic sees
 
 
 class Preprocessed(Environment):
@@ -358,6 +377,8 @@ class Preprocessed(Environment):
       rewards: reward / sqrt(var + 1e-8), with the variance of g, the discounted sum of past
         rewards: g <- gamma * g + reward;
     both clipped to [-10, 10], as in CleanRL and Engstrom et al. 2020, arXiv 2005.12729.
+
+    Of observations that have parts, images stay as they are.
 
     The statistics are part of the state and outlive episodes. Environments under
     `jax.vmap(env.step, axis_name="envs")`, and the same for `env.reset`, share their statistics;
@@ -390,7 +411,7 @@ class Preprocessed(Environment):
         """Statistics are fixed if they are given, and collected otherwise; `raw`: only collected.
 
         Raises:
-          ValueError: `observations` are to be normalised and they are images.
+          ValueError: `observations` are to be normalised and they are images only.
         """
         super().__init__(id, task, hides, asymmetric)
         self._observations = observations
@@ -399,11 +420,15 @@ class Preprocessed(Environment):
         self._fixed = statistics
         self._is_raw = raw
         if observations:
-            if np.uint8 in (task.observation_space.dtype, getattr(self._full_space, "dtype", None)):
+            spaces = [task.observation_space, self._full_space or task.observation_space]
+            if any(all(map(is_image, jax.tree.leaves(space))) for space in spaces):
                 reason = "the networks divide them by 255"
                 raise ValueError(f"normalize_obs is not for images, which {id} has: {reason}")
             if not raw:
-                self.observation_space = Box(-10.0, 10.0, task.observation_space.shape)
+                self.observation_space = jax.tree.map(
+                    lambda part: part if is_image(part) else Box(-10.0, 10.0, part.shape),
+                    task.observation_space,
+                )
         if not raw and not statistics:
             self.raw = Preprocessed(
                 id, task, observations, rewards, gamma, raw=True, asymmetric=asymmetric
@@ -415,10 +440,10 @@ class Preprocessed(Environment):
             return self._scale_obs(obs, self._fixed), state
         has_full = self._observations and self._full_space
         statistics = Statistics(
-            obs=Moments.init(self.observation_space.shape) if self._observations else None,
+            obs=no_moments(self._task.observation_space) if self._observations else None,
             returns=Moments.init(()) if self._rewards else None,
             discounted=jnp.float32(0.0),
-            full=Moments.init(self._full_space.shape) if has_full else None,
+            full=no_moments(self._full_space) if has_full else None,
         )
         statistics = self._count_obs(statistics, obs)
         state = state._replace(statistics=statistics)
@@ -471,12 +496,16 @@ class Preprocessed(Environment):
         """
         statistics = self._fixed or mean_over_envs(env_state.statistics)
 
+        moments, full_moments = by_place(statistics.obs), by_place(statistics.full)
+
         def scale_field(path, x):
-            field = getattr(path[-1], "name", None)
+            fields = [i for i, key in enumerate(path) if hasattr(key, "name")]
+            last = fields[-1] if fields else 0
+            field = getattr(path[last], "name", None)
             if field in ("obs", "next_obs"):
-                return self._scale_obs(x, statistics)
-            if field == "full" and self._observations and self._full_space:
-                return normalized(x, statistics.full)
+                return scaled(x, moments.get(path[last + 1 :]))
+            if field == "full":
+                return scaled(x, full_moments.get(path[last + 1 :]))
             return self._scale_reward(x, statistics) if field == "reward" else x
 
         return jax.tree.map_with_path(scale_field, steps)
@@ -489,8 +518,10 @@ class Preprocessed(Environment):
         if not self._observations:
             return statistics
         if isinstance(obs, AsymmetricObs):
-            statistics = statistics._replace(full=statistics.full.update(obs.full))
-        return statistics._replace(obs=statistics.obs.update(without_mask(seen_by("actor", obs))))
+            full = count(self._full_space, statistics.full, obs.full)
+            statistics = statistics._replace(full=full)
+        obs = without_mask(seen_by("actor", obs))
+        return statistics._replace(obs=count(self._task.observation_space, statistics.obs, obs))
 
     def _count_reward(self, statistics, reward, done):
         discounted = self._gamma * statistics.discounted + self._clip_reward(reward)
@@ -502,11 +533,11 @@ class Preprocessed(Environment):
         if not self._observations:
             return obs
         if isinstance(obs, AsymmetricObs):
-            full = normalized(obs.full, statistics.full)
+            full = rescaled(obs.full, statistics.full, self._full_space)
             return AsymmetricObs(self._scale_obs(obs.obs, statistics), full)
         if isinstance(obs, MaskedObs):
             return obs._replace(obs=self._scale_obs(obs.obs, statistics))
-        return normalized(obs, statistics.obs)
+        return rescaled(obs, statistics.obs, self._task.observation_space)
 
     def _clip_reward(self, reward):
         return jnp.clip(reward, -1.0, 1.0) if self._task.clip_reward else reward
@@ -518,8 +549,38 @@ class Preprocessed(Environment):
         return jnp.clip(reward / jnp.sqrt(statistics.returns.var + 1e-8), -10.0, 10.0)
 
 
-def normalized(x, moments: Moments):
-    """x with a mean of 0 and a variance of 1, clipped to [-10, 10]."""
+def is_image(space: Box) -> bool:
+    return space.dtype == np.uint8
+
+
+def is_moments(x) -> bool:
+    return isinstance(x, Moments)
+
+
+def no_moments(space):
+    """The moments of every part of the space that is no image, before any observation."""
+    return jax.tree.map(lambda part: None if is_image(part) else Moments.init(part.shape), space)
+
+
+def count(space, moments, obs):
+    """The moments of every part, with one more observation."""
+    return jax.tree.map(lambda _, moments, x: moments and moments.update(x), space, moments, obs)
+
+
+def rescaled(obs, moments, space):
+    """Every part of an observation, scaled."""
+    return jax.tree.map(lambda _, x, moments: scaled(x, moments), space, obs, moments)
+
+
+def by_place(moments) -> dict:
+    """The moments of every part by its path in the observation, () if that has no parts."""
+    return dict(jax.tree_util.tree_leaves_with_path(moments, is_leaf=is_moments))
+
+
+def scaled(x, moments: Moments | None):
+    """x with a mean of 0 and a variance of 1, clipped to [-10, 10]; as it is without moments."""
+    if moments is None:
+        return x
     return jnp.clip((x - moments.mean) / jnp.sqrt(moments.var + 1e-8), -10.0, 10.0)
 
 

@@ -10,7 +10,7 @@ checkpoint of a stranger: the worst that they can do is to play some other episo
 
 import collections
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from env_adapters import contract
 from env_adapters.callbacks import call_on_host
 from env_adapters.contract import blaming
-from env_adapters.task import Box, Discrete, Task
+from env_adapters.task import Box, Discrete, MultiDiscrete, Task, first_of, numbers_of, parts_of
 from harness.errors import UsageError
 
 KEPT = 256  # objects to keep at least, before the one unused for longest is used again
@@ -40,8 +41,8 @@ class Host:
     All methods take and return numpy arrays with any leading axes (...), one row per environment.
     """
 
-    def __init__(self, make: Callable, first, space: Box, action_space, max_steps: int):
-        """`first` is an object that make() has made; `action_space` its own."""
+    def __init__(self, make: Callable, first, space, actions, max_steps: int):
+        """`first` is an object that make() has made; the spaces are ours."""
         self.space = space
         self.max_steps = max_steps
         self._make = make
@@ -49,20 +50,21 @@ class Host:
         self._playing = collections.OrderedDict()  # (seed, bytes of actions) -> object
         self._most = KEPT
         self._drawn = None, None, ()  # an object for pictures, its seed and its actions so far
-        self._actions = action_space
-        self._observations = first.observation_space
+        self._actions = actions
+        self._own_actions = first.action_space
         self._lock = threading.Lock()  # programs that run at the same time share the objects
 
     def reset(self, seed):
-        """Seeds (...) uint32 -> (first observations (..., *obs_shape),)."""
+        """Seeds (...) uint32 -> the parts of first observations, each (..., *shape)."""
         with self._lock:
-            obs = [self._first(number) for number in np.ravel(seed).tolist()]
-        return (np.stack(obs).reshape((*np.shape(seed), *self.space.shape)),)
+            rows = [self._first(number) for number in np.ravel(seed).tolist()]
+        return in_columns(rows, np.shape(seed))
 
     def step(self, seed, time, actions, action):
         """`Replay` (...) and actions (..., *action_shape) -> what a `Task` returns, less the state.
 
-        Observations (..., *obs_shape), rewards (...) float32, terminated and truncated (...) bool.
+        Rewards (...) float32, terminated and truncated (...) bool, and the parts of observations,
+        each (..., *shape).
         """
         batch = np.shape(seed)
         number = np.size(seed)
@@ -71,8 +73,7 @@ class Host:
         rows = zip(np.ravel(seed).tolist(), np.ravel(time).tolist(), actions, action, strict=True)
         with self._lock:
             self._most = max(self._most, 4 * number * jax.local_device_count())
-            columns = zip(*(self._next(*row) for row in rows), strict=True)
-        return tuple(np.stack(x).reshape((*batch, *x[0].shape)) for x in map(list, columns))
+            return in_columns([self._next(*row) for row in rows], batch)
 
     def picture(self, state: Replay):
         """What the environment draws of a state, (height, width, 3) uint8."""
@@ -91,7 +92,7 @@ class Host:
         env = self._object()
         obs, _ = env.reset(seed=seed)
         self._keep((seed, b""), env)
-        return self._obs(obs)
+        return self._parts(obs)
 
     def _next(self, seed, time, actions, action):
         past = actions[: min(max(time, 0), self.max_steps)]
@@ -102,7 +103,7 @@ class Host:
         else:
             self._keep((seed, past.tobytes() + action.tobytes()), env)
         flags = np.bool_(terminated), np.bool_(truncated and not terminated)
-        return self._obs(obs), np.float32(reward), *flags
+        return np.float32(reward), *flags, *self._parts(obs)
 
     def _at(self, seed, past):
         """An object after these steps of the episode of this seed."""
@@ -128,43 +129,73 @@ class Host:
 
     def _action(self, action):
         """An action as the class wants it; numbers from a checkpoint are moved to valid ones."""
-        space = self._actions
-        if hasattr(space, "n"):
-            return int(np.clip(action, 0, space.n - 1)) + int(getattr(space, "start", 0))
-        return np.clip(np.nan_to_num(action), space.low, space.high).astype(space.dtype)
+        space, own = self._actions, self._own_actions
+        if isinstance(space, Box):
+            return np.clip(np.nan_to_num(action), own.low, own.high).astype(own.dtype)
+        first = first_of(space)
+        action = np.clip(action, first, first + numbers_of(space) - 1)
+        return action.reshape(own.shape).astype(own.dtype) if action.shape else int(action)
 
-    def _obs(self, obs):
-        return to_box(self._observations, obs).astype(self.space.dtype).reshape(self.space.shape)
-
-
-def to_box(space, obs):
-    """An observation as an array: what is no Box in Gymnasium is flattened, integers one-hot."""
-    if hasattr(space, "low"):
-        return np.asarray(obs)
-    from gymnasium import spaces
-
-    return np.asarray(spaces.flatten(space, obs))
+    def _parts(self, obs):
+        parts = parts_of(self.space).items()
+        return [
+            np.asarray(part_at(name, obs)).astype(part.dtype).reshape(part.shape)
+            for name, part in parts
+        ]
 
 
-def observation_space_of(owner: str, env) -> Box:
-    """The observation space, as one of ours.
+def in_columns(rows, batch):
+    """Lists of arrays, one per environment, as one tuple of arrays (*batch, ...)."""
+    columns = zip(*rows, strict=True)
+    return tuple(np.stack(x).reshape((*batch, *x[0].shape)) for x in map(list, columns))
+
+
+def part_at(name: str, obs):
+    """The part of an observation that has this name, see `parts_of`; "" for the whole.
 
     Raises:
-      UsageError: it is none that can be shown as one array.
+      KeyError, IndexError, TypeError: there is none.
     """
-    space = space_of(owner, env, "observation_space")
-    if not hasattr(space, "low"):
-        from gymnasium import spaces
+    for key in name.split(".") if name else ():
+        obs = obs[key] if isinstance(obs, Mapping) else obs[int(key)]
+    return obs
 
-        kind = type(space).__name__
-        valid = "a Box, or of a kind that gymnasium.spaces.flatten makes one"
-        try:
-            space = spaces.flatten_space(space)
-        except NotImplementedError:
-            raise UsageError(f"observation_space of {owner} is a {kind}, not {valid}") from None
-        if not hasattr(space, "low"):  # of changing size
-            raise UsageError(f"observation_space of {owner} is a {kind}, not {valid}")
+
+# --- Spaces of libraries -------------------------------------------------------------------------
+
+
+def observation_space_of(owner: str, space):
+    """An observation space of Gymnasium, gymnax or alike as ours, with the same parts.
+
+    Raises:
+      UsageError: there is no vector, image or integer in its place.
+    """
+    kind = type(space).__name__
+    inner = getattr(space, "spaces", None)
+    if isinstance(inner, Mapping):
+        for name in inner:
+            if not isinstance(name, str):
+                raise UsageError(f"part {name!r} of {owner} must have a text as its name")
+        return {name: observation_space_of(owner, inner[name]) for name in inner}
+    if isinstance(inner, tuple | list) and kind != "OneOf":  # which is one of them at a time
+        return tuple(observation_space_of(owner, part) for part in inner)
+    if hasattr(space, "nvec"):
+        return multi_discrete_of(space)
+    if hasattr(space, "n"):
+        shape = tuple(getattr(space, "shape", None) or ())
+        start = int(getattr(space, "start", 0))
+        return Box(0.0, 1.0, shape) if shape else Discrete(int(space.n), start=start)
+    if not hasattr(space, "low"):
+        valid = "a Box, Discrete, MultiDiscrete, MultiBinary, or a Dict or Tuple of these"
+        raise UsageError(f"observation_space of {owner} is a {kind}, not {valid}")
     return box_of(space)
+
+
+def multi_discrete_of(space) -> MultiDiscrete:
+    """A MultiDiscrete of a library as ours, whose parts are in one row."""
+    nvec = np.asarray(space.nvec)
+    start = np.broadcast_to(getattr(space, "start", 0), nvec.shape)
+    return MultiDiscrete(tuple(nvec.ravel().tolist()), start=tuple(start.ravel().tolist()))
 
 
 def box_of(space) -> Box:
@@ -174,17 +205,23 @@ def box_of(space) -> Box:
     return Box(low, high, tuple(space.shape), dtype)
 
 
-def action_space_of(owner: str, space) -> Box | Discrete:
+def action_space_of(owner: str, space) -> Box | Discrete | MultiDiscrete:
     """An action space of a library as one of ours; actions of a Box are float32.
 
     Raises:
-      UsageError: it is neither Discrete nor a Box.
+      UsageError: it is none of these.
     """
-    if hasattr(space, "n") and np.ndim(space.n) == 0 and not getattr(space, "shape", ()):
-        return Discrete(int(space.n))
+    if hasattr(space, "nvec"):
+        return multi_discrete_of(space)
+    if hasattr(space, "n"):
+        shape = tuple(getattr(space, "shape", None) or ())
+        if shape:  # MultiBinary
+            return MultiDiscrete((2,) * int(np.prod(shape)))
+        return Discrete(int(space.n), start=int(getattr(space, "start", 0)))
     if not hasattr(space, "low"):
         kind = type(space).__name__
-        raise UsageError(f"action_space of {owner} is a {kind}, not Discrete or a Box")
+        valid = "Discrete, MultiDiscrete, MultiBinary or a Box"
+        raise UsageError(f"action_space of {owner} is a {kind}, not {valid}")
     return replace(box_of(space), dtype=np.float32)
 
 
@@ -195,7 +232,7 @@ def space_of(owner: str, env, name: str):
     return space
 
 
-def try_once(owner: str, env, space: Box, action, file=None) -> None:
+def try_once(owner: str, env, space, action, file=None) -> None:
     """Reset an object and step it once, and refuse what a class with this interface never returns.
 
     Raises:
@@ -206,7 +243,7 @@ def try_once(owner: str, env, space: Box, action, file=None) -> None:
         result = env.reset(seed=0)
     if not isinstance(result, tuple) or len(result) != 2:
         raise UsageError(f"{what} must return (observation, info), as in Gymnasium")
-    check_obs(what, env, result[0], space)
+    check_obs(what, result[0], space)
     what = f"step of {owner}"
     with blaming(what, file):
         result = env.step(action)
@@ -215,7 +252,7 @@ def try_once(owner: str, env, space: Box, action, file=None) -> None:
         number = f"{len(result)} values" if isinstance(result, tuple) else "one value"
         raise UsageError(f"{what} returns {number}, not the 5 of {names}, as in Gymnasium")
     obs, reward, terminated, truncated, _ = result
-    check_obs(what, env, obs, space)
+    check_obs(what, obs, space)
     if np.ndim(reward) != 0 or np.asarray(reward).dtype.kind not in "fiub":
         raise UsageError(f"{what} returns a reward that is {reward!r}, not one number")
     for name, flag in (("terminated", terminated), ("truncated", truncated)):
@@ -223,15 +260,22 @@ def try_once(owner: str, env, space: Box, action, file=None) -> None:
             raise UsageError(f"{what} returns a {name} that is {flag!r}, not True or False")
 
 
-def check_obs(what: str, env, obs, space: Box) -> None:
-    with blaming(f"flattening the observation of {what}"):
-        found = to_box(env.observation_space, obs)
-    if found.shape != space.shape:
-        shapes = f"of shape {found.shape}, observation_space has the shape {space.shape}"
-        raise UsageError(f"{what} returns an observation {shapes}")
-    if space.dtype == np.uint8 and found.dtype != np.uint8:
-        dtypes = f"of dtype {found.dtype}, observation_space has the dtype uint8"
-        raise UsageError(f"{what} returns an observation {dtypes}")
+def check_obs(what: str, obs, space) -> None:
+    """Refuse an observation without the parts, shapes and dtypes of its space.
+
+    Raises:
+      UsageError: says what is wrong.
+    """
+    for name, part in parts_of(space).items():
+        try:
+            found = np.asarray(part_at(name, obs))
+        except (KeyError, IndexError, TypeError, ValueError):
+            fault = f"{what} returns an observation that has no part {name}"
+            raise UsageError(f"{fault}, and observation_space has one") from None
+        if isinstance(obs, Mapping | tuple) and not name:
+            kind = type(obs).__name__
+            raise UsageError(f"{what} returns a {kind}, observation_space has no parts")
+        contract.check_part(what, found, part, name)
 
 
 def make_task(owner: str, make: Callable, env, max_steps: int, file=None) -> Task:
@@ -245,25 +289,28 @@ def make_task(owner: str, make: Callable, env, max_steps: int, file=None) -> Tas
     Raises:
       UsageError: the class does not keep the interface; says what is wrong.
     """
-    space = observation_space_of(owner, env)
+    space = observation_space_of(owner, space_of(owner, env, "observation_space"))
+    contract.check_observation_space(owner, space)
     actions = action_space_of(owner, space_of(owner, env, "action_space"))
-    host = Host(make, env, space, env.action_space, max_steps)
+    host = Host(make, env, space, actions, max_steps)
     no_action = np.zeros(actions.shape, actions.dtype)
     try_once(owner, env, space, host._action(no_action), file)
-    obs = jax.ShapeDtypeStruct(space.shape, space.dtype)
+    spaces, structure = jax.tree.flatten(space)
+    parts = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in spaces]
     flag = jax.ShapeDtypeStruct((), jnp.bool_)
-    results = (obs, jax.ShapeDtypeStruct((), jnp.float32), flag, flag)
+    results = (jax.ShapeDtypeStruct((), jnp.float32), flag, flag, *parts)
 
     def reset(key):
         seed = jax.random.bits(key, dtype=jnp.uint32)
-        (obs_first,) = call_on_host(host.reset, (obs,), seed)
+        obs = structure.unflatten(call_on_host(host.reset, parts, seed))
         past = jnp.zeros((max_steps, *actions.shape), actions.dtype)
-        return obs_first, Replay(seed, jnp.int32(0), past)
+        return obs, Replay(seed, jnp.int32(0), past)
 
     def step(key, state, action):
-        obs_next, *rest = call_on_host(host.step, results, *state, action)
+        reward, terminated, truncated, *obs = call_on_host(host.step, results, *state, action)
         past = state.actions.at[state.time].set(action)
-        return obs_next, Replay(state.seed, state.time + 1, past), *rest
+        state = Replay(state.seed, state.time + 1, past)
+        return structure.unflatten(obs), state, reward, terminated, truncated
 
     return Task(
         reset=reset,

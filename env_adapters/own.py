@@ -10,6 +10,7 @@ import importlib
 import inspect
 import sys
 import types
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from env_adapters import contract, host_own
 from env_adapters.contract import blaming, describe
-from env_adapters.task import Box, Task
+from env_adapters.task import Task
 from env_adapters.wrappers import check_options, common_options, time_limit
 from harness.errors import UsageError, did_you_mean
 from harness.own_code import file_of, hash_of, is_path
@@ -320,14 +321,14 @@ def gymnax_task(owner: str, env, options: dict, own: dict, file=None) -> Task:
     extra = () if params is None else (params,)
     with blaming(owner, file):
         declared = space_of(owner, env, "observation_space", extra)
-        observation_space, observe = observation_of(owner, declared)
+        observation_space = host_own.observation_space_of(owner, declared)
         declared = space_of(owner, env, "action_space", extra)
         action_space = host_own.action_space_of(owner, declared)
 
     def reset(key):
         result = reset_env(key, *extra)
         contract.check_number(f"reset of {owner}", result, "obs, state")
-        return observe(result[0]), result[1]
+        return with_parts(result[0], observation_space), result[1]
 
     def step(key, state, action):
         result = step_env(key, state, action, *extra)
@@ -339,7 +340,8 @@ def gymnax_task(owner: str, env, options: dict, own: dict, file=None) -> Task:
         elif "max_steps_in_episode" in values and hasattr(state, "time"):
             truncated = state.time >= params.max_steps_in_episode  # 0.0.x: done includes it
             done = as_flag(done) & ~truncated
-        return observe(obs), state, reward, as_flag(done), truncated
+        obs = with_parts(obs, observation_space)
+        return obs, state, reward, as_flag(done), truncated
 
     return limited(Task(reset, step, observation_space, action_space, max_steps))
 
@@ -362,12 +364,10 @@ def space_of(owner: str, env, name: str, extra: tuple):
     return space
 
 
-def observation_of(owner: str, space):
-    """The observation space as one of ours, and a function from observations into it."""
-    if hasattr(space, "n"):
-        size = int(space.n)
-        return Box(0.0, 1.0, (size,)), partial(jax.nn.one_hot, num_classes=size)
-    if not hasattr(space, "low"):
-        kind = type(space).__name__
-        raise UsageError(f"observation_space of {owner} is a {kind}, not Discrete or a Box")
-    return host_own.box_of(space), lambda obs: obs
+def with_parts(obs, space):
+    """The observation as dicts and tuples, where it has the parts of its space; else as it is."""
+    if isinstance(space, dict) and isinstance(obs, Mapping) and obs.keys() == space.keys():
+        return {name: with_parts(obs[name], space[name]) for name in space}
+    if isinstance(space, tuple) and isinstance(obs, tuple | list) and len(obs) == len(space):
+        return tuple(map(with_parts, obs, space))
+    return obs

@@ -13,9 +13,11 @@ from env_adapters.wrappers import (
     check_options,
     common_options,
     enable_x64,
+    from_zero,
     in_32_bits,
     keep_full,
     mask_observation,
+    with_vectors,
     wrap,
 )
 from harness.errors import did_you_mean
@@ -53,7 +55,7 @@ def make(id: str, /, mask: str | tuple[str, ...] = (), **options) -> Environment
       **options: parameters of the task, as memory_length=10 of gymnax::MemoryChain-bsuite, and for
         every task
           sticky_actions, noise, mask_probability, flicker, delay, frame_stack, time_limit,
-            trials, rescale_actions: wrappers.py describes them and their order;
+            trials, rescale_actions, joint_actions: wrappers.py describes them and their order;
           normalize_obs, normalize_reward: running normalisation, see `Preprocessed`;
           reward_gamma: the discount of normalize_reward.
 
@@ -129,7 +131,7 @@ def _make(id, mask, options, kinds=(), version="", asymmetric=False):
         raise ValueError(f"option reward_gamma of {id} must be between 0 and 1, got {gamma}")
 
     with enable_x64(False):
-        task = make_task(**its_own)
+        task = with_vectors(from_zero(make_task(**its_own)))
         if common["trials"] != 1 and names_code(id) and own.is_replayed(task):
             reason = "its random numbers would be the same in every trial"
             raise ValueError(f"trials is not for classes with Gymnasium's interface: {reason}")

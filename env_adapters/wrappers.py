@@ -13,8 +13,11 @@ They are applied in this order, the first one closest to the task:
   time_limit        n: truncates episodes after n steps
   trials            k: k episodes of the same task make one, so that a memory can learn the task
   rescale_actions   True: continuous actions lie in [-1, 1], whatever the bounds of the task
+  joint_actions     True: actions of several parts become one of all combinations
   normalize_obs, normalize_reward, reward_gamma
                     running normalisation, see `envs.Preprocessed`
+
+Observations of several parts are treated part by part, and `flicker` hides all of them at once.
 
 A wrapper is a function from a `Task` to a `Task`. Its randomness comes from the keys of reset and
 step. What it has to remember (the last action, past observations) is part of the task's state and
@@ -32,7 +35,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from env_adapters.task import Box, Discrete, Task, cast, scale
+from env_adapters.task import (
+    Box,
+    Discrete,
+    MultiDiscrete,
+    Task,
+    as_parts,
+    cast,
+    first_of,
+    numbers_of,
+    parts_of,
+    scale,
+)
 from harness import errors
 from harness.errors import did_you_mean
 
@@ -40,15 +54,18 @@ from harness.errors import did_you_mean
 
 
 def mask_observation(env_id: str, task: Task, mask: tuple[str, ...]) -> Task:
-    """Remove entries of a vector observation.
+    """Remove entries of a vector observation, or parts of one that has parts.
 
     Args:
-      mask: what to remove: indices ("0", "3"), or names from `Task.masks` ("velocity").
+      mask: what to remove: indices ("0", "3"), or names from `Task.masks` ("velocity"). With parts:
+        names of parts ("image"), or an entry of one ("vector.3").
 
     Raises:
       ValueError: the observation is not a vector, an entry is unknown, or nothing is left.
     """
     space = task.observation_space
+    if not isinstance(space, Box):
+        return mask_parts(env_id, task, mask)
     if len(space.shape) != 1:
         rule = "mask hides entries of vector observations"
         raise ValueError(f"{rule}; {env_id} has observations of shape {space.shape}")
@@ -83,10 +100,64 @@ def mask_observation(env_id: str, task: Task, mask: tuple[str, ...]) -> Task:
     return replace(task, reset=reset, step=step, observation_space=visible)
 
 
+def mask_parts(env_id: str, task: Task, mask: tuple[str, ...]) -> Task:
+    """Remove parts of an observation, which become None, or entries of those that are vectors.
+
+    Raises:
+      ValueError: a part or entry is unknown, or nothing is left.
+    """
+    space = task.observation_space
+    parts = parts_of(space)
+    kept = {name: None for name in parts}  # name -> the entries that are left, None: all
+    for entry in map(str, mask):
+        inside = [name for name in parts if f"{name}.".startswith(f"{entry}.")]
+        owner, _, index = entry.rpartition(".")
+        shape = parts[owner].shape if owner in parts else ()
+        if inside:
+            kept |= {name: [] for name in inside}
+        elif len(shape) == 1 and index.isdecimal() and int(index) < shape[0]:
+            left = range(shape[0]) if kept[owner] is None else kept[owner]
+            kept[owner] = [i for i in left if i != int(index)]
+        else:
+            vectors = [name for name, part in parts.items() if len(part.shape) == 1]
+            hint = did_you_mean(entry, list(parts))
+            example = f", or an entry of one, as in {vectors[0]}.0" if vectors else ""
+            valid = f"valid for {env_id}: its parts {', '.join(parts)}{example}"
+            raise ValueError(f"unknown mask {entry!r}{hint}; {valid}")
+    if not any(left is None or left for left in kept.values()):
+        given = " ".join(map(str, mask))
+        raise ValueError(f"mask {given} hides the whole observation of {env_id}")
+    structure = jax.tree.structure(space)
+    entries = [None if left is None else np.array(left, int) for left in kept.values()]
+
+    def show(part, left):
+        return part if left is None else part[left] if len(left) else None
+
+    def shown(obs):
+        return structure.unflatten(map(show, structure.flatten_up_to(obs), entries))
+
+    def reset(key):
+        obs, state = task.reset(key)
+        return shown(obs), state
+
+    def step(key, state, action):
+        obs, *rest = task.step(key, state, action)
+        return shown(obs), *rest
+
+    def visible(part, left):
+        if left is None:
+            return part
+        low, high = (np.broadcast_to(bound, part.shape)[left] for bound in (part.low, part.high))
+        return Box(low, high, low.shape, part.dtype) if len(left) else None
+
+    visible_space = structure.unflatten(map(visible, parts.values(), entries))
+    return replace(task, reset=reset, step=step, observation_space=visible_space)
+
+
 # --- Wrappers that change one observation at a time ----------------------------------------------
 
 
-def map_observation(task: Task, function, space: Box) -> Task:
+def map_observation(task: Task, function, space) -> Task:
     """The task with the observations function(key, obs), which lie in `space`."""
 
     def reset(key):
@@ -102,9 +173,24 @@ def map_observation(task: Task, function, space: Box) -> Task:
     return replace(task, reset=reset, step=step, observation_space=space)
 
 
-def with_zero(space: Box) -> Box:
+def by_part(function):
+    """function(key, part of an observation) for observations; each part has a key of its own."""
+
+    def map_parts(key, obs):
+        parts, structure = jax.tree.flatten(obs)
+        keys = jax.random.split(key, len(parts)) if len(parts) > 1 else [key]
+        return structure.unflatten(map(function, keys, parts))
+
+    return map_parts
+
+
+def with_zero(space):
     """The space with bounds that include 0."""
-    return replace(space, low=np.minimum(space.low, 0), high=np.maximum(space.high, 0))
+
+    def extend(part):
+        return replace(part, low=np.minimum(part.low, 0), high=np.maximum(part.high, 0))
+
+    return jax.tree.map(extend, space)
 
 
 def noise(task: Task, scale: float) -> Task:
@@ -113,8 +199,11 @@ def noise(task: Task, scale: float) -> Task:
     def add_noise(key, obs):
         return obs + scale * jax.random.normal(key, obs.shape)
 
-    space = replace(task.observation_space, low=-np.inf, high=np.inf)
-    return map_observation(task, add_noise, space)
+    def unbounded(part):
+        return replace(part, low=-np.inf, high=np.inf)
+
+    space = jax.tree.map(unbounded, task.observation_space)
+    return map_observation(task, by_part(add_noise), space)
 
 
 def mask_probability(task: Task, probability: float) -> Task:
@@ -124,7 +213,7 @@ def mask_probability(task: Task, probability: float) -> Task:
         hidden = jax.random.bernoulli(key, probability, obs.shape)
         return jnp.where(hidden, jnp.zeros_like(obs), obs)
 
-    return map_observation(task, hide, with_zero(task.observation_space))
+    return map_observation(task, by_part(hide), with_zero(task.observation_space))
 
 
 def flicker(task: Task, probability: float) -> Task:
@@ -132,7 +221,7 @@ def flicker(task: Task, probability: float) -> Task:
 
     def hide(key, obs):
         hidden = jax.random.bernoulli(key, probability)
-        return jnp.where(hidden, jnp.zeros_like(obs), obs)
+        return jax.tree.map(lambda x: jnp.where(hidden, jnp.zeros_like(x), x), obs)
 
     return map_observation(task, hide, with_zero(task.observation_space))
 
@@ -174,23 +263,29 @@ def on_inner(task: Task) -> dict:
     }
 
 
-def remember(task: Task, length: int, show, space: Box) -> Task:
-    """The task with the observations show(history), which lie in `space`.
+def remember(task: Task, length: int, show, space) -> Task:
+    """The task with the observations show(history), part by part, which lie in `space`.
 
     The history (length, *obs_shape) holds the last observations, oldest first. Before an episode
     has that many, its first observation fills the older rows.
     """
 
+    def repeat(obs):
+        return jnp.broadcast_to(obs, (length, *obs.shape))
+
+    def shift_in(history, obs):
+        return jnp.concatenate([history[1:], obs[None]])
+
     def reset(key):
         obs, state = task.reset(key)
         obs = cast(obs, task.observation_space)
-        history = jnp.broadcast_to(obs, (length, *obs.shape))
-        return show(history), Wrapped(state, history)
+        history = jax.tree.map(repeat, obs)
+        return jax.tree.map(show, history), Wrapped(state, history)
 
     def step(key, state, action):
         obs, inner, *rest = task.step(key, state.inner, action)
-        history = jnp.concatenate([state.own[1:], cast(obs, task.observation_space)[None]])
-        return show(history), Wrapped(inner, history), *rest
+        history = jax.tree.map(shift_in, state.own, cast(obs, task.observation_space))
+        return jax.tree.map(show, history), Wrapped(inner, history), *rest
 
     return replace(
         task,
@@ -208,7 +303,7 @@ def delay(task: Task, steps: int) -> Task:
 
 def join(history):
     """Observations (length, *obs_shape), joined along the last axis."""
-    return jnp.concatenate(history, axis=-1)
+    return jnp.concatenate(history, axis=-1) if history.ndim > 1 else history
 
 
 def keep_full(task: Task, length: int) -> Task:
@@ -217,19 +312,20 @@ def keep_full(task: Task, length: int) -> Task:
     It is the task's privileged observation: the last `length` ones, as `frame_stack` joins them.
     """
     kept = remember(task, length, lambda history: history[-1], task.observation_space)
-    return replace(kept, privileged=lambda state: join(state.own))
+    return replace(kept, privileged=lambda state: jax.tree.map(join, state.own))
 
 
 def frame_stack(task: Task, length: int) -> Task:
     """Show the last `length` observations, joined along the last axis."""
 
-    def repeat(bound):
-        return np.concatenate([np.broadcast_to(bound, space.shape)] * length, axis=-1)
+    def repeat(bound, shape):
+        return np.concatenate([np.broadcast_to(bound, shape or (1,))] * length, axis=-1)
 
-    space = task.observation_space
-    low = repeat(space.low)
-    high = repeat(space.high)
-    return remember(task, length, join, Box(low, high, low.shape, space.dtype))
+    def joined(part):
+        low = repeat(part.low, part.shape)
+        return Box(low, repeat(part.high, part.shape), low.shape, part.dtype)
+
+    return remember(task, length, join, jax.tree.map(joined, task.observation_space))
 
 
 def sticky_actions(task: Task, probability: float) -> Task:
@@ -280,7 +376,7 @@ def time_limit(task: Task, steps: int) -> Task:
 class Trials(NamedTuple):
     """What `trials` keeps."""
 
-    first_obs: jax.Array  # what every trial begins with
+    first_obs: Any  # what every trial begins with
     first_state: Any  # likewise
     finished: jax.Array  # () int32, trials of this episode that have ended
     first_return: jax.Array  # () float32, the return of the first trial, so far
@@ -300,7 +396,8 @@ def trials(task: Task, number: int) -> Task:
     trial, and nothing has terminated. The end of the last trial terminates the episode.
 
     Observations get one more entry along their last axis, a channel if they are images. It is 1
-    (255 in images of bytes) where a trial begins, and 0 elsewhere. So do privileged ones.
+    (255 in images of bytes) where a trial begins, and 0 elsewhere. Those that have parts become a
+    tuple of what they are and a vector with this entry. So do privileged ones.
 
     The returns of the first and of the last trial are reported: a memory shows in their difference.
     """
@@ -310,12 +407,14 @@ def trials(task: Task, number: int) -> Task:
         return 255 if dtype == np.uint8 else 1
 
     def show(obs, begins):
-        entry = jnp.where(begins, mark(obs.dtype), 0)
-        entry = jnp.full((*obs.shape[:-1], 1), entry, obs.dtype)
-        return jnp.concatenate([obs, entry], axis=-1)
+        like = obs if isinstance(obs, jax.Array) else jnp.zeros(0)  # what the mark is joined to
+        entry = jnp.where(begins, mark(like.dtype), 0)
+        entry = jnp.full((*like.shape[:-1], 1), entry, like.dtype)
+        return jnp.concatenate([obs, entry], axis=-1) if like is obs else (obs, entry)
 
     def privileged(state):
-        return show(jnp.asarray(task.privileged(state.inner)), state.own.begins)
+        full = jax.tree.map(jnp.asarray, task.privileged(state.inner))
+        return show(full, state.own.begins)
 
     def reset(key):
         obs, state = task.reset(key)
@@ -344,7 +443,7 @@ def trials(task: Task, number: int) -> Task:
         def select(new, old):
             return jnp.where(begins, new, old)
 
-        obs = select(own.first_obs, cast(obs, space))
+        obs = jax.tree.map(select, own.first_obs, cast(obs, space))
         inner = jax.tree.map(select, start, inner)
         own = own._replace(
             finished=finished,
@@ -363,12 +462,16 @@ def trials(task: Task, number: int) -> Task:
         entry = np.full((*space.shape[:-1], 1), entry, bound.dtype)
         return np.concatenate([bound, entry], axis=-1)
 
-    high = extend(space.high, mark(space.dtype))
+    if not isinstance(space, Box):
+        extended = (space, Box(0.0, 1.0, (1,)))
+    else:
+        high = extend(space.high, mark(space.dtype))
+        extended = Box(extend(space.low, 0), high, high.shape, space.dtype)
     return replace(
         task,
         reset=reset,
         step=step,
-        observation_space=Box(extend(space.low, 0), high, high.shape, space.dtype),
+        observation_space=extended,
         max_steps=number * task.max_steps,
         **on_inner(task) | {"privileged": task.privileged and privileged, "report": report},
     )
@@ -388,7 +491,67 @@ def rescale_actions(task: Task, _) -> Task:
     return replace(task, step=step, action_space=scaled, own_actions=space)
 
 
+MOST_JOINT = 256  # actions of which a network has values
+
+
+def joint_actions(task: Task, _) -> Task:
+    """Make one `Discrete` action of those that have several parts; others stay as they are.
+
+    `as_parts` says which parts an action stands for.
+    """
+    space = task.action_space
+    if not isinstance(space, MultiDiscrete):
+        return task
+
+    def step(key, state, action):
+        return task.step(key, state, as_parts(action, space))
+
+    own = task.own_actions or space
+    joint = Discrete(math.prod(space.nvec))
+    return replace(task, step=step, action_space=joint, own_actions=own)
+
+
 # --- What every task gets ------------------------------------------------------------------------
+
+
+def from_zero(task: Task) -> Task:
+    """The task with discrete actions that count from 0, wherever its own begin."""
+    space = task.action_space
+    if isinstance(space, Box) or not first_of(space).any():
+        return task
+
+    def step(key, state, action):
+        return task.step(key, state, action + first_of(space))
+
+    empty = () if isinstance(space, MultiDiscrete) else 0
+    return replace(task, step=step, action_space=replace(space, start=empty), own_actions=space)
+
+
+def with_vectors(task: Task) -> Task:
+    """The task with one-hot vectors for the integers of its observations."""
+    spaces = task.observation_space
+    if all(isinstance(part, Box) for part in jax.tree.leaves(spaces)):
+        return task
+
+    def show(space, obs):
+        if isinstance(space, Box):
+            return obs
+        return space.one_hot(jnp.asarray(obs) - first_of(space))
+
+    def vector(space):
+        is_box = isinstance(space, Box)
+        return space if is_box else Box(0.0, 1.0, (space.num_outputs,))
+
+    def reset(key):
+        obs, state = task.reset(key)
+        return jax.tree.map(show, spaces, obs), state
+
+    def step(key, state, action):
+        obs, *rest = task.step(key, state, action)
+        return jax.tree.map(show, spaces, obs), *rest
+
+    return replace(task, reset=reset, step=step, observation_space=jax.tree.map(vector, spaces))
+
 
 # Inside `enable_x64(False)` JAX makes numbers of 32 bits. Before JAX 0.8 it was experimental.
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
@@ -414,7 +577,7 @@ def in_32_bits(task: Task) -> Task:
 
     def privileged(state):
         with enable_x64(False):
-            return jnp.asarray(task.privileged(state))
+            return jax.tree.map(jnp.asarray, task.privileged(state))
 
     return replace(
         task,
@@ -439,6 +602,7 @@ WRAPPERS = {
     "time_limit": (UNLIMITED, time_limit),
     "trials": (1, trials),
     "rescale_actions": (False, rescale_actions),
+    "joint_actions": (False, joint_actions),
 }
 HIDING = ("noise", "mask_probability", "flicker", "delay")  # and masks
 DEFAULTS = {name: default for name, (default, _) in WRAPPERS.items()}
@@ -480,26 +644,38 @@ def check_spaces(task: Task, env_id: str, name: str) -> None:
     Raises:
       ValueError: names the wrapper and the reason.
     """
-    if name == "rescale_actions" and isinstance(task.action_space, Discrete):
-        kind = f"{env_id} has {task.action_space.n} discrete ones"
-        raise ValueError(f"rescale_actions is for continuous actions; {kind}")
+    if name == "rescale_actions" and not isinstance(task.action_space, Box):
+        numbers = " x ".join(map(str, np.ravel(numbers_of(task.action_space))))
+        raise ValueError(
+            f"rescale_actions is for continuous actions; {env_id} has {numbers} discrete ones"
+        )
+    if name == "joint_actions" and isinstance(task.action_space, MultiDiscrete):
+        number = math.prod(task.action_space.nvec)
+        if number > MOST_JOINT:
+            parts = " x ".join(map(str, task.action_space.nvec))
+            advice = "ppo.py, rppo.py, sacd.py and rsacd.py take the parts one by one"
+            fact = f"the actions of {env_id} have {parts} = {number} combinations"
+            raise ValueError(f"{fact}, joint_actions is for at most {MOST_JOINT}; {advice}")
     if name == "sticky_actions" and task.action_mask:
         reason = "a repeated action may be invalid"
         raise ValueError(f"sticky_actions is not for action masks, which {env_id} has: {reason}")
-    if name == "noise" and task.observation_space.dtype == np.uint8:
+    parts = jax.tree.leaves(task.observation_space)
+    if name == "noise" and any(part.dtype == np.uint8 for part in parts):
         raise ValueError(f"noise is not for images of whole numbers, which {env_id} has")
     if name == "rescale_actions" and not has_bounds(task.action_space):
         requirement = "rescale_actions needs actions with bounds"
         raise ValueError(f"{requirement}, those of {env_id} have none")
 
 
-def check_memory(option: str, space: Box, length: int) -> None:
+def check_memory(option: str, space, length: int) -> None:
     """Refuse to keep more past observations than memory serves.
 
     Raises:
       ValueError: names the option, its value and the greatest that is possible.
     """
-    most = MOST_BYTES // (math.prod(space.shape) * np.dtype(space.dtype).itemsize)
+    parts = jax.tree.leaves(space)
+    size = sum(math.prod(part.shape) * np.dtype(part.dtype).itemsize for part in parts)
+    most = MOST_BYTES // size
     if length > max(1, most):
         reason = f"the past of one environment would exceed {MOST_BYTES // 2**20} MiB"
         raise ValueError(f"{option} must be at most {most}, got {length}: {reason}")

@@ -9,8 +9,9 @@ Both are one greedy step of any number of environments at once:
 
 The last input is the action mask, with environments that have one.
 
-Observations, rewards and actions are those of the task: normalisation and the bounds of actions are
-part of the program.
+Of observations with several parts each part is an input, as obs.image. Observations, rewards and
+actions are those of the task, but for whole numbers in observations, which are one-hot:
+normalisation, the bounds of actions, and the number that they count from are part of the program.
 """
 
 import contextlib
@@ -79,12 +80,14 @@ class Agent:
         self.is_complex = [jnp.iscomplexobj(leaf) for _, leaf in leaves]
         self.carries = [describe_carry(path, leaf) for path, leaf in leaves]
 
-        obs, actions = env.raw.observation_space, env.task_action_space
+        actions = env.task_action_space
         before = "where start is True, of any value"
-        choice = f"0 to {actions.n - 1}" if hasattr(actions, "n") else bounds(actions)
+        choice = range_of(actions)
         action = Array("action", actions.shape, np.dtype(actions.dtype), f"what to do: {choice}")
+        parts, self.parts = jax.tree.flatten_with_path(env.raw.observation_space)
+        self.observations = [describe_part(path, part) for path, part in parts]
         self.inputs = [
-            Array("obs", obs.shape, np.dtype(obs.dtype), "observation as the environment gives it"),
+            *self.observations,
             *self.carries,
             Array("start", (), np.dtype(bool), "obs is the first of an episode: forget the carry"),
             action._replace(name="previous_action", meaning=f"the action before obs; {before}"),
@@ -123,8 +126,8 @@ class Agent:
         """The arguments of `step`, from what is known by the names of the inputs."""
         inputs = dict(inputs)
         carry = {array.name: inputs.pop(array.name) for array in self.carries}
-        obs, *others = inputs.values()
-        return [obs, carry, *others]
+        obs = self.parts.unflatten([inputs.pop(array.name) for array in self.observations])
+        return [obs, carry, *inputs.values()]
 
     def describe(self) -> dict:
         """What the program is, takes and returns, for its metadata."""
@@ -158,9 +161,26 @@ def greedy_policy(evaluate, state, env):
     return found
 
 
-def bounds(space) -> str:
+def range_of(space) -> str:
+    """The values that an action can have."""
+    if hasattr(space, "n"):
+        return f"{space.start} to {space.start + space.n - 1}"
+    if hasattr(space, "nvec"):
+        starts = space.start or (0,) * len(space.nvec)
+        parts = [f"{low} to {low + n - 1}" for low, n in zip(starts, space.nvec, strict=True)]
+        return "; ".join(parts)
     low, high = (np.broadcast_to(x, space.shape).tolist() for x in (space.low, space.high))
     return f"between {low} and {high}"
+
+
+def describe_part(path, space) -> Array:
+    meaning = "observation as the environment gives it"
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    if name:
+        return Array(
+            f"obs.{name}", space.shape, np.dtype(space.dtype), f"part {name} of the {meaning}"
+        )
+    return Array("obs", space.shape, np.dtype(space.dtype), meaning)
 
 
 def describe_carry(path, leaf) -> Array:

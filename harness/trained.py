@@ -95,6 +95,12 @@ def observation_moments(state):
     return getattr(state.env_state.statistics, "obs", None)
 
 
+def shapes_of(statistics):
+    """The shapes of statistics, without the axes of seeds and environments, and their structure."""
+    leaves, structure = jax.tree.flatten(statistics)
+    return [leaf.shape[2:] for leaf in leaves], structure
+
+
 def begin_with(trained, state):
     """A fresh state with the parameters and the normalisation statistics of a trained one.
 
@@ -119,7 +125,7 @@ def begin_with(trained, state):
         new = getattr(statistics, name, None)
         if old is None or new is None:
             continue
-        if old.mean.shape[2:] == new.mean.shape[2:]:  # without the axes of seeds and environments
+        if shapes_of(old) == shapes_of(new):
             statistics = statistics._replace(**{name: jax.tree.map(spread_moments, old, new)})
     env_state = state.env_state._replace(statistics=statistics)
     return state.replace(env_state=env_state, **changes)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from envs import Box, Discrete, Task
+from envs import Box, Discrete, MultiDiscrete, Task
 from experiment import seed_keys
 from harness import options
 from loggers import Logger
@@ -222,6 +222,40 @@ def masked_task(terminal_every=5, num_actions=3, empty_at=-1) -> Task:
     return dataclasses.replace(task, action_mask=lambda state: state[1])
 
 
+def parts_task(continuous=False) -> Task:
+    """What pays is in two parts: a bright row of an image, and the sign of a vector in a tuple.
+
+    At every step both are drawn anew. The first part of an action is to be the row, 0 to 2, the
+    second whether the sign is positive; each pays 1. The 4 steps of an episode pay 8 at best.
+    `continuous`: both are numbers between -1 and 1, and what they miss is subtracted.
+    """
+
+    def draw(key):
+        row_key, sign_key = jax.random.split(key)
+        row = jax.random.randint(row_key, (), 0, 3)
+        return row, jax.random.bernoulli(sign_key).astype(jnp.int32)
+
+    def observe(row, sign):
+        image = jnp.zeros((4, 4, 1), jnp.uint8).at[row].set(255)
+        return {"image": image, "body": (jnp.stack([2.0 * sign - 1.0, 0.5]),)}
+
+    def reset(key):
+        wanted = draw(key)
+        return observe(*wanted), (wanted, jnp.int32(0))
+
+    def step(key, state, action):
+        (row, sign), time = state
+        reward = 0.0 + (action[0] == row) + (action[1] == sign)
+        if continuous:
+            reward = 2.0 - abs(action[0] - row + 1) - abs(action[1] - 2 * sign + 1)
+        wanted = draw(key)
+        return observe(*wanted), (wanted, time + 1), reward, False, time + 1 >= 4
+
+    space = {"image": Box(0, 255, (4, 4, 1), np.uint8), "body": (Box(-1.0, 1.0, (2,)),)}
+    actions = Box(-1.0, 1.0, (2,)) if continuous else MultiDiscrete((3, 2))
+    return Task(reset, step, space, actions, 4)
+
+
 TASKS = {
     "Drawn": drawn_task,
     "Constant": constant_task,
@@ -232,6 +266,7 @@ TASKS = {
     "Picture": picture_task,
     "Masked": masked_task,
     "Probe": probe_task,
+    "Parts": parts_task,
 }
 
 

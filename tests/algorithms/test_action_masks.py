@@ -9,7 +9,15 @@ import pytest
 from helpers import SCRIPTS, is_continuous, one_gradient_step, one_seed, start, tiny
 
 from algorithms import drqn, ppo, rppo, rsacd, sacd
-from envs import MaskedObs, greatest_entropy, make, only_valid, random_valid, without_mask
+from envs import (
+    Discrete,
+    MaskedObs,
+    greatest_entropy,
+    make,
+    only_valid,
+    random_valid,
+    without_mask,
+)
 from experiment import RunError
 from loggers import Logger
 
@@ -35,7 +43,7 @@ def test_without_a_mask_nothing_changes(rng):
     obs, values = jnp.asarray(rng.normal(size=(5, 4))), jnp.asarray(rng.normal(size=(5, 3)))
     assert without_mask(obs) is obs
     assert only_valid(values, obs) is values
-    assert greatest_entropy(values, obs) == np.log(3)
+    assert greatest_entropy(Discrete(3), obs) == np.log(3)
     for seed in range(20):
         key = jax.random.key(seed)
         any_action = jax.random.randint(key, (5,), 0, 3)
@@ -70,7 +78,8 @@ def test_probability_and_entropy_are_those_of_the_valid_actions(rng):
         assert (policy[i][~valid[i]] == 0).all()
         expected = -(share * np.log(share)).sum()
         np.testing.assert_allclose(entropy(jnp.asarray(logits))[i], expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(greatest_entropy(policy, obs), np.log(valid.sum(axis=-1)), rtol=1e-6)
+    greatest = np.log(valid.sum(axis=-1))
+    np.testing.assert_allclose(greatest_entropy(Discrete(6), obs), greatest, rtol=1e-6)
     gradient = jax.grad(lambda logits: entropy(logits).sum())(jnp.asarray(logits))
     assert jnp.isfinite(gradient).all() and (gradient[~valid] == 0).all()
 

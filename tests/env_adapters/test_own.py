@@ -195,9 +195,14 @@ BROKEN_TASKS = [
         "returns an observation of dtype float32, observation_space has the dtype uint8",
     ),
     ("Box(-1.0, 1.0, (2,))", "Box(-1.0, 1.0, (2,), np.int32)", "has the dtype int32, not float32"),
-    ("Box(-1.0, 1.0, (2,))", "Discrete(4)", "observation_space of my_env.py::walk is Discrete, an"),
+    (
+        "Box(-1.0, 1.0, (2,))",
+        "Discrete(4)",
+        "reset of my_env.py::walk returns an observation of shape (2,), observation_space has the "
+        "shape ()",
+    ),
     ("Box(-1.0, 1.0, (2,))", "None", "observation_space of my_env.py::walk is missing: it must"),
-    ("Discrete(3)", "3", "action_space of my_env.py::walk is a builtins.int, and must be a Box or"),
+    ("Discrete(3)", "3", "action_space of my_env.py::walk is a builtins.int, and must be a Box, D"),
     (
         "truncated = (time >= max_steps) & ~terminated",
         "truncated = terminated | (time >= max_steps)",
@@ -293,18 +298,18 @@ BROKEN_TASKS = [
 BROKEN_CLASSES = [
     (
         "spaces.Discrete(size, start=1)",
-        "spaces.MultiBinary(size)",
-        "action_space of my_env.py::Guess is a MultiBinary, not Discrete or a Box",
+        "spaces.Text(size)",
+        "action_space of my_env.py::Guess is a Text, not Discrete, MultiDiscrete, MultiBinary or a",
     ),
     (
         "spaces.Box(-2.0, 2.0, (size,), np.float32)",
         "spaces.Discrete(2)",
-        "flattening the observation of reset of my_env.py::Guess raises",
+        "reset of my_env.py::Guess returns an observation of shape (3,), observation_space has the",
     ),
     (
         "spaces.Box(-2.0, 2.0, (size,), np.float32)",
         "spaces.Sequence(spaces.Discrete(2))",
-        "observation_space of my_env.py::Guess is a Sequence, not a Box, or of",
+        "observation_space of my_env.py::Guess is a Sequence, not a Box, Discrete, MultiDiscrete,",
     ),
     ("self.length = size,", "self.length = sizes,", "raises NameError in my_env.py, line 13: name"),
     (
@@ -312,7 +317,11 @@ BROKEN_CLASSES = [
         "self.space =",
         "my_env.py::Guess has no observation_space: set self.observation_space to a space of",
     ),
-    ("spaces.Discrete(size, start=1)", "spaces.MultiDiscrete([2, 2])", "is a MultiDiscrete, not D"),
+    (
+        "spaces.Discrete(size, start=1)",
+        "spaces.Tuple((spaces.Discrete(2),))",
+        "action_space of my_env.py::Guess is a Tuple, not Discrete, MultiDiscrete, MultiBinary or",
+    ),
     ("(size,), np.float32)", "(2,), np.float32)", "of shape (3,), observation_space has the shape"),
     (
         "return self.observe(), {}",

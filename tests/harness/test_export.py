@@ -1,20 +1,24 @@
 """Exported agents: their actions and carries are those of the script, whatever runs them."""
 
+import dataclasses
 import importlib
 import json
 import re
 import sys
 from functools import partial
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ALGORITHMS, SCRIPTS, as_command, tiny, words
+from helpers import ALGORITHMS, SCRIPTS, as_command, is_continuous, tiny, words
 
 from algorithms import ppo, rppo
 from env_adapters.environment import Environment
-from envs import without_mask
+from env_adapters.registry import _make
+from env_adapters.task import first_of, numbers_of
+from envs import Discrete, MultiDiscrete, without_mask
 from experiment import seed_keys
 from harness.export import Agent, as_jaxexport, as_onnx
 from harness.options import launch
@@ -92,6 +96,9 @@ def played(module, env, state):
 def executed(env, action):
     """Actions in the units of the task and within its bounds, by numpy."""
     own = env._task.own_actions
+    if isinstance(own, MultiDiscrete):
+        action = np.stack(np.unravel_index(action, own.nvec), axis=-1)
+        return action + np.array(own.start or 0)
     if action.dtype == np.int32:
         return action
     action = np.clip(action, env.action_space.low, env.action_space.high)
@@ -105,6 +112,8 @@ def check(agent, env, run, expected, sizes):
         np.stack([leaf.real, leaf.imag], axis=-1) if np.iscomplexobj(leaf) else leaf
         for leaf in jax.tree.leaves(carries)
     ]
+    parts = jax.tree.leaves(inputs.pop("obs"))
+    inputs |= {array.name: x for array, x in zip(agent.observations, parts, strict=True)}
     inputs["previous_action"] = executed(env, inputs["previous_action"])
     assert inputs["start"][1:].any() and not inputs["start"].all()
     for size in sizes:
@@ -137,6 +146,41 @@ def check_jaxexport(module, sizes=(NUM_ENVS,), **changes):
 @pytest.mark.parametrize("script", [ppo, rppo])
 def test_the_action_mask_is_an_input(script):
     check_jaxexport(script, env="test::Masked", env_kwargs={})
+
+
+@pytest.mark.parametrize("script", ["rppo", "dqn", "rsac"])
+def test_every_part_of_an_observation_is_an_input(script):
+    module = module_of(script)
+    changes = {"env": "test::Parts", "env_kwargs": {"continuous": is_continuous(module)}}
+    check_jaxexport(module, **changes)
+    agent = Agent(module.evaluate, *reversed(random_agent(module, **changes)))
+    assert [x.name for x in agent.inputs[:2]] == ["obs.body.0", "obs.image"]
+
+
+def test_actions_count_from_where_the_task_does():
+    """Also where they stand for several parts: the program takes and returns the task's own."""
+    for script, actions, says in [
+        ("ppo", MultiDiscrete((3, 2), start=(1, -5)), "1 to 3; -5 to -4"),
+        ("drqn", MultiDiscrete((3, 2), start=(1, -5)), "1 to 3; -5 to -4"),
+        ("ppo", Discrete(3, start=2), "2 to 4"),
+    ]:
+        helpers.TASKS["Shifted"] = lambda actions=actions: shifted_task(actions)
+        _make.cache_clear()
+        module = module_of(script)
+        env, state = random_agent(module, env="test::Shifted", env_kwargs={})
+        agent = Agent(module.evaluate, state, env)
+        assert says in agent.outputs[0].meaning
+        inputs = {x.name: np.zeros((50, *x.shape), x.dtype) for x in agent.inputs}
+        inputs["obs"] = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
+        inputs["start"][:] = True
+        action, _ = agent.step(*agent.arrange(inputs))
+        numbers = np.asarray(action).reshape(50, -1) - first_of(actions)
+        assert (numbers >= 0).all() and (numbers < numbers_of(actions)).all()
+        assert agent.env.to_task(agent.env.from_task(action)).tolist() == action.tolist()
+
+
+def shifted_task(actions):
+    return dataclasses.replace(helpers.counting_task(5), action_space=actions)
 
 
 @pytest.mark.parametrize("script", ["rppo_continuous", "rsacd"])
