@@ -18,7 +18,13 @@ from pathlib import Path
 import results
 from results import ROOT, NoResult, load, slug
 
-DOCUMENTS = ("README.md", "benchmark/README.md", "memory_cells/README.md")
+DOCUMENTS = (
+    "README.md",
+    "algorithms/README.md",
+    "benchmark/README.md",
+    "env_adapters/README.md",
+    "memory_cells/README.md",
+)
 MARKED = re.compile(r"^<!-- table: (.+?) -->\n(.*?)^<!-- /table -->$", re.MULTILINE | re.DOTALL)
 OPENING = re.compile(r"^<!-- table: ", re.MULTILINE)
 
@@ -281,6 +287,52 @@ def published_cells(agent):
         "",
         value if is_mmer else "",
     ]
+
+
+def with_interval(values):
+    """The interquartile mean of seeds, and its 95 % bootstrap interval."""
+    import numpy as np
+
+    from harness.metrics import interval, iqm
+
+    low, high = interval(np.array(values))
+    return f"{number(float(iqm(np.array(values))), 1)} ({number(low, 1)} to {number(high, 1)})"
+
+
+def critics(here):
+    """Pairs of agents of tasks.toml, with and without `--critic-obs full`."""
+    import learning
+    import numpy as np
+
+    ending = "-critic"
+    rows = []
+    for agent in learning.agents():
+        if not agent.name.endswith(ending):
+            continue
+        pair = [load(learning.find(agent.id.removesuffix(ending)).result), load(agent.result)]
+        cells = [learning.TASKS[agent.task]["title"], f"`{agent.script}`, {thousands(agent.steps)}"]
+        cells.append(str(agent.seeds))
+        curves = [np.array(entry["values"]["curve"]["returns"]) for entry in pair]
+        cells += [with_interval(curve.mean(axis=1)) for curve in curves]
+        cells += [with_interval(entry["values"]["returns"]) for entry in pair]
+        rows.append((cells, pair))
+    head = ["task", "script, steps", "seeds", "mean of all evaluations", "critic sees all"]
+    return measured_table([*head, "at the end", "critic sees all"], rows, here)
+
+
+def trials(here):
+    import learning
+
+    rows = []
+    for memory in ("none", "gru"):
+        agent = learning.find(f"fourrooms-trials/rppo-{memory}")
+        entry = load(agent.result)
+        values = entry["values"]
+        cells = [f"`--cell {memory}`", thousands(values["steps"]), str(values["num_seeds"])]
+        cells += [with_interval(values["returns"]), number(values["worst"])]
+        rows.append((cells, [entry]))
+    head = ["", "steps", "seeds", "goals found in 5 trials", "worst seed"]
+    return measured_table(head, rows, here)
 
 
 def speed_short(here):
@@ -567,6 +619,8 @@ def description(cell_class):
 TABLES = {
     "results-short": results_short,
     "results": results_full,
+    "critics": critics,
+    "trials": trials,
     "speed-short": speed_short,
     "speed": speed,
     "speed-gpu": speed_gpu,
