@@ -8,7 +8,8 @@ policy. It then takes several epochs of minibatch gradient steps on
     L_V  = mean[ 0.5 * (V(s) - R)^2 ]
 
 where ratio = pi(a|s) / pi_old(a|s), the advantages A are by GAE (Schulman et al. 2016,
-arXiv 1506.02438), and R = A + V are the returns.
+arXiv 1506.02438), and R = A + V are the returns. Of actions with several parts, pi is the product
+of the policies of the parts: log-probabilities and entropies are sums over the parts.
 
 Here s is the state of a memory that has read the episode so far. The memory is trained by
 backpropagation through time: a minibatch consists of whole environments, and the memory reads

@@ -15,7 +15,7 @@ follows it slowly. The smaller of two estimates counteracts overestimation (Fuji
 arXiv 1802.09477). Where an episode was truncated, s' is the observation that the time limit cut
 off, not the first of the next episode. With `n_step` > 1, y has that many rewards before the value,
 without the entropies in between. Of actions with several parts, pi is the product over these and Q
-the sum, as in DecQN (Seyde et al. 2023, arXiv 2210.12566): sums over b add up parts.
+the sum (in DecQN, arXiv 2210.12566, the mean); min_i is taken part by part.
 
 `diff algorithms/sacd.py algorithms/rsacd.py` shows what memory changes,
 `diff algorithms/sac.py algorithms/sacd.py` what discrete actions change.

@@ -7,14 +7,15 @@
     python benchmark/learning.py --memories               # every memory on MemoryChain, three seeds
     python benchmark/learning.py --figure                 # draw benchmark/learning.png
 
-A run lies under runs/learning. One that was interrupted goes on from its last checkpoint, or starts
-again if the code has changed since. An agent is done if benchmark/results has its result file and
-the file is of the same command. After a change of a script or of its defaults, use --again.
+A run lies under runs/learning. One that was interrupted goes on from its last checkpoint. If the
+code or the command has changed since, its directory is renamed and a new run starts. An agent is
+done if benchmark/results has its result file and the file is of the same command. After a change of
+a script or of its defaults, use --again.
 """
 
 import argparse
+import importlib
 import json
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -26,6 +27,8 @@ import results
 
 from harness.dashboard import load
 from harness.metrics import GREEDY
+from harness.options import read_words
+from harness.run_dir import is_running
 from memory_cells import CELLS
 
 ROOT = Path(__file__).parent.parent
@@ -114,14 +117,39 @@ def find(id):
 # --- Runs --------------------------------------------------------------------------------------
 
 
+def config_of(agent):
+    """The options that its command gives, all others with the defaults of today."""
+    config_class = importlib.import_module(f"algorithms.{Path(agent.script).stem}").Config
+    return read_words(agent.command.split()[2:], config_class, {})
+
+
+def has_run(agent):
+    """True if its run directory is of a run with the options of its command."""
+    if not (agent.run_dir / "config.json").exists():
+        return False
+    saved = json.loads((agent.run_dir / "config.json").read_text())["config"]
+    wanted = json.loads(json.dumps(config_of(agent)))
+    return all(saved.get(name) == value for name, value in wanted.items() if name != "run_dir")
+
+
+def set_aside(agent):
+    """Make room for a new run. The old directory gets another name: nothing is deleted."""
+    if not agent.run_dir.exists():
+        return
+    if is_running(agent.run_dir):
+        sys.exit(f"error: {agent.run_dir} is in use by another process")
+    number = 1 + len(list(agent.run_dir.parent.glob(f"{agent.run_dir.name}.old*")))
+    agent.run_dir.rename(agent.run_dir.with_name(f"{agent.run_dir.name}.old{number}"))
+
+
 def train(agent):
     """Train from the last checkpoint, or else from the start."""
     script = [sys.executable, str(ROOT / "algorithms" / agent.script)]
     status = REFUSED
-    if (agent.run_dir / "config.json").exists():
+    if has_run(agent):
         status = subprocess.run([*script, "--resume", str(agent.run_dir)]).returncode
     if status == REFUSED:
-        shutil.rmtree(agent.run_dir, ignore_errors=True)
+        set_aside(agent)
         options = agent.command.split()[2:]
         status = subprocess.run([*script, *options, "--run-dir", str(agent.run_dir)]).returncode
     if status:
@@ -129,8 +157,8 @@ def train(agent):
 
 
 def is_complete(agent):
-    """True if its run directory has a run that reached its last step."""
-    if not (agent.run_dir / "config.json").exists():
+    """True if its run directory has a run of its command that reached its last step."""
+    if not has_run(agent):
         return False
     run = load(agent.run_dir)
     return run.step >= run.about["final_step"]
@@ -286,7 +314,7 @@ def main():
             continue
         if args.again or not is_done(agent):
             if args.again:
-                shutil.rmtree(agent.run_dir, ignore_errors=True)
+                set_aside(agent)
             if not is_complete(agent):
                 train(agent)
             record(agent)

@@ -261,10 +261,12 @@ def result_row(agent, here):
     values = entry["values"]
     mmer = values.get("mmer")
     # What was run, in the words of the file: tasks.toml may ask for something else by now.
-    own_options = entry["command"].partition("--total-steps")[0].split()[2:]
-    of_task = learning.TASKS[agent.task]["options"].split()
+    words = entry["command"].partition(" --total-steps")[0].removeprefix("python algorithms/")
+    of_task = f"{agent.script} {learning.TASKS[agent.task]['options']}"
+    if words.startswith(of_task):
+        words = agent.script + words.removeprefix(of_task)
     cells = [
-        f"`{' '.join([agent.script, *own_options[len(of_task) :]])}`",
+        f"`{words}`",
         thousands(values["steps"]),
         str(values["num_seeds"]),
         number(values["median"]),
@@ -307,7 +309,7 @@ def critics(here):
     ending = "-critic"
     rows = []
     for agent in learning.agents():
-        if not agent.name.endswith(ending):
+        if not agent.name.endswith(ending) or not results.exists(agent.result):
             continue
         pair = [load(learning.find(agent.id.removesuffix(ending)).result), load(agent.result)]
         cells = [learning.TASKS[agent.task]["title"], f"`{agent.script}`, {thousands(agent.steps)}"]

@@ -238,8 +238,10 @@ def check_obs(what: str, obs, space) -> None:
     found, parts = parts_of(obs), parts_of(space)
     if has_parts and jax.tree.structure(obs) != jax.tree.structure(space):
         names = f"with the parts {' and '.join(found)}, observation_space has {' and '.join(parts)}"
-        if found.keys() == parts.keys() or "" in found:
-            names = f"that is a {type(obs).__name__}, observation_space a {type(space).__name__}"
+        if "" in found:
+            names = f"that is one array, observation_space has the parts {' and '.join(parts)}"
+        elif found.keys() == parts.keys():
+            names = f"that is a {type(obs).__name__}, observation_space is a {type(space).__name__}"
         raise UsageError(f"{what} returns an observation {names}")
     for name, part in parts.items():
         check_part(what, found[name] if has_parts else obs, part, name)

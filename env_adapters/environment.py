@@ -420,8 +420,7 @@ class Preprocessed(Environment):
         self._fixed = statistics
         self._is_raw = raw
         if observations:
-            spaces = [task.observation_space, self._full_space or task.observation_space]
-            if any(all(map(is_image, jax.tree.leaves(space))) for space in spaces):
+            if all(map(is_image, jax.tree.leaves(task.observation_space))):
                 reason = "the networks divide them by 255"
                 raise ValueError(f"normalize_obs is not for images, which {id} has: {reason}")
             if not raw:

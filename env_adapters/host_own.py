@@ -275,6 +275,10 @@ def check_obs(what: str, obs, space) -> None:
         if isinstance(obs, Mapping | tuple) and not name:
             kind = type(obs).__name__
             raise UsageError(f"{what} returns a {kind}, observation_space has no parts")
+        if isinstance(
+            part, MultiDiscrete
+        ):  # which has one axis here, whatever the library gives it
+            found = found.reshape(-1)
         contract.check_part(what, found, part, name)
 
 

@@ -504,8 +504,8 @@ def check_sizes(config) -> None:
         raise ValueError(f"batch_size ({config.batch_size}) must be at most {size}")
     if hasattr(config, "sequence_length"):
         length = config.burn_in + config.sequence_length
-        if getattr(config, "n_step", 1) > length:
-            limit = f"must be at most burn_in + sequence_length ({length})"
+        if getattr(config, "n_step", 1) > config.sequence_length:
+            limit = f"must be at most sequence_length ({config.sequence_length})"
             raise ValueError(f"n_step ({config.n_step}) {limit}")
         # A sequence consists of whole chunks, the steps of one update each.
         chunks = -(-length // config.num_steps)
@@ -522,8 +522,8 @@ def check_sizes(config) -> None:
         kept = config.buffer_size // config.num_envs
         if config.n_step > min(first, kept):
             name = "learning_starts" if first < kept else "buffer_size"
-            limit = f"must be at most {min(first, kept)}, the steps of each environment that"
-            raise ValueError(f"n_step ({config.n_step}) {limit} {name} leaves to sample from")
+            there = f"the buffer then holds {min(first, kept)} steps of each environment"
+            raise ValueError(f"n_step ({config.n_step}) is too long: {there}; raise {name}")
     if config.seed + config.num_seeds > 2**31:
         raise ValueError(f"seed must be less than 2**31 - num_seeds, got {config.seed}")
     if config.total_steps < steps_per_update:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import results
 import tables
+from filelock import FileLock
 
 from harness.options import read_words
+from harness.run_dir import LOCK_FILE
 
 FILES = sorted(results.RESULTS.rglob("*.json"))
 ABOUT = {
@@ -237,7 +239,12 @@ def test_learning_trains_what_is_missing_and_records_it(monkeypatch, tmp_path):
     assert values["steps"] == 640 and len(values["returns"]) == len(values["mmer"]) == 2
     assert values["curve"]["steps"] == [160, 320, 480, 640]
     assert learning.measured(agent)["returns"].tolist() == values["returns"]
-    shutil.rmtree(agent.run_dir)
+    # The run is of this command alone, and it is not deleted where another one begins.
+    assert not learning.is_complete(dataclasses.replace(agent, options=f"{options} --gamma 0.9"))
+    with FileLock(agent.run_dir / LOCK_FILE), pytest.raises(SystemExit, match="in use by another"):
+        learning.set_aside(agent)
+    learning.set_aside(agent)
+    assert (agent.run_dir.parent / "ppo.old1" / "metrics.jsonl").exists()
     learning.main()  # it is done: nothing is trained
     assert not agent.run_dir.exists()
 

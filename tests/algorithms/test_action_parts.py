@@ -57,14 +57,15 @@ def test_ppo_sees_the_probability_and_entropy_of_the_whole_action(script, rng):
 
 
 def enumerated(config, q_values, policy, reward, terminated, action, next_q, next_policy):
-    """The losses of SACD, by sums over all actions."""
+    """The losses of SACD, by sums over all actions; values are two estimates of each part's."""
     alpha = config.alpha
-    value = (next_policy * (joint(next_q) - alpha * np.log(next_policy))).sum(axis=-1)
+    least = joint(next_q.min(axis=0))  # part by part
+    value = (next_policy * (least - alpha * np.log(next_policy))).sum(axis=-1)
     target = reward + config.gamma * np.where(terminated, 0.0, value)
-    chosen = np.take_along_axis(joint(q_values), action[..., None], axis=-1)[..., 0]
-    actor = (policy * (alpha * np.log(policy) - joint(q_values))).sum(axis=-1)
+    chosen = np.take_along_axis(joint(q_values), action[None, ..., None], axis=-1)[..., 0]
+    actor = (policy * (alpha * np.log(policy) - joint(q_values.min(axis=0)))).sum(axis=-1)
     return {
-        "losses/td_loss": (0.5 * 2 * (chosen - target) ** 2).mean(),  # two estimates, equal here
+        "losses/td_loss": (0.5 * ((chosen - target) ** 2).sum(axis=0)).mean(),
         "losses/actor_loss": actor.mean(),
         "losses/entropy": -(policy * np.log(policy)).sum(axis=-1).mean(),
     }
@@ -76,7 +77,7 @@ def test_sacd_expects_what_the_sum_over_all_actions_does(script, rng):
     rows = (7,) if script is sacd else (4, 3)
     config = script.Config(alpha=0.3) if script is sacd else script.Config(alpha=0.3, burn_in=0)
     q_values, next_q = (
-        SPACE.values(jnp.asarray(rng.normal(size=(*rows, 8)), jnp.float32)) for _ in range(2)
+        SPACE.values(jnp.asarray(rng.normal(size=(2, *rows, 8)), jnp.float32)) for _ in range(2)
     )
     logits, policy = random_policy(rng, *rows)
     next_logits, next_policy = random_policy(rng, *rows)
@@ -84,7 +85,6 @@ def test_sacd_expects_what_the_sum_over_all_actions_does(script, rng):
     terminated = rng.random(rows) < 0.3
     action = rng.integers(len(ALL), size=rows)
     params = {"params": {"log_alpha": jnp.log(0.3)}}
-    both = lambda x: jnp.stack([x, x])  # noqa: E731
     if script is sacd:
         sample = SimpleNamespace(
             obs="now",
@@ -97,8 +97,8 @@ def test_sacd_expects_what_the_sum_over_all_actions_does(script, rng):
 
         def apply(given, obs):
             if obs == "now":
-                return logits, both(q_values)
-            return next_logits, both(next_q)
+                return logits, q_values
+            return next_logits, next_q
 
         expected = (q_values, policy, reward, terminated, action, next_q, next_policy)
     else:
@@ -118,11 +118,11 @@ def test_sacd_expects_what_the_sum_over_all_actions_does(script, rng):
                 return (), (), "target" if given is target else "online"
             if method == "policy":
                 return logits
-            return both(next_q if args[0] == "target" else q_values)
+            return next_q if args[0] == "target" else q_values
 
         steps = slice(None, -1), slice(1, None)
-        now = [x[steps[0]] for x in (q_values, policy, reward, terminated, action)]
-        expected = (*now, next_q[steps[1]], policy[steps[1]])
+        now = [x[steps[0]] for x in (policy, reward, terminated, action)]
+        expected = (q_values[:, steps[0]], *now, next_q[:, steps[1]], policy[steps[1]])
     target = {"params": dict(params["params"])}
     network = SimpleNamespace(apply=apply, action_space=SPACE, config=config)
     _, parts = script.sacd_loss(params, target, network, sample)

@@ -191,6 +191,7 @@ def hidden(privileged="goal"):
     def step(key, state, action):
         return jnp.zeros(2), state + 1, 1.0, state.max() > 3, False
     shown = {"goal": lambda state: 2 * state, "number": lambda state: state[0],
+             "image": lambda state: jnp.full((4, 4, 1), 7, jnp.uint8),
              "broken": lambda state: state["goal"], "pair": lambda state: (state, state)}
     report = lambda state: {"largest": state.max()}
     return Task(reset, step, Box(-1.0, 1.0, (2,)), Discrete(2), 5,
@@ -219,6 +220,11 @@ def test_a_task_of_ones_own_may_say_what_the_critic_sees(own, options):
     assert not isinstance(obs, AsymmetricObs)
 
 
+def test_an_image_for_the_critic_is_not_normalized(own):
+    obs, _ = make_asymmetric(own, privileged="image", normalize_obs=True).reset(jax.random.key(0))
+    assert obs.full.dtype == np.uint8 and (obs.full == 7).all()
+
+
 def test_trials_are_marked_in_it(own):
     obs, _ = make_asymmetric(own, trials=2).reset(jax.random.key(0))
     assert obs.full.shape == (4,) and obs.full[-1] == obs.obs[-1] == 1
@@ -229,7 +235,7 @@ def test_trials_are_marked_in_it(own):
     [
         ("number", "privileged of .* must return an array .* axis, not float32 of shape"),
         ("pair", "privileged of .* must return an array .* axis, not tuple"),
-        ("broken", "privileged of .* raises .* in own.py, line 11"),
+        ("broken", "privileged of .* raises .* in own.py, line 12"),
     ],
 )
 def test_a_privileged_observation_that_is_none_is_refused(own, kind, message):

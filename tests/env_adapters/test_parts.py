@@ -11,6 +11,7 @@ from env_adapters.cli import Command, main
 from env_adapters.environment import Preprocessed
 from env_adapters.task import as_joint, as_parts, parts_of
 from envs import Box, Discrete, MultiDiscrete, Task, make
+from harness.errors import UsageError
 from harness.options import launch
 from replay import Transition
 
@@ -396,3 +397,21 @@ def test_samples_are_in_their_space():
     assert set(map(tuple, samples.tolist())) == {(a, b) for a in (1, 2, 3) for b in (5, 6)}
     starts = jax.vmap(Discrete(3, start=-1).sample)(jax.random.split(jax.random.key(0), 50))
     assert set(starts.tolist()) == {-1, 0, 1}
+
+
+def test_integers_of_a_class_may_have_any_shape(write):
+    text = GYMNASIUM.replace("spaces.MultiDiscrete([2, 3], start=[1, 0])", "GRID")
+    text = text.replace('"grid": grid', '"grid": np.array([[t % 2, 1, 0], [2, t % 3, 3]])')
+    text += "\nGRID = spaces.MultiDiscrete(np.full((2, 3), 4))\n"
+    obs, _ = make(write(text)).reset(jax.random.key(0))
+    assert obs["grid"].shape == (24,) and obs["grid"].sum() == 6
+
+
+def test_one_array_in_the_place_of_parts_is_named(write, capsys):
+    text = TASK.replace(
+        'return {"image": image, "body": (vector, count(t % 3 + 2)), "grid": grid}', "return vector"
+    )
+    with pytest.raises(
+        UsageError, match="observation that is one array, observation_space has the"
+    ):
+        make(write(text))

@@ -140,9 +140,9 @@ BAD_REPLAY = [
     ("--tau 2", "tau must be between 0 and 1, got 2.0"),
     (
         "--n-step 200",
-        "n_step (200) must be at most 126, the steps of each environment that learning_starts",
+        "n_step (200) is too long: the buffer then holds 126 steps of each environment; raise lear",
     ),
-    ("--n-step 65 --buffer-size 512", "n_step (65) must be at most 64, the steps of each"),
+    ("--n-step 65 --buffer-size 512", "then holds 64 steps of each environment; raise buffer_s"),
     (
         "--num-envs 64 --buffer-size 32",
         "buffer_size (32) is less than the steps of one update (64)",
@@ -175,7 +175,7 @@ BAD_SEQUENCES = [
     ("--burn-in 1e9", "learning_starts (1000) must be at least 16000000384, for sequences"),
     ("--sequence-length 0", "sequence_length must be greater than 0, got 0"),
     ("--n-step 0", "n_step must be greater than 0, got 0"),
-    ("--n-step 1e9", "n_step (1000000000) must be at most burn_in + sequence_length"),
+    ("--n-step 1e9", "n_step (1000000000) must be at most sequence_length (32)"),
     ("--batch-size 1e9", "batch_size (1000000000) must be at most the"),
     (
         "--learning-starts 100",
