@@ -163,6 +163,7 @@ def test_targets_expect_the_valid_actions_only(script, rng):
         """The same network, whose critics value invalid actions highly."""
 
         config = network.config
+        action_space = network.action_space
 
         def apply(self, params, *args, **method):
             result = network.apply(params, *args, **method)
