@@ -299,6 +299,25 @@ def test_a_worker_that_dies_is_named_with_its_last_line(code):
     assert error.value.code == f"error: theirs ended with exit code 1: {reason}"
 
 
+def test_devices_are_compared_by_their_number(monkeypatch):
+    import devices
+
+    def take_turns(commands, rounds):
+        assert list(commands) == ["small, on 1", "small, on 2"]
+        about = {name: {"compile": 1.0, "machine": {}, "versions": {}} for name in commands}
+        return about, {"small, on 1": [10.0, 20.0], "small, on 2": [15.0, 40.0]}
+
+    kept = {}
+    monkeypatch.setattr(devices, "SYSTEMS", {"small": ("ppo", {}, 1)})
+    monkeypatch.setattr(devices, "take_turns", take_turns)
+    monkeypatch.setattr(
+        devices.results, "record", lambda path, values, *_, **__: kept.update(values)
+    )
+    monkeypatch.setattr("sys.argv", ["devices.py", "--rounds", "2"])
+    devices.main()
+    assert kept["devices"] == [1, 2] and kept["ratios"] == {"2": [1.75, 1.5, 2.0]}
+
+
 def test_a_peer_that_cannot_be_installed_is_named(monkeypatch, tmp_path):
     import peers
 
