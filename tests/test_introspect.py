@@ -98,7 +98,7 @@ def test_agents_whose_critic_saw_everything_are_looked_into(script):
 @pytest.mark.parametrize("script", ["rppo", "rsacd"])
 def test_actions_and_observations_of_several_parts_are_looked_at(script):
     module = importlib.import_module(f"algorithms.{script}")
-    agent = untrained(module, env="test::Parts", env_kwargs={}, mask=("image", "body.0.0"))
+    agent = untrained(module, env="test::Parts", env_kwargs={})
     norms = introspect.sensitivities(agent, introspect.play(agent, episodes=1, steps=4))
     np.testing.assert_array_equal(norms[0, 0] > 0, np.tri(4, dtype=bool))
 
