@@ -80,8 +80,9 @@ def main():
         if args.only not in name:
             continue
         command = [sys.executable, __file__, "--worker", name]
-        commands = {count: [*command, str(count)] for count in args.devices}
-        started, speeds = take_turns(commands, args.rounds)
+        commands = {f"{name}, on {count}": [*command, str(count)] for count in args.devices}
+        told = take_turns(commands, args.rounds)
+        started, speeds = (dict(zip(args.devices, x.values(), strict=True)) for x in told)
         record(name, speeds, started)
         time.sleep(1)  # threads that wait for work spin for a moment
 

@@ -1,4 +1,4 @@
-"""The time that the matrix products of an update take alone: no program can train faster.
+"""The time that the matrix products of an update take alone, as far as it can be measured.
 
 `throughput.py` prints and records it for our own systems.
 
@@ -6,6 +6,10 @@ Every product in the traced update is counted, with its shapes, as often as loop
 each kind is timed on this machine, in a loop of nothing else. The sum is the floor. A program that
 is at half of its floor's speed spends half of its time on something other than products: the
 environment, activations, the optimizer, memory traffic, waiting.
+
+The floor is an estimate, and no bound. The loop also passes over the left operand once per product,
+to make each depend on the one before, and it repeats a product with operands that are still in the
+caches. Where products are small, a compiler can put several together that are timed apart.
 """
 
 import collections

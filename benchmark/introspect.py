@@ -42,8 +42,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from env_adapters.task import parts_of
 from env_adapters.wrappers import Wrapped
-from envs import without_mask
+from envs import only_valid, without_mask
 from experiment import seed_keys, shapes
 from harness.errors import RunError, UsageError, import_optional
 from harness.metrics import as_json
@@ -62,44 +63,60 @@ SEED = 2**31 - 3  # the stream of these episodes, which training and --evaluate 
 
 
 def chosen(values, action):
-    """The values (T, N, num_actions) of the actions (T, N), as (T, N, 1)."""
-    return jnp.take_along_axis(values, action[..., None], axis=-1)
+    """The values (..., num_actions) of the actions (...)."""
+    return jnp.take_along_axis(values, action[..., None], axis=-1)[..., 0]
 
 
-def log_prob(config, apply, carry, inputs, starts, action):
-    _, logits, _ = apply(carry, inputs, starts)
-    return chosen(nn.log_softmax(logits), action)
+def q_value(network, carry, inputs, starts, action):
+    _, q_values = network(carry, inputs, starts)
+    return chosen(q_values, action)[..., None]
 
 
-def mean(config, apply, carry, inputs, starts, action):
-    return apply(carry, inputs, starts)[1]
+# Of actors and critics the actor's part alone, as in their `act`, which takes one step.
 
 
-def q_value(config, apply, carry, inputs, starts, action):
-    return chosen(apply(carry, inputs, starts)[1], action)
+def ppo_features(network, carry, inputs, starts):
+    _, features = network.torsos[0](carry[0], inputs, starts)
+    return features
 
 
-def sac_features(config, apply, carry, inputs, starts):
-    _, actor, critic = apply(carry, inputs, starts, method="read")
-    return critic if config.shared_torso else actor  # equal there, but the actor's has no gradient
+def sac_features(network, carry, inputs, starts):
+    torso = network.critic_torso if network.config.shared_torso else network.actor_torso
+    _, features = torso(carry[0], inputs, starts, burn_in=0)
+    return features
 
 
-def sac_mean(config, apply, carry, inputs, starts, action):
-    features = sac_features(config, apply, carry, inputs, starts)
-    return apply(features, method="policy")[0]
+def log_prob(network, logits, action):
+    """Of the whole action, which may have several parts."""
+    space = network.action_space
+    return space.sum_parts(chosen(nn.log_softmax(logits), action))[..., None]
 
 
-def sac_log_prob(config, apply, carry, inputs, starts, action):
-    features = sac_features(config, apply, carry, inputs, starts)
-    logits = apply(features, inputs.obs, method="policy")
-    return chosen(nn.log_softmax(logits), action)
+def ppo_log_prob(network, carry, inputs, starts, action):
+    outputs = network.actor_head(ppo_features(network, carry, inputs, starts))
+    logits = only_valid(network.action_space.logits(outputs), inputs.obs)
+    return log_prob(network, logits, action)
 
 
-# script -> what is differentiated, in words and as a function of whole sequences: (config, apply,
+def ppo_mean(network, carry, inputs, starts, action):
+    return network.actor_head(ppo_features(network, carry, inputs, starts))
+
+
+def sac_log_prob(network, carry, inputs, starts, action):
+    logits = network.policy(sac_features(network, carry, inputs, starts), inputs.obs)
+    return log_prob(network, logits, action)
+
+
+def sac_mean(network, carry, inputs, starts, action):
+    mean, _ = network.policy(sac_features(network, carry, inputs, starts))
+    return mean
+
+
+# script -> what is differentiated, in words and as a function of whole sequences: (network,
 # carry, Inputs (T, N, ...), starts (T, N), action (T, N, ...)) -> (T, N, K)
 DECIDES = {
-    "rppo": ("log pi(a|s)", log_prob),
-    "rppo_continuous": ("mean action", mean),
+    "rppo": ("log pi(a|s)", ppo_log_prob),
+    "rppo_continuous": ("mean action", ppo_mean),
     "drqn": ("Q(s, a)", q_value),
     "rpqn": ("Q(s, a)", q_value),
     "rsac": ("mean action before squashing", sac_mean),
@@ -129,7 +146,7 @@ def record(env, policy, initialize, key, num_envs, episodes, *, steps, stride, f
     Args:
       steps: a multiple of `stride`.
       full_env: the environment without its mask, or None. It makes the same steps.
-      entries: {name: index} of the observation of `full_env` that are hidden.
+      entries: {name: (part, index)} of the observation of `full_env` that are hidden.
     """
     key, reset_key = jax.random.split(key)
     reset_keys = jax.random.split(reset_key, episodes)
@@ -140,7 +157,10 @@ def record(env, policy, initialize, key, num_envs, episodes, *, steps, stride, f
         key, policy_key, step_key = jax.random.split(key, 3)
         memory, action = policy(memory, obs, start, previous, reward, policy_key)
         action = action.astype(space.dtype)
-        hidden = {name: without_mask(full[0])[:, index] for name, index in entries.items()}
+        hidden = {}
+        if full_env:
+            parts = parts_of(without_mask(full[0]))
+            hidden = {name: parts[part][:, index] for name, (part, index) in entries.items()}
         hidden |= context_of(env_state.task)
         keys = jax.random.split(step_key, episodes)
         next_obs, env_state, next_reward, *_, info = jax.vmap(env.step)(keys, env_state, action)
@@ -181,17 +201,32 @@ def context_of(task_state) -> dict:
     return {"first bit": 2.0 * bit - 1.0}
 
 
-def hidden_entries(config, env):
-    """The environment without the mask of a config, and {name: index} of what the mask hides."""
+def hidden_entries(config):
+    """The environment without the mask of a config, and what the mask hides.
+
+    Returns:
+      The environment, or None if nothing is to be compared with it; and {name: (part, index)} of
+      its observations' vectors, see `parts_of`. Images that are hidden are left out.
+    """
     stacked = config.env_kwargs.get("frame_stack", 1) != 1
     if not config.mask or stacked:  # a stacked observation has no one place for an entry
         return None, {}
-    full_env = dataclasses.replace(config, mask=()).make_env().raw
+    seen = {"critic_obs": "same"} if hasattr(config, "critic_obs") else {}  # full needs a mask
+    full_env = dataclasses.replace(config, mask=(), **seen).make_env().raw
+    parts = parts_of(full_env.observation_space)
     entries = {}
     for name in map(str, config.mask):
-        indices = full_env._task.masks.get(name) or (int(name),)
-        for index in indices:
-            entries[name if len(indices) == 1 else f"{name} {index}"] = index
+        owner, _, index = name.rpartition(".")
+        if "" in parts:  # one vector
+            places = [("", i) for i in full_env._task.masks.get(name) or (int(name),)]
+        elif inside := [part for part in parts if f"{part}.".startswith(f"{name}.")]:
+            vectors = [part for part in inside if len(parts[part].shape) == 1]
+            places = [(part, i) for part in vectors for i in range(*parts[part].shape)]
+        else:
+            places = [(owner, int(index))]
+        for part, i in places:
+            place = f"{part[len(name) :]} {i}"  # what the name does not say
+            entries[name if len(places) == 1 else name + place] = (part, i)
     return full_env, entries
 
 
@@ -236,7 +271,7 @@ def play(agent: Agent, episodes: int, steps: int, seed: int = 0) -> Record:
     carry = jax.eval_shape(lambda: network.initialize_carry(episodes))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(carry))
     stride = min(steps, -(-size * steps * len(agent.seeds) // MOST_BYTES) or 1)
-    full_env, entries = hidden_entries(config, agent.env)
+    full_env, entries = hidden_entries(config)
     recorder = partial(
         record,
         steps=steps // stride * stride,
@@ -273,7 +308,8 @@ def gradient_norms(function, apply, params, carry, inputs, starts, action):
     """Norms of the derivatives of what decides the actions with respect to the observations.
 
     Args:
-      function: of `DECIDES`, with its config.
+      function: of `DECIDES`.
+      apply: of the network.
       inputs: (T, N, ...); the observations are `readable`.
 
     Returns:
@@ -285,8 +321,7 @@ def gradient_norms(function, apply, params, carry, inputs, starts, action):
     def outputs(floats):
         rest = iter(floats)
         obs = structure.unflatten([next(rest) if is_float(x) else x for x in leaves])
-        network = partial(apply, params)
-        return function(network, carry, inputs._replace(obs=obs), starts, action)
+        return apply(params, carry, inputs._replace(obs=obs), starts, action, method=function)
 
     values, pull = jax.vjp(outputs, floats)
     num_steps, num_envs, num_outputs = values.shape
@@ -317,7 +352,6 @@ def sensitivities(agent: Agent, records: Record, episodes: int = DIFFERENTIATED)
         config = dataclasses.replace(config, bptt=0)
     network = agent.module.make_network(config, agent.env)
     _, decides = DECIDES[read_script(agent)]
-    function = partial(decides, config)
     result = []
     for seed in range(len(agent.seeds)):
         part = jax.tree.map(lambda x, seed=seed: x[seed][:, :episodes], records._replace(carry=()))
@@ -325,7 +359,7 @@ def sensitivities(agent: Agent, records: Record, episodes: int = DIFFERENTIATED)
         params = jax.tree.map(lambda x, seed=seed: x[seed], agent.state.params)
         carry = network.initialize_carry(part.start.shape[1])
         sequence = (carry, inputs, part.start, part.action)
-        norms = gradient_norms(function, network.apply, params, *sequence)
+        norms = gradient_norms(decides, network.apply, params, *sequence)
         result.append(np.asarray(norms, float).transpose(1, 0, 2))
     return np.stack(result)
 

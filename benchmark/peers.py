@@ -1,16 +1,17 @@
 """Virtual environments of other libraries, to measure beside ours with the same JAX.
 
-python benchmark/peers.py            # make all, under runs/peers
-python benchmark/peers.py memorax    # make one, and print its interpreter
+    python benchmark/peers.py            # make all, under runs/peers
+    python benchmark/peers.py memorax    # make one, and print its interpreter
+
+What is complete is used again.
 """
 
 import importlib.metadata
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
-from results import ROOT, slug
+from results import ROOT, last_line, slug
 
 PEERS = {  # name: what pip installs, besides the JAX that ours has
     "memorax": ("memorax==1.0.1", "gymnax<1"),
@@ -29,7 +30,7 @@ def interpreter_of(peer: str) -> Path:
     """The Python of a peer's environment, which is made first where it is missing or half made.
 
     Raises:
-      subprocess.CalledProcessError: pip could not install it, and has said why.
+      SystemExit: it could not be installed, in one sentence.
     """
     requirements = requirements_of(peer)
     folder = (
@@ -39,9 +40,13 @@ def interpreter_of(peer: str) -> Path:
     is_complete = folder / "complete"
     if not is_complete.exists():
         print(f"installing {' '.join(requirements)}", file=sys.stderr)
-        venv.create(folder, with_pip=True, clear=True)
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, *requirements], check=True)
+        make = [sys.executable, "-m", "venv", "--clear", folder]
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        for command in (make, [*install, *requirements]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                reason = last_line(done.stdout + done.stderr)
+                sys.exit(f"error: {peer} cannot be installed: {reason}")
         is_complete.touch()
     return python
 

@@ -88,6 +88,12 @@ class NoResult(Exception):
     """A result file is missing or damaged; the message is shown to the user as it is."""
 
 
+def last_line(printed: str) -> str:
+    """The last line that a process has printed."""
+    lines = printed.strip().splitlines()
+    return lines[-1] if lines else "it has printed nothing"
+
+
 def record(name: str, values: dict, command: str, **known) -> Path:
     """Write `results/<name>.json` in one step.
 

@@ -17,11 +17,13 @@ ratio of ours to theirs, round by round.
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -379,30 +381,63 @@ def take_turns(commands: dict, rounds: int):
     Returns:
       What each process says of itself, when it has compiled and at the end, and its speed in every
       round, by name.
+
+    Raises:
+      SystemExit: a process has failed; names it, with the last line that it has printed.
     """
-    workers = {}
-    about = {}
-    for name, command in commands.items():
-        workers[name] = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        about[name] = json.loads(workers[name].stdout.readline())
-    speeds = {name: [] for name in workers}
-    for _ in range(rounds):
-        for name, process in workers.items():
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            told = json.loads(process.stdout.readline())
-            speeds[name].append(told.pop("sps"))
-            about[name] |= told
-    for name, process in workers.items():
-        rest, _ = process.communicate()  # one after the other: what they do now is measured, too
-        about[name] |= json.loads(rest or "{}")
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        about = {}
+        for name, command in commands.items():
+            errors = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            workers[name] = Worker(name, command, errors)
+            stack.callback(workers[name].close)
+            about[name] = workers[name].answer()
+        speeds = {name: [] for name in workers}
+        for _ in range(rounds):
+            for name, worker in workers.items():
+                told = worker.train()
+                speeds[name].append(told.pop("sps"))
+                about[name] |= told
+        for name, worker in workers.items():  # one after the other: what they do now is measured
+            about[name] |= worker.end()
     return about, speeds
+
+
+class Worker:
+    """A system in a process of its own."""
+
+    def __init__(self, name, command, errors):
+        self.name = name
+        self.errors = errors  # a file
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        self.process = subprocess.Popen(command, text=True, **pipes)
+
+    def answer(self) -> dict:
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else self._fail()
+
+    def train(self) -> dict:
+        """A round, and what it says of it."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `answer` says so
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+        return self.answer()
+
+    def end(self) -> dict:
+        """Let it end, and what it says at last."""
+        rest, _ = self.process.communicate()
+        return json.loads(rest or "{}") if self.process.returncode == 0 else self._fail()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def _fail(self):
+        code = self.process.wait()
+        self.errors.seek(0)
+        reason = results.last_line(self.errors.read())
+        sys.exit(f"error: {self.name} ended with exit code {code}: {reason}")
 
 
 def report_grid(rounds):

@@ -11,8 +11,8 @@ are not tune.py's go to the script. --search takes fields of the script's Config
     "NAME uniform LOW HIGH"    a number, every value alike
     "NAME choice A B C"        one of these
 
-Numbers of a field that is whole are whole, others have four digits. The first trial has the
-script's own values, if the search contains them. Others are proposed by Optuna (TPE).
+The first trial has the script's own values, if the search contains them. Others are proposed by
+Optuna (TPE). Numbers of a field that is whole are whole; of others Optuna proposes four digits.
 
 A trial is a process of the script in a directory of its own. Its objective is that of the seeds'
 greedy returns in the last evaluation. It is pruned if its evaluations fall behind those of the
@@ -30,11 +30,11 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -70,11 +70,12 @@ from harness.text import clean
 ROOT = Path(__file__).parent.parent
 ALGORITHMS = ROOT / "algorithms"
 FOLDER = Path("runs") / "tune"
-# Seeds of reported results, never of a choice: scripts begin at 0, learning.py trains 0 to 4.
-REPORTED = range(100)
+RESERVED = 100  # seeds below it are for reported results, never for a choice: scripts begin at 0
 OBJECTIVES = {"mean": np.mean, "median": np.median, "worst": np.min}
 EVALUATIONS = 10  # of a trial, unless --eval-every is given
 PATIENCE = 60  # seconds that a process may take to end before it is killed
+# How a script ends its refusal of a directory that another process has.
+TAKEN = ("is in use by another process", "exists; choose another with --run-dir")
 SHOWN = 10  # trials of the table at the end
 
 # --- The command ---------------------------------------------------------------------------------
@@ -121,11 +122,11 @@ def read_command(words: list[str]):
             raise UsageError(f"--{name} must be {least} or more, got {getattr(command, name)}")
     check_choice("--objective", command.objective, OBJECTIVES)
     check_choice("--pruner", command.pruner, ("median", "hyperband", "none"))
-    if command.seed in REPORTED:
+    if command.seed < RESERVED:
         last = command.seed + command.seeds - 1
         chosen = f"--seed {command.seed} --seeds {command.seeds} would choose by seeds up to {last}"
-        reserved = f"those below {len(REPORTED)} are for results"
-        raise UsageError(f"{chosen}, and {reserved}: begin at {len(REPORTED)} or later")
+        reserved = f"those below {RESERVED} are for results"
+        raise UsageError(f"{chosen}, and {reserved}: begin at {RESERVED} or later")
     command.script, command.config_class = find_script(command.script)
     command.spaces = {}
     for text in command.search:
@@ -249,6 +250,7 @@ def check_words(command):
             raise UsageError(f"{word} is given and searched: leave one of them out")
     check_memory_options(command.words, command.config_class)
     values = read_words(command.words, command.config_class, {})
+    values |= {"seed": command.seed, "num_seeds": command.seeds}
     if "eval_every" not in flags:
         values["eval_every"] = max(1, values["total_steps"] // EVALUATIONS)
     if values.get("eval_policy") == "sample":
@@ -305,16 +307,25 @@ def to_words(params: dict) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
-            words += [f"--{option}", short(value)]
+            words += [f"--{option}", str(value)]
     return words
 
 
-def short(value) -> str:
-    """A value as it is shown and given to the script: numbers have four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 # --- The study -----------------------------------------------------------------------------------
+
+
+def make_sampler(seed: int):
+    """Optuna's TPE with numbers of four digits: what it knows of a trial is what was trained."""
+    optuna = import_optuna()
+
+    class FewDigits(optuna.samplers.TPESampler):
+        def sample_independent(self, study, trial, name, space):
+            value = super().sample_independent(study, trial, name, space)
+            if not isinstance(space, optuna.distributions.FloatDistribution):
+                return value
+            return min(max(float(f"{value:.4g}"), space.low), space.high)
+
+    return FewDigits(constant_liar=True, seed=seed)
 
 
 def open_study(command, folder: Path):
@@ -339,7 +350,7 @@ def open_study(command, folder: Path):
         load_if_exists=True,
     )
     # A sampler with a fixed seed would propose the same trials again when a study is continued.
-    study.sampler = optuna.samplers.TPESampler(constant_liar=True, seed=len(study.trials))
+    study.sampler = make_sampler(len(study.trials))
     now = definition(command)
     was = study.user_attrs.get("definition", now)
     for name in now:
@@ -412,7 +423,7 @@ class Training:
         if hasattr(command.config, "eval_policy"):
             words += ["--eval-policy", "greedy"]
         words += ["--resume" if self.run_dir.exists() else "--run-dir", str(self.run_dir)]
-        environment = os.environ | {}
+        environment = os.environ.copy()
         if command.parallel > 1:  # of a GPU that they share
             share = f"{0.75 / command.parallel:.2f}"
             environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
@@ -480,19 +491,19 @@ class Training:
         from optuna.trial import TrialState
 
         sentence = last_line(self.log)
-        if code == 2 and "run directory" in sentence and self.run_dir.exists():
+        is_refused = code == 2 and "cannot be written" not in sentence
+        if is_refused and sentence.endswith(TAKEN) and self.run_dir.exists():
             self.process = None  # that of a tune.py which was killed has come first: wait for it
             return False
-        if code == 2 and self.is_resumed:  # of other code, or killed before there was anything
-            shutil.rmtree(self.run_dir)
-            self.start()
+        if is_refused and self.is_resumed:  # of other code, or killed before there was anything
+            self._begin_again(sentence)
             return False
         if self.state == "pruned":
             return self._tell(TrialState.PRUNED, f"pruned at step {self.step:,}")
         if self.state == "diverged" or (code == 1 and "training diverged" in sentence):
             self.value = -np.inf
             self._tell(TrialState.COMPLETE, "diverged")
-        elif code == 2:
+        elif is_refused:
             self.trial.set_user_attr("refused", sentence)
             self._tell(TrialState.PRUNED, f"refused: {sentence}")
         elif code or self.value is None:
@@ -502,20 +513,28 @@ class Training:
             self._tell(TrialState.COMPLETE, f"{self.command.objective} {self.value:.2f}")
         return True
 
+    def _begin_again(self, reason: str):
+        """Start anew, and keep what cannot be continued."""
+        name = self.run_dir.name
+        places = (self.run_dir.with_name(f"{name}-old-{number}") for number in itertools.count(1))
+        old = next(path for path in places if not path.exists())
+        self.run_dir.rename(old)
+        print(f"{name} begins again, and what it was is {old}: {clean(reason)}", flush=True)
+        self.start()
+
     def _tell(self, state, what):
         from optuna.trial import TrialState
 
         value = self.value if state == TrialState.COMPLETE else None
         self.study.tell(self.trial, value, state)
-        params = " ".join(f"{name}={short(x)}" for name, x in self.trial.params.items())
+        params = " ".join(f"{name}={x}" for name, x in self.trial.params.items())
         print(f"{self.run_dir.name}: {clean(what)}  ({params})", flush=True)
         return True
 
 
 def last_line(log: Path) -> str:
     """The last sentence that a process has printed, without "error: "."""
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("error: ") if lines else "it has printed nothing"
+    return results.last_line(log.read_text(errors="replace")).removeprefix("error: ")
 
 
 class Tuning:
@@ -607,7 +626,7 @@ def report(command, study, folder: Path) -> None:
     for trial in best[:SHOWN]:
         returns = trial.user_attrs.get("returns", [])
         seeds = ", ".join("diverged" if x is None else f"{x:.2f}" for x in returns)
-        values = [short(trial.params[name]) for name in names]
+        values = [str(trial.params[name]) for name in names]
         cells = (trial.user_attrs["run"], f"{trial.value:.2f}", seeds, *values)
         print(f"| {' | '.join(cells)} |")
     importances = importances_of(study)

@@ -5,6 +5,8 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -273,6 +275,68 @@ def test_products_of_a_program_are_counted_as_often_as_they_run():
     assert floor.bytes_of_one(*kind) == 4 * (3 * 2 * 4 + 4 * 7 + 3 * 2 * 7)
     kind = ((5, 3, 2), (5, 2, 4), (((2,), (1,)), ((0,), (0,))))
     assert floor.flops_of_one(*kind) == 2 * 5 * 3 * 2 * 4
+
+
+def worker_of(*code):
+    return [sys.executable, "-c", "; ".join(("import json, sys", *code))]
+
+
+SAYS = "print(json.dumps({'compile': 1.0}), flush=True)"
+TRAINS = "sys.stdin.readline(); print(json.dumps({'sps': 2.0, 'peak_mib': 3}), flush=True)"
+DIES = "raise ValueError('no such environment')"
+
+
+def test_workers_take_turns():
+    import throughput
+
+    commands = {"a": worker_of(SAYS, TRAINS, TRAINS, SAYS), "b": worker_of(SAYS, TRAINS, TRAINS)}
+    about, speeds = throughput.take_turns(commands, rounds=2)
+    assert speeds == {"a": [2.0, 2.0], "b": [2.0, 2.0]}
+    assert about == {name: {"compile": 1.0, "peak_mib": 3} for name in "ab"}
+
+
+@pytest.mark.parametrize("code", [[DIES], [SAYS, DIES], [SAYS, TRAINS, DIES]])
+def test_a_worker_that_dies_is_named_with_its_last_line(code):
+    import throughput
+
+    commands = {"ours": worker_of(SAYS, TRAINS), "theirs": worker_of(*code)}
+    with pytest.raises(SystemExit) as error:
+        throughput.take_turns(commands, rounds=1)
+    reason = "ValueError: no such environment"
+    assert error.value.code == f"error: theirs ended with exit code 1: {reason}"
+
+
+def test_devices_are_compared_by_their_number(monkeypatch):
+    import devices
+
+    def take_turns(commands, rounds):
+        assert list(commands) == ["small, on 1", "small, on 2"]
+        about = {name: {"compile": 1.0, "machine": {}, "versions": {}} for name in commands}
+        return about, {"small, on 1": [10.0, 20.0], "small, on 2": [15.0, 40.0]}
+
+    kept = {}
+    monkeypatch.setattr(devices, "SYSTEMS", {"small": ("ppo", {}, 1)})
+    monkeypatch.setattr(devices, "take_turns", take_turns)
+    monkeypatch.setattr(
+        devices.results, "record", lambda path, values, *_, **__: kept.update(values)
+    )
+    monkeypatch.setattr("sys.argv", ["devices.py", "--rounds", "2"])
+    devices.main()
+    assert kept["devices"] == [1, 2] and kept["ratios"] == {"2": [1.75, 1.5, 2.0]}
+
+
+def test_a_peer_that_cannot_be_installed_is_named(monkeypatch, tmp_path):
+    import peers
+
+    def run(command, **_):
+        code = 1 if "install" in command else 0
+        return subprocess.CompletedProcess(command, code, "", "ERROR: why\nERROR: No match\n")
+
+    monkeypatch.setattr(peers, "ROOT", tmp_path)
+    monkeypatch.setattr(peers.subprocess, "run", run)
+    with pytest.raises(SystemExit) as error:
+        peers.interpreter_of("sbx")
+    assert error.value.code == "error: sbx cannot be installed: ERROR: No match"
 
 
 def test_ratios_are_paired_by_round():

@@ -79,6 +79,46 @@ def test_where_one_action_is_valid_nothing_decides():
     np.testing.assert_array_equal(diagonal > 0, has_choice)
 
 
+ASYMMETRIC = [script for script in introspect.DECIDES if script not in ("drqn", "rpqn")]
+
+
+@pytest.mark.parametrize("script", ASYMMETRIC)
+def test_agents_whose_critic_saw_everything_are_looked_into(script):
+    """The actor is differentiated, and what was hidden from it is that of the task."""
+    module = importlib.import_module(f"algorithms.{script}")
+    env = {"env": "test::Steering" if is_continuous(module) else "test::Counting", "mask": ("1",)}
+    agent = untrained(module, **env, critic_obs="full")
+    check_reach(agent)
+    records = introspect.play(agent, episodes=2, steps=12)
+    start, time = records.start[0], records.hidden["1"][0]  # steps so far, in fifths
+    begun = np.maximum.accumulate(np.where(start, np.arange(12)[:, None], 0), axis=0)
+    np.testing.assert_allclose(5 * time, np.arange(12)[:, None] - begun, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", ["rppo", "rsacd"])
+def test_actions_and_observations_of_several_parts_are_looked_at(script):
+    module = importlib.import_module(f"algorithms.{script}")
+    agent = untrained(module, env="test::Parts", env_kwargs={})
+    norms = introspect.sensitivities(agent, introspect.play(agent, episodes=1, steps=4))
+    np.testing.assert_array_equal(norms[0, 0] > 0, np.tri(4, dtype=bool))
+
+
+@pytest.mark.parametrize(
+    ("mask", "names"),
+    [
+        (("image",), []),  # a vector can be read from a carry, not an image
+        (("image", "body.0.0"), ["body.0.0"]),
+        (("body",), ["body.0 0", "body.0 1"]),
+    ],
+)
+def test_hidden_parts_are_probed_by_their_names(mask, names):
+    agent = untrained(rppo, env="test::Parts", env_kwargs={}, mask=mask)
+    hidden = introspect.play(agent, episodes=8, steps=4).hidden
+    assert list(hidden) == names
+    for name in names:
+        assert set(hidden[name].flat) == ({0.5} if name.endswith("1") else {-1.0, 1.0})
+
+
 def test_images_are_looked_at():
     agent = untrained(rppo, env="test::Picture", env_kwargs={})
     records = introspect.play(agent, episodes=1, steps=3)
@@ -99,10 +139,8 @@ def test_a_gradient_is_that_of_differences():
     def decided(obs):
         inputs = rppo.Inputs(obs, one.previous, one.reward)
         carry = network.initialize_carry(1)
-        apply = functools.partial(network.apply, params)
-        return introspect.log_prob(agent.config, apply, carry, inputs, one.start, one.action)[
-            3, 0, 0
-        ]
+        sequence = (carry, inputs, one.start, one.action)
+        return network.apply(params, *sequence, method=introspect.ppo_log_prob)[3, 0, 0]
 
     size = 1e-2
     for seen in range(4):

@@ -10,6 +10,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import learning
 import numpy as np
 import pytest
 import results
@@ -69,8 +70,8 @@ def test_the_command_of_the_document_is_understood():
 
 
 def test_values_become_options_of_the_script():
-    params = {"learning_rate": 0.00123456, "num_steps": 64, "anneal_lr": False, "prev_action": True}
-    words = ["--learning-rate", "0.001235", "--num-steps", "64", "--no-anneal-lr", "--prev-action"]
+    params = {"gamma": 0.99995, "num_steps": 64, "anneal_lr": False, "prev_action": True}
+    words = ["--gamma", "0.99995", "--num-steps", "64", "--no-anneal-lr", "--prev-action"]
     assert tune.to_words(params) == words
 
 
@@ -93,6 +94,8 @@ def test_values_become_options_of_the_script():
         (["--search", LEARNING_RATE, "--learning-rate", "1"], "is given and searched"),
         (["--search", LEARNING_RATE, "--num-seeds", "5"], "use --seeds"),
         (["--search", LEARNING_RATE, "--seed", "0"], "those below 100 are for results"),
+        (["--search", LEARNING_RATE, "--seed", "-5"], "those below 100 are for results"),
+        (["--search", LEARNING_RATE, "--seed", str(2**40)], "would refuse every trial: seed must"),
         (["--search", LEARNING_RATE, "--trials", "-1"], "--trials must be 0 or more"),
         (["--search", LEARNING_RATE, "--objective", "men"], "did you mean 'mean'"),
         (["--search", LEARNING_RATE, "--eval-policy", "sample"], "compares greedy returns"),
@@ -119,9 +122,11 @@ def test_without_optuna_one_sentence_says_what_to_install(monkeypatch):
 
 
 def test_no_seed_of_a_result_is_one_that_chooses():
-    files = (results.RESULTS / "learning").glob("*.json")
-    seeds = [json.loads(file.read_text())["values"]["num_seeds"] for file in files]
-    assert max(seeds) <= len(tune.REPORTED) and rppo.Config.seed in tune.REPORTED
+    files = list((results.RESULTS / "learning").rglob("*.json"))
+    numbers = [json.loads(file.read_text())["values"]["num_seeds"] for file in files]
+    numbers += [agent.seeds for agent in learning.agents() + learning.memories()]
+    assert len(files) > 10 and rppo.Config.seed == 0
+    assert max(numbers) <= tune.RESERVED <= read("--search", LEARNING_RATE).seed
 
 
 def test_a_file_of_ones_own_is_tuned(tmp_path):
@@ -213,6 +218,39 @@ def test_a_trial_that_fails_is_named_with_its_log(training, capsys):
     assert "0 complete, 0 pruned, 0 refused, 1 failed" in capsys.readouterr().out
 
 
+REFUSES = "import sys; print('error: {}', file=sys.stderr); sys.exit(2)"
+
+
+def test_a_full_disk_is_named_and_the_trial_not_repeated(training):
+    sentence = "run directory runs/x cannot be written: No space left on device"
+    for is_resumed in (False, True):
+        made = training(code=REFUSES.format(sentence))
+        made.is_resumed = is_resumed
+        assert until_over(made).state == optuna.trial.TrialState.FAIL
+        assert made.run_dir.exists() and "No space left" in made.log.read_text()
+
+
+def test_a_trial_waits_for_the_process_that_has_its_directory(training):
+    for sentence in ("is in use by another process", "exists; choose another with --run-dir"):
+        made = training(code=REFUSES.format(f"run directory runs/x {sentence}"))
+        made.process.wait()
+        assert not made.poll() and made.process is None and made.state == "running"
+        assert made.run_dir.exists()
+
+
+def test_what_cannot_be_continued_is_kept_and_begun_again(training, capsys):
+    made = training([1.0, 2.0], code=REFUSES.format("jax was 0.9.2 and is 0.11.2"))
+    made.is_resumed = True
+    starts = []
+    made.start = lambda: starts.append(made.run_dir.exists())
+    made.process.wait()
+    assert not made.poll() and starts == [False]
+    old = made.run_dir.with_name(f"{made.run_dir.name}-old-1")
+    assert "metrics.jsonl" in [path.name for path in old.iterdir()]
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "begins again" in said and said.endswith("jax was 0.9.2 and is 0.11.2")
+
+
 # --- A study --------------------------------------------------------------------------------------
 
 STATES = optuna.trial.TrialState
@@ -238,6 +276,17 @@ def test_a_study_runs_again_what_was_killed_and_nothing_of_another_command(tmp_p
     other = read("--search", LEARNING_RATE, "--objective", "worst")
     with pytest.raises(UsageError, match="begun with objective 'mean', not 'worst': .* --name"):
         tune.open_study(other, tmp_path)
+
+
+def test_trials_are_told_what_optuna_knows_of_them(tmp_path):
+    command = read("--search", LEARNING_RATE, "gae_lambda uniform 0.912345 0.912346")
+    study = tune.open_study(command, tmp_path)
+    for _ in range(3):
+        params = study.ask(command.spaces).params
+        assert params["learning_rate"] == float(f"{params['learning_rate']:.4g}")
+        assert 0.912345 <= params["gae_lambda"] <= 0.912346
+        words = tune.to_words(params)
+        assert [float(word) for word in words[1::2]] == list(params.values())
 
 
 def start(folder, *words):
