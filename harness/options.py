@@ -504,8 +504,8 @@ def check_sizes(config) -> None:
         raise ValueError(f"batch_size ({config.batch_size}) must be at most {size}")
     if hasattr(config, "sequence_length"):
         length = config.burn_in + config.sequence_length
-        if getattr(config, "n_step", 1) > config.sequence_length:
-            limit = f"must be at most sequence_length ({config.sequence_length})"
+        if getattr(config, "n_step", 1) > length:
+            limit = f"must be at most burn_in + sequence_length ({length})"
             raise ValueError(f"n_step ({config.n_step}) {limit}")
         # A sequence consists of whole chunks, the steps of one update each.
         chunks = -(-length // config.num_steps)

@@ -460,6 +460,8 @@ def order_of(batch):
 class Table:
     """A network whose outputs are its parameters."""
 
+    action_space = Discrete(3)
+
     def apply(self, params, *_):
         return params
 

@@ -20,6 +20,7 @@ from envs import (
 )
 from experiment import RunError
 from loggers import Logger
+from replay import joined
 
 DISCRETE = [
     script
@@ -157,6 +158,7 @@ def test_targets_expect_the_valid_actions_only(script, rng):
     env, state = start(config, script)
     state = one_seed(script.warmup(state, env, Logger()))
     sample = script.make_replay(config).sample(state.buffer, jax.random.key(0))
+    sample = joined(sample, config.gamma) if script is sacd else sample
     network = script.make_network(config, env)
 
     class Louder:

@@ -14,7 +14,7 @@ from helpers import small_off_policy
 from scipy.special import log_softmax
 
 from algorithms import dqn, drqn, rsac, rsacd, sac, sacd
-from envs import Box
+from envs import Box, Discrete
 from replay import Joined, Sample, Sequence
 
 RECURRENT, CONTINUOUS = (drqn, rsac, rsacd), (sac, rsac)
@@ -25,10 +25,9 @@ SPACE = Box(np.array([-3.0, 0.5]), np.array([2.0, 1.0]), (2,))
 class Matrices:
     """A network that multiplies observations, and for continuous actions these, by matrices."""
 
-    action_space = SPACE
-
     def __init__(self, script, config):
         self.is_recurrent, self.config = script in RECURRENT, config
+        self.action_space = SPACE if script in CONTINUOUS else Discrete(4)
 
     def apply(self, params, *args, method=None):
         weights = params["params"]

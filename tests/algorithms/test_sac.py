@@ -18,11 +18,11 @@ from helpers import (
 )
 
 from algorithms import rsac, rsacd, sac, sacd
-from envs import Box
+from envs import Box, Discrete
 from experiment import compiled_updates, fill_buffer, seed_keys
 from loggers import Logger
 from memory_cells import CELLS
-from replay import Joined
+from replay import Joined, joined
 
 SCRIPTS = [sac, sacd, rsac, rsacd]
 RECURRENT, CONTINUOUS = (rsac, rsacd), (sac, rsac)
@@ -35,6 +35,7 @@ def filled(script, **changes):
     env, state = start(config, script)
     state = one_seed(fill_buffer(script.rollout, state, env))
     sample = script.make_replay(config).sample(state.buffer, jax.random.key(1))
+    sample = sample if script in RECURRENT else joined(sample, config.gamma)
     return config, network_of(script, config), state, sample
 
 
@@ -112,6 +113,8 @@ def test_log_probability_is_finite_where_tanh_is_one(script, u):
 
 class Table:
     """A network whose parameters are the logits, and that knows two estimates of the values."""
+
+    action_space = Discrete(4)
 
     def __init__(self, config, q_values):
         self.config, self.q_values = config, q_values

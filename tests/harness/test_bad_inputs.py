@@ -175,7 +175,7 @@ BAD_SEQUENCES = [
     ("--burn-in 1e9", "learning_starts (1000) must be at least 16000000384, for sequences"),
     ("--sequence-length 0", "sequence_length must be greater than 0, got 0"),
     ("--n-step 0", "n_step must be greater than 0, got 0"),
-    ("--n-step 1e9", "n_step (1000000000) must be at most sequence_length (32)"),
+    ("--n-step 1e9", "n_step (1000000000) must be at most burn_in + sequence_length"),
     ("--batch-size 1e9", "batch_size (1000000000) must be at most the"),
     (
         "--learning-starts 100",
