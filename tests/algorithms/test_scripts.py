@@ -38,11 +38,11 @@ from harness.checkpoints import Checkpoints
 from harness.options import launch
 
 PAIRS = [  # most lines the second may remove from the first, and add to it
-    ("ppo", "rppo", 45, 110),
+    ("ppo", "rppo", 45, 120),
     ("dqn", "drqn", 75, 140),
     ("pqn", "rpqn", 45, 105),
     ("ppo", "ppo_continuous", 35, 75),
-    ("rppo", "rppo_continuous", 35, 75),
+    ("rppo", "rppo_continuous", 55, 75),
     ("ppo_continuous", "rppo_continuous", 45, 110),
     ("sac", "rsac", 85, 140),
     ("sacd", "rsacd", 85, 140),

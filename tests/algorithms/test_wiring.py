@@ -69,7 +69,7 @@ UPDATE = {
 }
 ROLLOUT = {"exploration_fraction": 0.7, "learning_starts": 0}
 INIT = {"hidden_size": 4, "num_layers": 2, "shared_torso": True, "alpha": 0.7, "num_envs": 8}
-INIT |= {"cell": "lstm", "buffer_size": 320}
+INIT |= {"cell": "lstm", "buffer_size": 320, "layer_norm": True}
 # Tested by name below.
 ENVIRONMENT = {"env", "env_kwargs", "mask", "cell_kwargs", "normalize_obs", "normalize_reward"}
 ENVIRONMENT |= {"critic_obs"}

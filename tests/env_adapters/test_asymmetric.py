@@ -71,8 +71,9 @@ def test_the_critic_sees_what_is_hidden_from_the_actor(options):
     """At every step, after resets, and in the true next observation of an episode that ends."""
     env = make_asymmetric(COUNTING, **options)
     (first, state), (_, (obs, before, after, *_, info)) = rollout(env)
-    np.testing.assert_array_equal(first.full, counted(*innermost(state.task)))
-    np.testing.assert_array_equal(obs.full, counted(*innermost(after.task)))
+    # Compiled programs may round the last digit in another way.
+    np.testing.assert_allclose(first.full, counted(*innermost(state.task)), rtol=1e-6)
+    np.testing.assert_allclose(obs.full, counted(*innermost(after.task)), rtol=1e-6)
     number, time = innermost(before.task)
     np.testing.assert_allclose(info["final_obs"].full, counted(number, time + 1), rtol=1e-6)
     assert info["episode_done"].sum() >= 9
