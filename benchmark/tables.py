@@ -261,12 +261,12 @@ def result_row(agent, here):
     values = entry["values"]
     mmer = values.get("mmer")
     # What was run, in the words of the file: tasks.toml may ask for something else by now.
-    words = entry["command"].partition(" --total-steps")[0].removeprefix("python algorithms/")
-    of_task = f"{agent.script} {learning.TASKS[agent.task]['options']}"
-    if words.startswith(of_task):
-        words = agent.script + words.removeprefix(of_task)
+    words = entry["command"].partition(" --total-steps")[0]
+    words = words.removeprefix(f"python algorithms/{agent.script} ")
+    of_task = learning.TASKS[agent.task]["options"]
+    own = words.removeprefix(of_task).strip() if words.startswith(of_task) else words
     cells = [
-        f"`{words}`",
+        f"`{agent.script}`" + (f" `{own}`" if own else ""),
         thousands(values["steps"]),
         str(values["num_seeds"]),
         number(values["median"]),

@@ -641,10 +641,10 @@ def test_few_objects_serve_many_episodes(write):
     assert len(made) <= KEPT + 5
     actions = np.ones((1, 4), np.int32)
     for seed in (0, 2 * KEPT - 1):  # one whose object was used again, and one that is there
-        obs, *_ = host.step(np.array([seed]), np.zeros(1, int), actions, np.ones(1, np.int32))
+        *_, obs = host.step(np.array([seed]), np.zeros(1, int), actions, np.ones(1, np.int32))
         fresh = Guess()
         fresh.reset(seed=seed)
-        np.testing.assert_array_equal(obs[0], fresh.step(2)[0])
+        np.testing.assert_array_equal(obs[0], fresh.step(1)[0])
 
 
 # --- Runs -----------------------------------------------------------------------------------------

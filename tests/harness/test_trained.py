@@ -33,7 +33,7 @@ def state_at(script, config, step):
     params = jax.tree.map(lambda x: jnp.full_like(x, step), state.params)
     env_state = state.env_state
     if env_state.statistics:
-        obs, returns, discounted = env_state.statistics
+        obs, returns, discounted, _ = env_state.statistics
         obs = jax.tree.map(lambda x: jnp.full_like(x, step / 100), obs)
         returns = jax.tree.map(lambda x: x + 1, returns)
         env_state = env_state._replace(statistics=Statistics(obs, returns, discounted))
@@ -211,7 +211,7 @@ def test_a_run_begins_with_the_parameters_and_statistics_of_another(best, step, 
     state = beginning(ppo, config, tmp_path)
     fresh = ppo.init(state.config, seed_keys(config))
     assert all((leaf == step).all() for leaf in jax.tree.leaves(state.params))
-    obs, returns, _ = state.env_state.statistics
+    obs, returns, *_ = state.env_state.statistics
     assert all(jnp.allclose(leaf, step / 100) for leaf in jax.tree.leaves(obs))
     assert obs.mean.shape[:2] == (3, 8) and jnp.allclose(returns.mean, 1.0)
     statistics = fresh.env_state.statistics._replace(obs=obs, returns=returns)
