@@ -141,20 +141,28 @@ def joined(steps, gamma: float) -> Joined:
       gamma: discount per step.
     """
     n, batch_size = steps.done.shape
+    alone = Joined(
+        obs=jax.tree.map(lambda x: x[0], steps.obs),
+        action=steps.action[0],
+        reward=steps.reward[0],
+        next_obs=jax.tree.map(lambda x: x[0], steps.next_obs),
+        terminated=steps.terminated[0],
+        discount=jnp.full(batch_size, gamma, jnp.float32),
+    )
+    if n == 1:  # to gather this one as the last would cost DQN a twentieth of its speed
+        return alone
     discounts = jnp.float32(gamma ** np.arange(n + 1))
     last = steps.done.at[-1].set(True).argmax(axis=0)
     is_joined = jnp.arange(n)[:, None] <= last
     rewards = discounts[:-1, None] * steps.reward
-    of_last = jax.tree.map(
-        lambda x: x[last, jnp.arange(batch_size)],
-        (steps.next_obs, steps.terminated),
-    )
-    return Joined(
-        obs=jax.tree.map(lambda x: x[0], steps.obs),
-        action=steps.action[0],
+
+    def of_last(x):
+        return x[last, jnp.arange(batch_size)]
+
+    return alone._replace(
         reward=rewards.sum(axis=0, where=is_joined),
-        next_obs=of_last[0],
-        terminated=of_last[1],
+        next_obs=jax.tree.map(of_last, steps.next_obs),
+        terminated=of_last(steps.terminated),
         discount=discounts[1:][last],
     )
 

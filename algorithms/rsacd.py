@@ -66,7 +66,7 @@ from experiment import (
     show,
     vmap_seeds,
 )
-from fast import Conv, Dense, flatten_small
+from fast import Conv, Dense, clip_by_global_norm, flatten_small
 from memory_cells import CELLS, MaskedRNN, as_sequence, make_cell
 from replay import SequenceReplay, Transition, blank_step, mean_of_steps, n_step_targets
 
@@ -247,7 +247,7 @@ def make_network(config: Config, env):
 
 
 def make_optimizer(config: Config):
-    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    clip = clip_by_global_norm(config.max_grad_norm)
     adam = optax.scale_by_adam(eps=1e-5)  # `update` applies the learning rate
     return flatten_small(optax.chain(clip, adam))
 

@@ -49,7 +49,7 @@ from experiment import (
     show,
     vmap_seeds,
 )
-from fast import Conv, Dense, flatten_small
+from fast import Conv, Dense, clip_by_global_norm, flatten_small
 from replay import ItemReplay, joined
 
 
@@ -181,7 +181,7 @@ def make_network(config: Config, env):
 
 
 def make_optimizer(config: Config):
-    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    clip = clip_by_global_norm(config.max_grad_norm)
     adam = optax.scale_by_adam(eps=1e-5)  # `update` applies the learning rate
     return flatten_small(optax.chain(clip, adam))
 

@@ -65,17 +65,16 @@ def flops_of(products: collections.Counter) -> int:
 
 
 def flops_of_one(left, right, dimensions) -> int:
-    (contracted, _), (batch, right_batch) = dimensions
-    kept = math.prod(
-        size for axis, size in enumerate(right) if axis not in (*dimensions[0][1], *right_batch)
-    )
-    return 2 * math.prod(left) * kept
+    (_, contracted), (_, batch) = dimensions
+    kept = [size for axis, size in enumerate(right) if axis not in (*contracted, *batch)]
+    return 2 * math.prod(left) * math.prod(kept)
 
 
 def bytes_of_one(left, right, dimensions) -> int:
     """Bytes of float32 that a product reads and writes."""
-    contracted = math.prod(left[axis] for axis in dimensions[0][0])
-    written = flops_of_one(left, right, dimensions) // (2 * contracted)
+    (contracted, _), _ = dimensions
+    multiplied = flops_of_one(left, right, dimensions) // 2
+    written = multiplied // math.prod(left[axis] for axis in contracted)
     return 4 * (math.prod(left) + math.prod(right) + written)
 
 

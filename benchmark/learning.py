@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import results
 
-from harness.dashboard import load
-from harness.metrics import GREEDY
+from harness.history import load
+from harness.metrics import GREEDY, RETURN
 from harness.options import read_words
 from harness.run_dir import is_running
 from memory_cells import CELLS
@@ -138,8 +138,7 @@ def set_aside(agent):
         return
     if is_running(agent.run_dir):
         sys.exit(f"error: {agent.run_dir} is in use by another process")
-    number = 1 + len(list(agent.run_dir.parent.glob(f"{agent.run_dir.name}.old*")))
-    agent.run_dir.rename(agent.run_dir.with_name(f"{agent.run_dir.name}.old{number}"))
+    results.set_aside(agent.run_dir)
 
 
 def train(agent):
@@ -169,16 +168,10 @@ def is_done(agent):
     return results.exists(agent.result) and results.load(agent.result)["command"] == agent.command
 
 
-def records_of(agent):
-    lines = (agent.run_dir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def series(agent, metric):
+def series(history, metric):
     """Steps (R,) and values (R, seeds) of a metric; nan where a seed has none."""
-    points = [(record["step"], record[metric]) for record in records_of(agent) if metric in record]
-    steps, values = zip(*points, strict=True)
-    return np.array(steps), np.array(values, float)
+    steps, values = zip(*history.series[metric], strict=True)
+    return np.array(steps), np.array(values)
 
 
 def thinned(steps, returns):
@@ -190,9 +183,11 @@ def thinned(steps, returns):
 
 def measured(agent):
     """The values of a complete run. Returns are listed by seed; curves are one list per seed."""
-    steps, returns = series(agent, GREEDY)
+    history = load(agent.run_dir)
+    steps, returns = series(history, GREEDY)
     final = returns[-1]
-    _, training_returns = series(agent, "charts/episodic_return")
+    _, training_returns = series(history, RETURN)
+    seconds, _ = history.clock[-1]
     return {
         "steps": steps[-1],
         "num_seeds": len(final),
@@ -201,8 +196,8 @@ def measured(agent):
         "returns": final.round(4),
         "mmer": np.nanmax(training_returns, axis=0).round(4),
         "curve": thinned(steps, returns),
-        "seconds": records_of(agent)[-1]["time"],
-        "steps_per_second": round(np.median(load(agent.run_dir).values("charts/SPS"))),
+        "seconds": seconds,
+        "steps_per_second": round(np.median(history.values("charts/SPS"))),
     }
 
 

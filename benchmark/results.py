@@ -21,6 +21,7 @@ the processes that measure other libraries can call it.
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -86,6 +87,13 @@ PACKAGES = (
 
 class NoResult(Exception):
     """A result file is missing or damaged; the message is shown to the user as it is."""
+
+
+def set_aside(run_dir: Path) -> Path:
+    """Rename a run directory to the first free name of NAME-old-1, NAME-old-2, ...; returns it."""
+    places = (run_dir.with_name(f"{run_dir.name}-old-{n}") for n in itertools.count(1))
+    old = next(path for path in places if not path.exists())
+    return run_dir.rename(old)
 
 
 def last_line(printed: str) -> str:

@@ -30,7 +30,6 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -516,9 +515,7 @@ class Training:
     def _begin_again(self, reason: str):
         """Start anew, and keep what cannot be continued."""
         name = self.run_dir.name
-        places = (self.run_dir.with_name(f"{name}-old-{number}") for number in itertools.count(1))
-        old = next(path for path in places if not path.exists())
-        self.run_dir.rename(old)
+        old = results.set_aside(self.run_dir)
         print(f"{name} begins again, and what it was is {old}: {clean(reason)}", flush=True)
         self.start()
 

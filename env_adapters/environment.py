@@ -495,19 +495,21 @@ class Preprocessed(Environment):
         """
         statistics = self._fixed or mean_over_envs(env_state.statistics)
 
-        moments, full_moments = by_place(statistics.obs), by_place(statistics.full)
+        def scale_field(name, x):
+            if name in ("obs", "next_obs"):
+                return self._scale_obs(x, statistics)
+            return self._scale_reward(x, statistics) if name == "reward" else scale_fields(x)
 
-        def scale_field(path, x):
-            fields = [i for i, key in enumerate(path) if hasattr(key, "name")]
-            last = fields[-1] if fields else 0
-            field = getattr(path[last], "name", None)
-            if field in ("obs", "next_obs"):
-                return scaled(x, moments.get(path[last + 1 :]))
-            if field == "full":
-                return scaled(x, full_moments.get(path[last + 1 :]))
-            return self._scale_reward(x, statistics) if field == "reward" else x
+        def scale_fields(steps):
+            def scale_tuple(x):
+                if not is_named(x):
+                    return x
+                fields = x._asdict().items()
+                return x._replace(**{name: scale_field(name, value) for name, value in fields})
 
-        return jax.tree.map_with_path(scale_field, steps)
+            return jax.tree.map(scale_tuple, steps, is_leaf=is_named)
+
+        return scale_fields(steps)
 
     def preprocess_obs(self, env_state, obs):
         """Observations of `raw`, with any leading axes, as a learner reads them."""
@@ -552,8 +554,9 @@ def is_image(space: Box) -> bool:
     return space.dtype == np.uint8
 
 
-def is_moments(x) -> bool:
-    return isinstance(x, Moments)
+def is_named(x) -> bool:
+    """Whether x is a named tuple."""
+    return hasattr(x, "_fields")
 
 
 def no_moments(space):
@@ -569,11 +572,6 @@ def count(space, moments, obs):
 def rescaled(obs, moments, space):
     """Every part of an observation, scaled."""
     return jax.tree.map(lambda _, x, moments: scaled(x, moments), space, obs, moments)
-
-
-def by_place(moments) -> dict:
-    """The moments of every part by its path in the observation, () if that has no parts."""
-    return dict(jax.tree_util.tree_leaves_with_path(moments, is_leaf=is_moments))
 
 
 def scaled(x, moments: Moments | None):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from env_adapters.cli import Command, main
 from envs import Box, Discrete, MultiDiscrete, Task
 from experiment import seed_keys
 from harness import options
@@ -345,6 +346,16 @@ def as_command(script, *args):
         patches.setattr(options, "use_compilation_cache", lambda folder: None)
         patches.setattr(gc, "disable", lambda: None)
         yield
+
+
+def sentence_of(capsys, *args):
+    """What `python envs.py ...` says; it must be one sentence and exit code 2."""
+    with as_command("envs", *args), pytest.raises(SystemExit) as ended:
+        options.launch(main, Command)
+    output = capsys.readouterr()
+    assert ended.value.code == 2, output.out
+    assert len(output.err.splitlines()) == 1 and output.err.startswith("error: "), output.err
+    return output.err
 
 
 def words(text):

@@ -247,7 +247,7 @@ def test_learning_trains_what_is_missing_and_records_it(monkeypatch, tmp_path):
     with FileLock(agent.run_dir / LOCK_FILE), pytest.raises(SystemExit, match="in use by another"):
         learning.set_aside(agent)
     learning.set_aside(agent)
-    assert (agent.run_dir.parent / "ppo.old1" / "metrics.jsonl").exists()
+    assert (agent.run_dir.parent / "ppo-old-1" / "metrics.jsonl").exists()
     learning.main()  # it is done: nothing is trained
     assert not agent.run_dir.exists()
 

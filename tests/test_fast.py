@@ -15,6 +15,7 @@ from helpers import assert_close, assert_same
 from jax.extend.random import threefry2x32_p
 
 import fast
+from algorithms import rsac, rsacd, sac, sacd
 from fast import fast_conv, fast_dot_general, flatten_params, flatten_small
 
 # --- Dense layers --------------------------------------------------------------------------------
@@ -140,6 +141,31 @@ def test_layers_have_gradients_that_are_fast():
 
 
 # --- The optimizer's step ------------------------------------------------------------------------
+
+
+def test_only_a_limit_clips():
+    unlimited = fast.clip_by_global_norm(fast.NO_LIMIT)
+    gradients = {"a": jnp.array([3e8, 4e8]), "b": jnp.zeros(2)}
+    updates, _ = unlimited.update(gradients, unlimited.init(gradients))
+    assert updates is gradients
+    for script in (sac, rsac, sacd, rsacd):
+        assert script.Config.max_grad_norm == fast.NO_LIMIT
+
+    for max_norm in (0.5, jnp.float32(0.5)):
+        limited = fast.clip_by_global_norm(max_norm)
+        updates, _ = limited.update(gradients, limited.init(gradients))
+        assert_close(updates, {"a": np.array([0.3, 0.4]), "b": np.zeros(2)}, rtol=1e-6)
+
+
+def test_a_traced_norm_is_a_limit():
+    @jax.jit
+    def clipped(max_norm, gradient):
+        optimizer = fast.clip_by_global_norm(max_norm)
+        return optimizer.update(gradient, optimizer.init(gradient))[0]
+
+    gradient = np.array([3e9, 4e9], np.float32)
+    for max_norm in (5.0, fast.NO_LIMIT):
+        assert_close(clipped(max_norm, gradient), gradient * (max_norm / 5e9), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("limit", "is_flat"), [(12, True), (11, False)])

@@ -115,8 +115,9 @@ def test_items_drawn_together_follow_each_other(added):
     assert set(steps[0]) == {number + env for number in starts for env in (0, 1000)}
 
 
-def test_joined_steps_equal_brute_force(rng):
-    n, batch_size, gamma = 4, 60, 0.9
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_joined_steps_equal_brute_force(n, rng):
+    batch_size, gamma = 60, 0.9
     done = rng.random((n, batch_size)) < 0.3
     terminated = done & (rng.random(done.shape) < 0.5)
     reward = rng.normal(size=done.shape)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, as_command, check_conformance, random_rollout, records, tiny
+from helpers import ROOT, as_command, check_conformance, random_rollout, records, sentence_of, tiny
 
 from algorithms import ppo, rppo
 from env_adapters.cli import Command, main
@@ -145,29 +145,6 @@ drift = Drift()
 """
 
 FILES = {"walk": TASK, "Guess": GYMNASIUM, "drift": GYMNAX}
-
-
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Write a file of environments, outside of the repository, into the current folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def write(text, name="my_env.py"):
-        (tmp_path / name).write_text(text)
-        return tmp_path / name
-
-    yield write
-    sys.path[:] = [place for place in sys.path if place != str(tmp_path)]
-
-
-def sentence_of(capsys, *args):
-    """What `python envs.py ...` says; it must be one sentence and exit code 2."""
-    with as_command("envs", *args), pytest.raises(SystemExit) as ended:
-        launch(main, Command)
-    output = capsys.readouterr()
-    assert ended.value.code == 2, output.out
-    assert len(output.err.splitlines()) == 1 and output.err.startswith("error: "), output.err
-    return output.err
 
 
 # --- Broken ---------------------------------------------------------------------------------------

@@ -4,15 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import as_command, assert_same
+from helpers import assert_same, sentence_of
 
 from env_adapters import host_own
-from env_adapters.cli import Command, main
 from env_adapters.environment import Preprocessed
 from env_adapters.task import as_joint, as_parts, parts_of
 from envs import Box, Discrete, MultiDiscrete, Task, make
 from harness.errors import UsageError
-from harness.options import launch
 from replay import Transition
 
 # --- Three kinds of environments, all alike -------------------------------------------------------
@@ -115,14 +113,14 @@ KINDS = {"task": TASK, "gymnax": GYMNAX, "gymnasium": GYMNASIUM}
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def write_make(write):
+    """Write a file with a function `make`; returns the environment's name."""
 
-    def write(text, name="my_env.py"):
-        (tmp_path / name).write_text(text)
+    def write_make(text):
+        write(text)
         return "my_env.py::make"
 
-    return write
+    return write_make
 
 
 def shown(t):
@@ -138,8 +136,8 @@ def shown(t):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_arrive_as_vectors_images_and_one_hot_integers(kind, write):
-    env = make(write(KINDS[kind]))
+def test_parts_arrive_as_vectors_images_and_one_hot_integers(kind, write_make):
+    env = make(write_make(KINDS[kind]))
     obs, state = env.reset(jax.random.key(0))
     assert_same(obs, shown(0))
     space = env.observation_space
@@ -158,8 +156,8 @@ def test_parts_arrive_as_vectors_images_and_one_hot_integers(kind, write):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_action_can_stand_for_all_parts(kind, write):
-    env = make(write(KINDS[kind]), joint_actions=True)
+def test_one_action_can_stand_for_all_parts(kind, write_make):
+    env = make(write_make(KINDS[kind]), joint_actions=True)
     assert isinstance(env.action_space, Discrete) and env.action_space.n == 6
     _, state = env.reset(jax.random.key(0))
     for joint in range(6):
@@ -179,15 +177,6 @@ def test_joint_actions_are_numbered_like_numpys(rng):
 
 
 # --- What is refused ------------------------------------------------------------------------------
-
-
-def sentence_of(capsys, *args):
-    with as_command("envs", *args), pytest.raises(SystemExit) as ended:
-        launch(main, Command)
-    output = capsys.readouterr()
-    assert ended.value.code == 2, output.out
-    assert len(output.err.splitlines()) == 1 and output.err.startswith("error: "), output.err
-    return output.err
 
 
 FAULTS = [
@@ -257,17 +246,21 @@ FAULTS = [
 
 @pytest.mark.parametrize(("kind", "right", "wrong", "message"), FAULTS)
 def test_what_no_agent_can_read_is_refused_in_one_sentence(
-    kind, right, wrong, message, write, capsys
+    kind, right, wrong, message, write_make, capsys
 ):
     assert right in KINDS[kind]
-    write(KINDS[kind].replace(right, wrong))
+    write_make(KINDS[kind].replace(right, wrong))
     assert message in sentence_of(capsys, "my_env.py::make", "--steps", "5")
 
 
-def test_more_joint_actions_than_a_network_has_values_for_are_refused(write):
-    name = write(TASK.replace("MultiDiscrete((3, 2), start=(1, 5))", "MultiDiscrete((128, 2))"))
+def test_more_joint_actions_than_a_network_has_values_for_are_refused(write_make):
+    name = write_make(
+        TASK.replace("MultiDiscrete((3, 2), start=(1, 5))", "MultiDiscrete((128, 2))")
+    )
     assert make(name, joint_actions=True).action_space.n == 256
-    name = write(TASK.replace("MultiDiscrete((3, 2), start=(1, 5))", "MultiDiscrete((257, 1))"))
+    name = write_make(
+        TASK.replace("MultiDiscrete((3, 2), start=(1, 5))", "MultiDiscrete((257, 1))")
+    )
     assert make(name).action_space.nvec == (257, 1)
     with pytest.raises(
         ValueError, match="257 x 1 = 257 combinations, joint_actions is for at most"
@@ -299,8 +292,8 @@ def played(name, steps=6, **options):
     return rows
 
 
-def test_wrappers_treat_every_part(write):
-    name = write(TASK)
+def test_wrappers_treat_every_part(write_make):
+    name = write_make(TASK)
     plain = played(name)
     late = played(name, delay=1)
     np.testing.assert_array_equal(late["image"][1:4], plain["image"][:3])
@@ -322,8 +315,8 @@ def test_wrappers_treat_every_part(write):
     np.testing.assert_array_equal(trials[0]["image"][:4], plain["image"][:4])
 
 
-def test_mask_hides_parts_and_entries(write):
-    name = write(TASK)
+def test_mask_hides_parts_and_entries(write_make):
+    name = write_make(TASK)
     plain = played(name)
     rows = played(name, mask=("image", "body.0.1"))
     assert rows["image"] is None
@@ -338,8 +331,8 @@ def test_mask_hides_parts_and_entries(write):
             make(name, mask=mask)
 
 
-def test_vectors_are_normalised_and_images_are_not(write):
-    env = make(write(TASK), normalize_obs=True)
+def test_vectors_are_normalised_and_images_are_not(write_make):
+    env = make(write_make(TASK), normalize_obs=True)
     reset, step = (jax.vmap(f, axis_name="envs") for f in (env.reset, env.step))
     raw_step = jax.vmap(env.raw.step, axis_name="envs")
     obs, state = reset(jax.random.split(jax.random.key(0), 3))
@@ -399,19 +392,19 @@ def test_samples_are_in_their_space():
     assert set(starts.tolist()) == {-1, 0, 1}
 
 
-def test_integers_of_a_class_may_have_any_shape(write):
+def test_integers_of_a_class_may_have_any_shape(write_make):
     text = GYMNASIUM.replace("spaces.MultiDiscrete([2, 3], start=[1, 0])", "GRID")
     text = text.replace('"grid": grid', '"grid": np.array([[t % 2, 1, 0], [2, t % 3, 3]])')
     text += "\nGRID = spaces.MultiDiscrete(np.full((2, 3), 4))\n"
-    obs, _ = make(write(text)).reset(jax.random.key(0))
+    obs, _ = make(write_make(text)).reset(jax.random.key(0))
     assert obs["grid"].shape == (24,) and obs["grid"].sum() == 6
 
 
-def test_one_array_in_the_place_of_parts_is_named(write, capsys):
+def test_one_array_in_the_place_of_parts_is_named(write_make, capsys):
     text = TASK.replace(
         'return {"image": image, "body": (vector, count(t % 3 + 2)), "grid": grid}', "return vector"
     )
     with pytest.raises(
         UsageError, match="observation that is one array, observation_space has the"
     ):
-        make(write(text))
+        make(write_make(text))
