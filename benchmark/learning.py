@@ -7,10 +7,10 @@
     python benchmark/learning.py --memories               # every memory on MemoryChain, three seeds
     python benchmark/learning.py --figure                 # draw benchmark/learning.png
 
-A run lies under runs/learning. One that was interrupted goes on from its last checkpoint. If the
-code or the command has changed since, its directory is renamed and a new run starts. An agent is
-done if benchmark/results has its result file and the file is of the same command. After a change of
-a script or of its defaults, use --again.
+A run lies under runs, where its result lies under benchmark/results. One that was interrupted goes
+on from its last checkpoint. If the code or the command has changed since, its directory is renamed
+and a new run starts. An agent is done if benchmark/results has its result file and the file is of
+the same command. After a change of a script or of its defaults, use --again.
 """
 
 import argparse
@@ -28,11 +28,11 @@ import results
 from harness.history import load
 from harness.metrics import GREEDY, RETURN
 from harness.options import read_words
-from harness.run_dir import is_running
+from harness.run_dir import CHECKPOINTS_FOLDER, is_running
 from memory_cells import CELLS
 
 ROOT = Path(__file__).parent.parent
-RUNS = ROOT / "runs" / "learning"
+RUNS = ROOT / "runs"
 TASKS = tomllib.loads((Path(__file__).parent / "tasks.toml").read_text())
 SUMMARIES = {"worst": np.min, "median": np.median, "mean": np.mean}  # of the seeds' returns
 COLORS = {"PPO": "C0", "PQN": "C2", "DQN": "C1", "SAC": "C3", "SACD": "C3"}
@@ -47,10 +47,11 @@ class Agent:
     Attributes:
       task: key of tasks.toml.
       name: script, then what tells it from the task's other agents.
-      result: name of its result file.
+      result: name of its result file, and of its run's directory.
       options: of the agent alone; those of the task come before them.
       figure: its label in the figure; empty if it is not drawn.
       goal: what it must reach, such as "worst 450"; empty if nothing.
+      runs: the folder of its run; `RUNS` if empty.
     """
 
     task: str
@@ -62,6 +63,7 @@ class Agent:
     eval_every: int = 25_000
     figure: str = ""
     goal: str = ""
+    runs: str = ""
 
     @property
     def id(self):
@@ -80,7 +82,7 @@ class Agent:
 
     @property
     def run_dir(self):
-        return RUNS / self.result.removeprefix("learning/")
+        return Path(self.runs or RUNS) / self.result
 
 
 def agents():
@@ -88,7 +90,7 @@ def agents():
     return [
         Agent(task, name, f"learning/{task}/{name}", **values)
         for task, about in TASKS.items()
-        for name, values in about["runs"].items()
+        for name, values in about.get("runs", {}).items()
     ]
 
 
@@ -117,10 +119,14 @@ def find(id):
 # --- Runs --------------------------------------------------------------------------------------
 
 
+def config_class_of(agent):
+    """The Config of its script."""
+    return importlib.import_module(f"algorithms.{Path(agent.script).stem}").Config
+
+
 def config_of(agent):
     """The options that its command gives, all others with the defaults of today."""
-    config_class = importlib.import_module(f"algorithms.{Path(agent.script).stem}").Config
-    return read_words(agent.command.split()[2:], config_class, {})
+    return read_words(agent.command.split()[2:], config_class_of(agent), {})
 
 
 def has_run(agent):
@@ -129,7 +135,8 @@ def has_run(agent):
         return False
     saved = json.loads((agent.run_dir / "config.json").read_text())["config"]
     wanted = json.loads(json.dumps(config_of(agent)))
-    return all(saved.get(name) == value for name, value in wanted.items() if name != "run_dir")
+    may_differ = ("run_dir", "log")
+    return all(saved.get(name) == value for name, value in wanted.items() if name not in may_differ)
 
 
 def set_aside(agent):
@@ -141,26 +148,35 @@ def set_aside(agent):
     results.set_aside(agent.run_dir)
 
 
-def train(agent):
-    """Train from the last checkpoint, or else from the start."""
+def train(agent, start=subprocess.call):
+    """Train from the last checkpoint, or else from the start.
+
+    Args:
+      start: runs a command and returns its exit code.
+
+    Returns:
+      The exit code of the script.
+    """
     script = [sys.executable, str(ROOT / "algorithms" / agent.script)]
     status = REFUSED
     if has_run(agent):
-        status = subprocess.run([*script, "--resume", str(agent.run_dir)]).returncode
+        status = start([*script, "--resume", str(agent.run_dir)])
     if status == REFUSED:
         set_aside(agent)
         options = agent.command.split()[2:]
-        status = subprocess.run([*script, *options, "--run-dir", str(agent.run_dir)]).returncode
-    if status:
-        sys.exit(status)
+        status = start([*script, *options, "--run-dir", str(agent.run_dir)])
+    return status
 
 
 def is_complete(agent):
-    """True if its run directory has a run of its command that reached its last step."""
+    """True if its run directory has a run of its command that reached its last step.
+
+    The checkpoint of that step is the last thing that a run writes.
+    """
     if not has_run(agent):
         return False
-    run = load(agent.run_dir)
-    return run.step >= run.about["final_step"]
+    final = load(agent.run_dir, read=False).about["final_step"]
+    return (agent.run_dir / CHECKPOINTS_FOLDER / f"{final}.json").exists()
 
 
 def is_done(agent):
@@ -181,13 +197,14 @@ def thinned(steps, returns):
     return {"steps": steps[chosen], "returns": returns[chosen].T.round(3)}
 
 
-def measured(agent):
-    """The values of a complete run. Returns are listed by seed; curves are one list per seed."""
-    history = load(agent.run_dir)
+def outcome(history):
+    """What the agents of a complete run have learned; no number depends on the machine's speed.
+
+    Returns are listed by seed; curves are one list per seed.
+    """
     steps, returns = series(history, GREEDY)
     final = returns[-1]
     _, training_returns = series(history, RETURN)
-    seconds, _ = history.clock[-1]
     return {
         "steps": steps[-1],
         "num_seeds": len(final),
@@ -196,9 +213,20 @@ def measured(agent):
         "returns": final.round(4),
         "mmer": np.nanmax(training_returns, axis=0).round(4),
         "curve": thinned(steps, returns),
-        "seconds": seconds,
-        "steps_per_second": round(np.median(history.values("charts/SPS"))),
     }
+
+
+def cost(history):
+    """How long a complete run took, and how fast it was."""
+    seconds, _ = history.clock[-1]
+    speed = round(np.median(history.values("charts/SPS")))
+    return {"seconds": seconds, "steps_per_second": speed}
+
+
+def measured(agent):
+    """The values of a complete run."""
+    history = load(agent.run_dir)
+    return outcome(history) | cost(history)
 
 
 def record(agent):
@@ -310,8 +338,8 @@ def main():
         if args.again or not is_done(agent):
             if args.again:
                 set_aside(agent)
-            if not is_complete(agent):
-                train(agent)
+            if not is_complete(agent) and (status := train(agent)):
+                sys.exit(status)
             record(agent)
         print(describe(agent))
 

@@ -52,6 +52,8 @@ KINDS = {  # folder: (the script that measures, what it measures)
         "learning.py --memories",
         "greedy return over 100 episodes of MemoryChain, length 10, at the end of training",
     ),
+    "study": ("study.py", "greedy return over 100 episodes at the end of training, in a study"),
+    "study-cost": ("study.py", "time and memory of the training runs of a study"),
     "recall": ("recall.py", "updates until 98 % accuracy in a supervised task of memory"),
     "throughput": ("throughput.py", "environment steps per second of training, and compile time"),
     "sac-grid": (

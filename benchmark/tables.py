@@ -94,7 +94,8 @@ PARALLEL = {  # how a memory reads a whole sequence at once; those that are not 
     "rtu": "scan, if linear",
 }
 PEERS = ("memorax", "rejax", "sbx-rl", "sb3-contrib")
-OWN_COMMANDS = ("learning", "memory-chain", "recall")  # kinds whose files differ in their commands
+# Kinds whose files differ in their commands.
+OWN_COMMANDS = ("learning", "memory-chain", "recall", "study", "study-cost")
 
 
 # --- Text --------------------------------------------------------------------------------------
