@@ -21,6 +21,7 @@ Ray is not among the requirements: pip install ray
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -42,9 +43,10 @@ import results
 from learning import ROOT, TASKS, Agent
 from tune import PATIENCE, RESERVED, check_choice, score
 
+from harness.checkpoints import Checkpoints
 from harness.errors import RunError, UsageError, did_you_mean, import_optional
 from harness.history import load
-from harness.run_dir import CHECKPOINTS_FOLDER, is_running
+from harness.run_dir import is_running
 from harness.signals import answered, end_at_once, say
 from harness.text import clean, duration
 from memory_cells import CELLS
@@ -370,7 +372,7 @@ def run_agent(agent: Agent, gpus: float) -> dict:
     }
     cost = learning.cost(history) | {
         "compile_seconds": history.last("charts/compile_seconds"),
-        "memory_mb": history.values("system/memory_mb").max(initial=math.nan),
+        "memory_mb": history.values("system/memory_mb").max().round(1),
     }
     return {"values": values, "cost": cost, "about": results.of_run(about)}
 
@@ -381,13 +383,9 @@ def log_of(agent: Agent) -> Path:
 
 
 def num_params(agent: Agent) -> int:
-    """The parameters of one seed, targets not counted, from the shapes in the last checkpoint."""
-    files = (agent.run_dir / CHECKPOINTS_FOLDER).glob("*.json")
-    last = max(files, key=lambda file: int(file.stem))
-    leaves = json.loads(last.read_text())["leaves"]
-    return sum(
-        math.prod(shape[1:]) for name, (shape, _) in leaves.items() if name.startswith("params/")
-    )
+    """The parameters of one seed; those of target networks are not counted."""
+    shapes = Checkpoints(agent.run_dir).shapes()
+    return sum(math.prod(shape[1:]) for name, shape in shapes.items() if name.startswith("params/"))
 
 
 # --- A study -------------------------------------------------------------------------------------
@@ -485,13 +483,13 @@ class Studying:
         """The function that Ray runs in its workers."""
         root = str(ROOT)
 
-        def train(agent, gpus):
+        def train(agent, gpus):  # a plain dict: the worker does not know our modules yet
             import sys
 
             sys.path[:0] = [root, f"{root}/benchmark"]
             import study
 
-            return study.run_agent(agent, gpus)
+            return study.run_agent(study.Agent(**agent), gpus)
 
         return self.ray.remote(
             num_cpus=self.options.cpus_per_run,
@@ -513,7 +511,8 @@ class Studying:
         job.began = time.monotonic()
         job.look()
         where = f"continues at step {job.history.step:,}" if job.history else "starts"
-        reference = task.options(name=job.name).remote(job.agent, self.options.gpus_per_run)
+        agent = dataclasses.asdict(job.agent)
+        reference = task.options(name=job.name).remote(agent, self.options.gpus_per_run)
         self.running[reference] = job
         view.say(f"{job.name} {where}")
 
@@ -684,7 +683,7 @@ def read_command(words: list[str]):
     parser.add_argument("--retries", type=int, default=3, help="after a node or process died (3)")
     parser.add_argument("--file", type=Path, default=FILE, help="the study file (study.toml)")
     parser.add_argument("--runs", default="", help="folder of the runs, seen by all nodes (runs)")
-    options = parser.parse_args(words)
+    options = parser.parse_intermixed_args(words)
     for name, is_valid in (
         ("jobs", options.jobs >= 0),
         ("cpus-per-run", options.cpus_per_run > 0),
@@ -743,7 +742,6 @@ def study(options) -> Studying | None:
         list_settings(settings)
         return None
     ray = import_optional("ray", "study.py")
-    check_options([setting for setting in settings if not setting.is_done()])
     studying = Studying(ray, options, settings)
     if studying.waiting:
         from filelock import FileLock, Timeout
@@ -752,7 +750,8 @@ def study(options) -> Studying | None:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(folder / ".lock", timeout=1):
-                connect(ray, options)
+                connect(ray, options)  # first, as it forks: after that jax may have threads
+                check_options([setting for setting in settings if not setting.is_done()])
                 studying.run()
         except Timeout:
             raise UsageError(f"{folder} is in use by another process") from None

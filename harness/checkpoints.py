@@ -135,6 +135,15 @@ class Checkpoints:
             raise UsageError(f"{failure}; it may be sound, so no other one is used") from None
         raise UsageError(f"every checkpoint in {str(self.folder)!r} is damaged")
 
+    def shapes(self) -> dict[str, list[int]]:
+        """The shapes of the arrays in the last checkpoint, by their paths; see `named_leaves`.
+
+        Raises:
+          ValueError: its list of arrays is damaged.
+        """
+        leaves = self._about(self.steps()[-1])["leaves"]
+        return {name: shape for name, (shape, _) in leaves.items()}
+
     def close(self) -> None:
         """Release what orbax holds."""
         self.orbax.close()
