@@ -728,7 +728,7 @@ def list_settings(settings: list[Setting]) -> None:
             print(f"    with the best of the learning rates {rates}")
 
 
-def study(options) -> Studying | None:
+def carry_out(options) -> Studying | None:
     """What the command asks for; the study that was trained, if any."""
     studies = read_studies(options.file, options.runs)
     if options.study is None and not options.list:
@@ -764,7 +764,7 @@ def study(options) -> Studying | None:
 def main():
     jax.config.update("jax_platforms", "cpu")  # of this process: GPUs are for the runs
     try:
-        studying = study(read_command(sys.argv[1:]))
+        studying = carry_out(read_command(sys.argv[1:]))
     except (UsageError, RunError) as error:
         print(f"error: {clean(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -166,7 +166,7 @@ def test_options_that_a_script_refuses_are_named_before_any_training(tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["smal"], "the study must be one of small, .* mean 'small'"),
+        (["small2"], "the study must be one of small, .* mean 'small'"),
         ([], "which study. study.toml has small, memories"),
         (["small", "--jobs", "-1"], "--jobs must not be so small"),
         (["small", "mem-chain"], "study small has no 'mem-chain'"),
@@ -184,7 +184,7 @@ def test_without_ray_one_sentence_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     with pytest.raises(UsageError, match="study.py needs ray, .*: pip install ray"):
-        study.study(study.read_command(["small"]))
+        study.carry_out(study.read_command(["small"]))
 
 
 # --- The choice of a learning rate ----------------------------------------------------------------
@@ -277,10 +277,23 @@ def until(condition, seconds=120):
 # --- Studies on Ray -------------------------------------------------------------------------------
 
 
+on_ray = pytest.mark.xdist_group("ray")  # starting it takes ten seconds
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of one node for one run."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    yield cluster
+    cluster.shutdown()
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """A function: the words of a command -> the files of its results, by name."""
-    pytest.importorskip("ray")
 
     def run(*words, name="here"):
         folder = tmp_path / name
@@ -299,7 +312,8 @@ def starts_of(folder):
     return [line for log in logs for line in log.read_text().splitlines() if line[:1] == "$"]
 
 
-def test_a_study_trains_what_is_missing_and_nothing_twice(run, tmp_path, capsys):
+@on_ray
+def test_a_study_trains_what_is_missing_and_nothing_twice(cluster, run, tmp_path, capsys):
     path = written(tmp_path / "study.toml", tiny={})
     files = run("tiny", "--file", str(path))
     name = "tiny/memorychain-10/rppo-gru"
@@ -317,19 +331,21 @@ def test_a_study_trains_what_is_missing_and_nothing_twice(run, tmp_path, capsys)
 
     assert run("tiny", "--file", str(path)) == files
     (tmp_path / "here" / "results" / "study" / f"{name}.json").unlink()
-    assert run("tiny", "--file", str(path)) == files  # from its run, which is complete
+    # From its run, which is complete.
+    assert run("tiny", "--file", str(path), "--address", cluster.address) == files
     assert len(starts_of(tmp_path)) == 1
 
 
-def test_a_study_is_interrupted_and_continued(run, tmp_path):
+@on_ray
+def test_a_study_is_interrupted_and_continued(cluster, run, tmp_path):
     path = written(tmp_path / "study.toml", tiny=LONG)
     here = tmp_path / "here"
     code = f"import pathlib, results, study; results.RESULTS = pathlib.Path({str(here)!r}, "
     code += "'results'); study.main()"
-    words = ["tiny", "--file", str(path), "--runs", str(here / "runs")]
+    words = ["tiny", "--file", str(path), "--address", cluster.address]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmark'}"}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *words],
+        [sys.executable, "-c", code, *words, "--runs", str(here / "runs")],
         env=environment,
         text=True,
         stderr=subprocess.PIPE,
@@ -344,39 +360,34 @@ def test_a_study_is_interrupted_and_continued(run, tmp_path):
     assert "stopped; the last checkpoint is of step" in log.read_text()
     begun = json.loads(next(here.rglob("config.json")).read_text())
 
-    run("tiny", "--file", str(path))
+    run(*words)
     assert json.loads(next(here.rglob("config.json")).read_text()) == begun
     first, second = starts_of(here)
     assert "--resume" not in first and "--resume" in second
 
 
+@on_ray
 @pytest.mark.slow
-def test_a_node_is_killed_and_the_results_are_the_same_to_the_bit(run, tmp_path, capsys):
-    from ray.cluster_utils import Cluster
-
+def test_a_node_is_killed_and_the_results_are_the_same_to_the_bit(cluster, run, tmp_path, capsys):
     path = written(tmp_path / "study.toml", tiny=LONG | {"memories": ["gru", "lstm"]})
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        node = cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
-        words = ("tiny", "--file", str(path), "--address", cluster.address)
-        expected = run(*words, name="whole")
-        assert [len(starts_of(tmp_path / "whole")), len(expected)] == [2, 4]
+    node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    words = ("tiny", "--file", str(path), "--address", cluster.address)
+    expected = run(*words, name="whole")
+    assert [len(starts_of(tmp_path / "whole")), len(expected)] == [2, 4]
 
-        there = tmp_path / "killed" / "runs"
-        begun = {}
+    there = tmp_path / "killed" / "runs"
+    begun = {}
 
-        def kill():
-            until(lambda: len({x.parent for x in there.rglob("checkpoints/*.json")}) == 2)
-            begun.update({file: file.read_text() for file in there.rglob("config.json")})
-            cluster.remove_node(node, allow_graceful=False)
+    def kill():
+        until(lambda: len({x.parent for x in there.rglob("checkpoints/*.json")}) == 2)
+        begun.update({file: file.read_text() for file in there.rglob("config.json")})
+        cluster.remove_node(node, allow_graceful=False)
 
-        killer = threading.Thread(target=kill)
-        killer.start()
-        found = run(*words, name="killed")
-        killer.join()
-    finally:
-        cluster.shutdown()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    found = run(*words, name="killed")
+    killer.join()
     learned = {name: text for name, text in expected.items() if name.startswith("study/")}
     assert {name: text for name, text in found.items() if name in learned} == learned
     assert found.keys() == expected.keys()
