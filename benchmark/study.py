@@ -673,8 +673,8 @@ def read_command(words: list[str]):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("study", nargs="?", help="a study of the file")
-    parser.add_argument("names", nargs="*", help="only tasks, scripts and memories of these names")
+    names = "a study of the file, then names of tasks, scripts and memories; by default all"
+    parser.add_argument("names", nargs="*", metavar="name", help=names)
     parser.add_argument("--list", action="store_true", help="train nothing, print the commands")
     parser.add_argument("--address", help="of a Ray cluster, such as auto; without it, a local one")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time (as many as fit)")
@@ -683,7 +683,8 @@ def read_command(words: list[str]):
     parser.add_argument("--retries", type=int, default=3, help="after a node or process died (3)")
     parser.add_argument("--file", type=Path, default=FILE, help="the study file (study.toml)")
     parser.add_argument("--runs", default="", help="folder of the runs, seen by all nodes (runs)")
-    options = parser.parse_intermixed_args(words)
+    options = parser.parse_args(words)
+    options.study, *options.names = options.names or [None]
     for name, is_valid in (
         ("jobs", options.jobs >= 0),
         ("cpus-per-run", options.cpus_per_run > 0),
