@@ -329,23 +329,23 @@ def profile(scores):
     return (scores[..., None] > THRESHOLDS).mean(axis=(0, 1))
 
 
-def statistics(comparison: Comparison) -> dict:
-    """memory -> iqm, better (than the reference), profile, efficiency, each as `estimate` has it.
+def statistics(comparison: Comparison, with_curves: bool = True) -> dict:
+    """memory -> name of a statistic -> what `estimate` says.
 
-    "better" is missing without the reference.
+    Names are iqm, better (than the reference, if it was measured), and the two that only figures
+    show, profile and efficiency.
     """
     found = {}
     memories = comparison.compared
     for memory in memories:
         scores = comparison.scores(memory)
-        found[memory] = {
-            "iqm": estimate(scores, iqm_of_all),
-            "profile": estimate(scores, profile),
-            "efficiency": estimate(comparison.curves(memory), iqm_of_all),
-        }
+        found[memory] = {"iqm": estimate(scores, iqm_of_all)}
         if REFERENCE in memories:
             pair = [scores, comparison.scores(REFERENCE)]
             found[memory]["better"] = estimate(pair, probability_of_improvement)
+        if with_curves:
+            found[memory]["profile"] = estimate(scores, profile)
+            found[memory]["efficiency"] = estimate(comparison.curves(memory), iqm_of_all)
     return found
 
 
@@ -361,13 +361,15 @@ MISSING = "missing"
 INTRODUCTION = """\
 `python benchmark/report.py {study}` makes this document and its figures from the
 [result files](../results/study/{study}). Every number links to its file, which has the command,
-the commit and the machine. Brackets hold 95 % intervals. What the study file lists and nobody has
-measured yet is {missing}.
+the commit and the machine. Brackets hold 95 % intervals. What was not measured is shown as
+{missing}.
 """
 TOGETHER = """\
 Scores of the final greedy policies on {tasks}, {seeds} per memory. A score is 0 and 1 where the
 return is
-{bounds}.
+
+{bounds}
+
 IQM is the mean without the lowest and the highest quarter of all seeds and tasks. The
 probability of improvement says how often a seed is better than one of `{reference}`, equal ones
 count half. The intervals are of rliable's stratified bootstrap with {resamples:,} draws.
@@ -381,11 +383,6 @@ all seeds. Rows with a link in the first column are of others.
 
 def bracketed(point, low, high, decimals=2) -> str:
     return f"{number(point, decimals)} ({number(low, decimals)} to {number(high, decimals)})"
-
-
-def wrapped(words: list[str]) -> str:
-    """A list in words, one on each line of the document's source."""
-    return ",\n".join(words)
 
 
 def title_of(task: str) -> str:
@@ -459,15 +456,15 @@ def document(study: str, found: list, here: Path) -> str:
         parts.append(f"## `{algorithm}`: all tasks together\n")
         scales = dict.fromkeys(bounds(task) for task in tasks)
         lines = [
-            f"{low:g} and {high:g} on "
-            + ", ".join(title_of(task) for task in tasks if bounds(task) == (low, high))
+            f"- {low:g} and {high:g}: "
+            + "; ".join(title_of(task) for task in tasks if bounds(task) == (low, high))
             for low, high in scales
         ]
         if tasks:
             about = TOGETHER.format(
                 tasks="1 task" if len(tasks) == 1 else f"{len(tasks)} tasks",
                 seeds=f"{comparison.num_seeds} seeds",
-                bounds=wrapped(lines),
+                bounds="\n".join(lines),
                 reference=REFERENCE,
                 resamples=RESAMPLES,
             )
@@ -636,7 +633,7 @@ def update(names: list[str], check: bool, page_path: Path) -> list[str]:
     found = {}
     differing = []
     for study, own in settings.items():
-        found[study] = [(x, statistics(x)) for x in comparisons(own)]
+        found[study] = [(x, statistics(x, with_curves=not check)) for x in comparisons(own)]
         path = folder() / f"{study}.md"
         text = document(study, found[study], folder())
         if not path.exists() or path.read_text() != text:

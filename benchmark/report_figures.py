@@ -73,7 +73,9 @@ def intervals(found: dict, reference: str):
             if name not in found[memory] or (name == "better" and memory == reference):
                 continue
             point, low, high = (x[0] for x in found[memory][name])
-            axis.plot([low, high], [place, place], color=BLUE, lw=5, alpha=0.35)
+            axis.plot(
+                [low, high], [place, place], color=BLUE, lw=5, alpha=0.35, solid_capstyle="butt"
+            )
             is_reference = memory == reference
             axis.plot(point, place, "D" if is_reference else "o", color="black", ms=5)
         axis.set(xlabel=head)
