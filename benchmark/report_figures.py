@@ -45,12 +45,12 @@ def draw_all(found: dict, reference: str, thresholds, shares, paths: dict[str, P
     """
     save(intervals(found, reference), paths["iqm"])
     profiles = panels(found, reference, "profile", thresholds)
-    profiles.supxlabel("score")
-    profiles.supylabel("share of seeds and tasks above")
+    profiles.supxlabel("have a score above", fontsize=10)
+    profiles.supylabel("share of seeds and tasks", fontsize=10)
     save(profiles, paths["profiles"])
     efficiency = panels(found, reference, "efficiency", 100 * np.asarray(shares))
-    efficiency.supxlabel("share of the environment steps, %")
-    efficiency.supylabel("IQM of the scores")
+    efficiency.supxlabel("share of the environment steps, %", fontsize=10)
+    efficiency.supylabel("IQM of the scores", fontsize=10)
     save(efficiency, paths["efficiency"])
 
 
