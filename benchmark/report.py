@@ -16,6 +16,7 @@ rliable and plotly are not among the requirements: pip install rliable plotly "p
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -283,11 +284,12 @@ def rliable():
     Raises:
       UsageError: it is missing, or pandas is too new for it.
     """
-    installed = importlib.metadata.packages_distributions()
-    if "rliable" in installed and int(importlib.metadata.version("pandas").split(".")[0]) > 2:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("rliable")
         pandas = importlib.metadata.version("pandas")
-        reason = f"rliable needs arch before 8, which fails with pandas {pandas}"
-        raise UsageError(f"report.py: {reason}: pip install 'pandas<3'")
+        if int(pandas.split(".")[0]) > 2:
+            reason = f"rliable needs arch before 8, which fails with pandas {pandas}"
+            raise UsageError(f"report.py: {reason}: pip install 'pandas<3'")
     return import_optional("rliable.library", "report.py")
 
 
