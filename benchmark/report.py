@@ -321,7 +321,7 @@ def iqm_of_all(scores):
 def probability_of_improvement(x, y):
     """How often a seed of x is better than one of y, equal ones count half; mean over tasks (1,).
 
-    rliable.metrics has the same from Mann-Whitney tests, which take fifty times as long.
+    rliable.metrics has the same from Mann-Whitney tests.
     """
     return np.mean(np.sign(x[:, None] - y[None]) + 1, keepdims=True).reshape(1) / 2
 
