@@ -269,7 +269,16 @@ def spread(heights, gap):
 
 def draw_panel(axis, lines, column):
     """Lines (label, columns, look), each with its label at its end."""
+    from matplotlib.ticker import EngFormatter, LogLocator
+
     axis.set(xscale="log", yscale="log")
+    axis.set_xticks(sorted({size for _, columns, _ in lines for size in columns["sizes"]}))
+    axis.set_xticks([], minor=True)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(LogLocator(subs=range(1, 10)))
+    axis.yaxis.set_minor_formatter("")
+    axis.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
+    axis.yaxis.set_major_formatter(EngFormatter(places=0, sep=""))
     ends = []
     for label, columns, look in lines:
         sizes, values = columns["sizes"], columns[column]
