@@ -61,6 +61,7 @@ KINDS = {  # folder: (the script that measures, what it measures)
         "environment steps per second of SAC by parallel environments and gradient steps",
     ),
     "devices": ("devices.py", "environment steps per second of training on several devices"),
+    "scaling": ("scaling.py", "environment steps per second and peak memory, by one size"),
     "environments": ("environments.py", "environment steps per second under a random policy"),
     "cells": ("cells.py", "time and memory of the passes over a sequence, one layer"),
     "overhead": ("overhead.py", "cost of logging, and seconds until the first update is done"),

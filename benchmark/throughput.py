@@ -47,7 +47,7 @@ def ours(script, **fields):
     make_cpu_devices(fields.get("num_devices", 0), fields.get("num_seeds", 1))
     use_fast_random()
     script = importlib.import_module(f"algorithms.{script}")
-    config = script.Config(total_steps=10**8, **fields)
+    config = script.Config(**{"total_steps": 10**8} | fields)
     env = config.make_env()
     state = place(script.init(config, seed_keys(config)), divide(config))
     if hasattr(state, "buffer"):

@@ -347,3 +347,87 @@ def test_ratios_are_paired_by_round():
     for system in throughput.SYSTEMS.values():
         assert (system.library == "ours") == (not system.against)
         assert system.library == "ours" or throughput.SYSTEMS[system.against].library == "ours"
+
+
+def scaling_file(name, series):
+    values = {"axis": name, "field": name, "rounds": 1, "seconds": 1.0, "series": {}}
+    for number, own in enumerate(series, 1):
+        sizes = [4, 16, 64]
+        columns = {"sizes": sizes, "compile_seconds": [1.0] * 3, "memory_mib": [300.0 * number] * 3}
+        for column, factor in (("lowest", 80), ("steps_per_second", 100), ("highest", 120)):
+            columns[column] = [factor * number * size for size in sizes]
+        values["series"][own] = columns
+    results.record(f"scaling/{name}", values, "python benchmark/scaling.py", **ABOUT)
+
+
+def test_scaling_measures_what_is_missing(monkeypatch, tmp_path):
+    import scaling
+
+    small = {"hidden_size": 8, "num_devices": 1, "num_minibatches": 1, "num_steps": 4}
+    layer = {"cell": "gru", "hidden_size": 8}
+    curves = {
+        "environments": scaling.Curve("environments", "num_envs", (2,), {"ppo": ("ppo", small)}),
+        "memories": scaling.Curve("steps", "num_steps", (4, 8), {"gru": (None, layer)}, 16),
+    }
+    monkeypatch.setattr(scaling, "make_curves", lambda: curves)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "code", lambda: {key: ABOUT[key] for key in ("commit", "dirty")})
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--rounds", "1", "--seconds", "0.01"])
+    scaling.main()
+    for name, own, sizes in (("environments", "ppo", [2]), ("memories", "gru", [4, 8])):
+        entry = results.load(f"scaling/{name}")
+        columns = entry["values"]["series"][own]
+        assert entry["command"].endswith(f"--only {name} --rounds 1 --seconds 0.01")
+        assert columns["sizes"] == sizes
+        assert all(len(columns[key]) == len(sizes) for key in scaling.COLUMNS)
+        assert min(columns["steps_per_second"] + columns["memory_mib"]) > 0
+    started = []
+
+    def measure(curve, name, sizes, *_):
+        started.append((name, sizes))
+        return [], "exit code 1: why"
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    scaling.main()
+    assert started == []  # all of it is done
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--only", "memories"])
+    with pytest.raises(SystemExit, match="2 points could not be measured"):
+        scaling.main()  # with other settings nothing is
+    assert started == [("gru", [4, 8])]
+
+
+def test_a_point_that_fails_is_named_with_its_reason():
+    import scaling
+
+    curve = scaling.Curve("steps", "num_steps", (4,), {"x": (None, {"cell": "gru"})}, 16)
+    answers, reason = scaling.measure(curve, "x", (4,), 1, 0.01)
+    assert answers == [] and reason.startswith("exit code 1: KeyError")
+
+
+def test_scaling_is_drawn_from_result_files(monkeypatch, tmp_path):
+    import scaling
+
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="nothing has been measured"):
+        scaling.draw_all(tmp_path)
+    scaling_file("seeds", ["ppo", "rppo gru", "dqn"])
+    scaling_file("devices", ["ppo"])
+    scaling_file("memories", ["gru", "mlstm", "gtrxl", "s5"])
+    scaling.draw_all(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"scaling.png", "scaling-memories.png"}
+
+
+def test_every_scaling_curve_has_valid_configs():
+    import scaling
+
+    for curve in scaling.make_curves().values():
+        for name, (script, _) in curve.series.items():
+            for size in curve.sizes if script else ():
+                fields = {"total_steps": 10**8} | curve.fields(name, size)
+                importlib.import_module(f"algorithms.{script}").Config(**fields)
+
+
+def test_labels_keep_their_distance():
+    import scaling
+
+    assert scaling.spread([0.5, 0.1, 0.52], 0.1) == pytest.approx([0.5, 0.1, 0.6])
