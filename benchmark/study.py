@@ -27,6 +27,7 @@ import logging
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -345,6 +346,9 @@ def run_agent(agent: Agent, gpus: float) -> dict:
       ChildProcessError: the script was killed, or its run is in use: to be tried again.
     """
     jax.config.update("jax_platforms", "cpu")  # of this process: GPUs are for the script
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # As where a shell started the node in the background: ray.cancel would have no effect.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = os.environ.copy()
     if not gpus:
         environment.setdefault("JAX_PLATFORMS", "cpu")

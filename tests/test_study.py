@@ -282,11 +282,13 @@ on_ray = pytest.mark.xdist_group("ray")  # starting it takes ten seconds
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A cluster of one node for one run."""
+    """A cluster of one node for one run, as if a shell had started it in the background."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # its processes inherit that
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    signal.signal(signal.SIGINT, handler)
     yield cluster
     cluster.shutdown()
 
