@@ -380,7 +380,8 @@ def test_scaling_measures_what_is_missing(monkeypatch, tmp_path):
         assert entry["command"].endswith(f"--only {name} --rounds 1 --seconds 0.01")
         assert columns["sizes"] == sizes
         assert all(len(columns[key]) == len(sizes) for key in scaling.COLUMNS)
-        assert min(columns["steps_per_second"] + columns["memory_mib"]) > 0
+        assert min(columns["steps_per_second"]) > 0
+        assert (columns["memory_mib"][0] > 100) == (own == "ppo")  # the layer has next to nothing
     started = []
 
     def measure(curve, name, sizes, *_):
