@@ -302,13 +302,15 @@ def text_of(browser, selector):
 
 def test_the_page_works_in_a_browser(studied, rliable, monkeypatch, browser):
     pytest.importorskip("plotly")
+    wait = pytest.importorskip("selenium.webdriver.support.wait")
     plan = {(CHAIN, "rppo", "s5"): "python algorithms/rppo.py --cell s5"}
     monkeypatch.setattr(report, "planned", lambda study: plan)
     write("other", CHAIN, "rppo", "gru", [0.5, 0.5, 0.5])
     path = studied / "index.html"
     report.update([], False, path)
     browser.get(path.as_uri())
-    assert browser.execute_script("return document.body.dataset.ready") == "yes"
+    ready = "return document.body.dataset.ready == 'yes'"
+    wait.WebDriverWait(browser, 30).until(lambda browser: browser.execute_script(ready))
     assert text_of(browser, "#study") == "other\ntiny"
 
     browser.execute_script(
