@@ -175,13 +175,11 @@ def read(study: str) -> list[Setting]:
             entry,
             results.load(cost) if results.exists(cost) else None,
         )
+    wanted = planned(study)
     missing = {
-        key: Setting(study, *key, command)
-        for key, command in planned(study).items()
-        if key not in found
+        key: Setting(study, *key, command) for key, command in wanted.items() if key not in found
     }
-    order = {key: position for position, key in enumerate(planned(study))}
-    tasks = [*dict.fromkeys(task for task, _, _ in order), *learning.TASKS]
+    tasks = [*dict.fromkeys(task for task, _, _ in wanted), *learning.TASKS]
 
     def place(key):
         task, script, memory = key

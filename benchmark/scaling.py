@@ -16,7 +16,6 @@ has changes that are not committed.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import time
 from typing import Any, NamedTuple
 
 import results
-from throughput import ours
+from throughput import compile_seconds, ours, peak_mib
 
 SIZES = {"hidden_size": 64}
 STEPS = 8192  # of all environments together, where the length of a rollout varies
@@ -129,10 +128,8 @@ def speeds_of(run, rounds, seconds):
 
 def train_point(script, fields, rounds, seconds):
     run = ours(script, **fields)
-    calls = [timed(run, 0)[1] for _ in range(3)]  # the third is what the first did besides
-    speeds = speeds_of(run, rounds, seconds)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of Linux' KiB
-    return speeds, calls[0] - calls[2], peak
+    compiling = compile_seconds(run)
+    return speeds_of(run, rounds, seconds), compiling, peak_mib()
 
 
 def layer_point(fields, rounds, seconds):
@@ -140,14 +137,14 @@ def layer_point(fields, rounds, seconds):
 
     steps, envs = fields["num_steps"], fields["num_envs"]
     shape = (fields["hidden_size"], steps, envs)
-    (_, gradient), compile_seconds, memory = compile_passes("ours", fields["cell"], "", *shape)
+    (_, gradient), compiling, memory = compile_passes("ours", fields["cell"], "", *shape)
 
     def run(passes):
         for _ in range(passes):
             gradient()
         return passes * steps * envs
 
-    return speeds_of(run, rounds, seconds), compile_seconds, memory
+    return speeds_of(run, rounds, seconds), compiling, memory
 
 
 def worker(job):
@@ -158,12 +155,12 @@ def worker(job):
             measured = train_point(job["script"], fields, *settings)
         else:
             measured = layer_point(fields, *settings)
-        speeds, compile_seconds, memory = measured
+        speeds, compiling, memory = measured
         point = {
             "steps_per_second": round(statistics.median(speeds)),
             "lowest": round(min(speeds)),
             "highest": round(max(speeds)),
-            "compile_seconds": round(compile_seconds, 2),
+            "compile_seconds": round(compiling, 2),
             "memory_mib": round(memory, 1),
         }
         print(json.dumps({"size": size, "point": point} | results.environment()), flush=True)

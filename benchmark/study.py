@@ -42,7 +42,7 @@ import learning
 import numpy as np
 import results
 from learning import ROOT, TASKS, Agent
-from tune import PATIENCE, RESERVED, check_choice, score
+from tune import PATIENCE, RESERVED, check_choice, last_line, score
 
 from harness.checkpoints import Checkpoints
 from harness.errors import RunError, UsageError, did_you_mean, import_optional
@@ -363,7 +363,7 @@ def run_agent(agent: Agent, gpus: float) -> dict:
             code = learning.train(agent, partial(start, log=log, environment=environment))
         except SystemExit as error:
             raise ChildProcessError(str(error)) from None
-        sentence = results.last_line(log.read_text(errors="replace")).removeprefix("error: ")
+        sentence = last_line(log)
         if code < 0 or code > 128:
             raise ChildProcessError(f"exit code {code}, see {log}: {sentence}")
         if code:
@@ -388,7 +388,8 @@ def log_of(agent: Agent) -> Path:
 
 def num_params(agent: Agent) -> int:
     """The parameters of one seed; those of target networks are not counted."""
-    shapes = Checkpoints(agent.run_dir).shapes()
+    with contextlib.closing(Checkpoints(agent.run_dir)) as checkpoints:
+        shapes = checkpoints.shapes()
     return sum(math.prod(shape[1:]) for name, shape in shapes.items() if name.startswith("params/"))
 
 

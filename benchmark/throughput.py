@@ -355,21 +355,30 @@ def worker(name):
 def timed_rounds(make_run, updates):
     """What a worker does: `make_run()` returns the function that trains for so many updates."""
     run = make_run()
-    seconds = []
-    for _ in range(3):  # the third call is what the first did besides compiling
-        start = time.perf_counter()
-        run(0)
-        seconds.append(time.perf_counter() - start)
-    about = {"compile": seconds[0] - seconds[2]} | results.environment()
+    about = {"compile": compile_seconds(run)} | results.environment()
     print(json.dumps(about), flush=True)
     run(updates)
     while sys.stdin.readline().strip() == "go":
         start = time.perf_counter()
         steps = run(updates)
         speed = steps / (time.perf_counter() - start)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of Linux' KiB
-        print(json.dumps({"sps": speed, "peak_mib": peak}), flush=True)
+        print(json.dumps({"sps": speed, "peak_mib": peak_mib()}), flush=True)
     return run
+
+
+def compile_seconds(run):
+    """The time that the first call of `run` takes longer than the third, which compiles nothing."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run(0)
+        seconds.append(time.perf_counter() - start)
+    return seconds[0] - seconds[2]
+
+
+def peak_mib():
+    """The greatest memory that this process has had so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of Linux' KiB
 
 
 def take_turns(commands: dict, rounds: int):
